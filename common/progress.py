@@ -1,0 +1,25 @@
+"""One look for every progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T] | None, what: str, unit: str, total: int | None = None) -> tqdm[T]:
+    """Wrap `items` in a progress bar on stderr: a live line on a terminal, one line every 30 s in a log file."""
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        items,
+        desc=what,
+        unit=f" {unit}",
+        total=total,
+        dynamic_ncols=interactive,
+        mininterval=0.2 if interactive else 30,
+        file=sys.stderr,
+    )

@@ -1,0 +1,74 @@
+"""The command line: a group that imports a room's commands only when one of them runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from common.errors import BadInput
+from common.options import Group
+
+# name -> (module, attribute, one line for --help): --help must not import the rooms.
+COMMANDS = {
+    "demo": ("demo", "demo", "The whole road on 8 real films, on the CPU, in minutes."),
+    "doctor": ("doctor", "doctor", "What this machine has and what will be used."),
+    "prepare": ("shards.commands", "prepare", "Annotations and images -> manifest.parquet, split by patient."),
+    "simulate": ("shards.commands", "simulate", "Plant simulated micro-calcification clusters into copies of films."),
+    "preview": ("shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
+    "shards": ("shards.commands", "shards", "Build, verify, describe and label WebDataset shards of tiles."),
+    "pretrain": ("train.commands", "pretrain", "BYOL pre-training on shards."),
+    "finetune": ("train.commands", "finetune", "Fine-tune a pre-trained backbone for multi-label classification."),
+    "infer": ("train.commands", "infer", "Predict tiles of shards, or raw films with a heat map."),
+    "report": ("train.commands", "report", "One self-contained page of a run's data, curves and pictures."),
+}
+
+
+class LazyGroup(Group):
+    """A group that knows its commands by name and imports them when called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="mammostream")
+def cli() -> None:
+    """Mammograms in, tiles out, shards on disk, a GPU that never waits.
+
+    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> report.
+    Exit codes: 0 done, 2 bad input (one line), 3 too many bad items, 75 preempted and saved.
+    """
+
+
+def main() -> None:
+    """Run the command line; print an error as one line and exit with its code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "mammostream"
+        print(f"error: {error.format_message()} (see '{command} --help')", file=sys.stderr)
+        sys.exit(2)
+    except (BadInput, click.ClickException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
