@@ -1,0 +1,301 @@
+"""Commands from films to shards: prepare, simulate, preview, shards build|verify|info|labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common.errors import BadInput, TooManyBad
+from common.options import Command, Group, ListOption, config_file_option, config_options, resolved
+from preprocess.simulation import ClusterConfig
+from preprocess.tiling import TilingConfig
+from shards.plan import BuildConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILE = click.Path(path_type=Path)
+manifest_option = click.option(
+    "--manifest", type=FILE, required=True, help="manifest.parquet that 'prepare' or 'simulate' wrote."
+)
+
+
+def output_option(help: str) -> Any:
+    """Return the ``--output-dir`` option with its own help."""
+    return click.option("--output-dir", type=FILE, required=True, help=help)
+
+
+@click.command(cls=Command)
+@click.option("--dataset", type=click.Choice(["folder"]), default="folder", help="Layout of the annotations.")
+@click.option(
+    "--csv-path",
+    "csv_paths",
+    cls=ListOption,
+    type=FILE,
+    help="CSV with image_id and any of patient_id, study_id, "
+    "laterality, view, split, pixel_spacing_mm; further 0/1 columns become labels. Several may follow.",
+)
+@click.option("--images-root", type=FILE, required=True, help="Folder of mammograms (DICOM, PNG, TIFF, PGM), searched deeply.")
+@output_option("Folder for manifest.parquet.")
+@click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm for images whose own is unknown.")
+@click.option("--patient-regex", help="What part of the DICOM PatientID (or the path) names the patient, e.g. 'P_\\d+'.")
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    help="Share of patients for validation, where the CSV has no split.",
+)
+@click.option("--seed", default=0, help="Seed of the split.")
+@config_file_option
+def prepare(
+    dataset: str,
+    csv_paths: tuple[Path, ...],
+    images_root: Path,
+    output_dir: Path,
+    assume_spacing: float | None,
+    patient_regex: str | None,
+    val_fraction: float,
+    seed: int,
+) -> None:
+    """Describe a folder of mammograms in one table, split by patient.
+
+    Writes manifest.parquet: a row an image with its patient, side, view, split, pixel spacing and labels. No patient is ever
+    in two splits. Images that cannot be read are listed; they stay in the table, and the build records why they gave nothing.
+    """
+    from shards.annotations.folder import folder_rows
+    from shards.manifest import split_by_patient, write_manifest
+
+    frame, unreadable = folder_rows(images_root, csv_paths, patient_regex)
+    unknown = frame["pixel_spacing_mm"].isna()
+    if assume_spacing is not None:
+        frame.loc[unknown, ["pixel_spacing_mm", "spacing_source"]] = [assume_spacing, "assumed"]
+    if (frame["split"] == "").all():
+        frame["split"] = frame["patient_id"].map(split_by_patient(frame["patient_id"], val_fraction, seed))
+    path = output_dir / "manifest.parquet"
+    write_manifest(frame, path)
+
+    for line in unreadable:
+        click.echo(f"unreadable: {line}", err=True)
+    _print_summary(frame)
+    if unknown.any() and assume_spacing is None:
+        click.echo(f"{int(unknown.sum())} images have no pixel spacing; give --assume-spacing MM if you know it", err=True)
+    click.echo(f"{len(frame)} images of {frame['patient_id'].nunique()} patients -> {path}")
+
+
+def _print_summary(frame: pd.DataFrame) -> None:
+    from shards.manifest import LABEL_PREFIX
+
+    for column in ("view", "laterality", "spacing_source"):
+        click.echo(frame.groupby(["split", column]).size().unstack(fill_value=0).to_string() + "\n")
+    labels = [c for c in frame.columns if c.startswith(LABEL_PREFIX)]
+    if labels:
+        click.echo(frame.groupby("split")[labels].sum().to_string() + "\n")
+
+
+@click.command(cls=Command)
+@manifest_option
+@output_option("Folder for the copies (images/), manifest.parquet and findings.parquet.")
+@click.option("--copies", type=click.IntRange(min=1), default=1, help="Copies of each film, each with clusters of its own.")
+@config_options(ClusterConfig)
+@click.option("--seed", default=0, help="Seed of where the clusters lie and what they look like.")
+@config_file_option
+def simulate(manifest: Path, output_dir: Path, copies: int, seed: int, **options: Any) -> None:
+    """Plant SIMULATED micro-calcification clusters with known boxes into copies of films.
+
+    A truth to test a pipeline with, where no annotated films are at hand: bright specks within a small circle, brighter than
+    their surroundings by a multiple of the local noise. They are phantoms, not disease. The films themselves stay as they are.
+    """
+    from shards.annotations.simulated import simulate_copies
+    from shards.manifest import read_manifest, write_findings, write_manifest
+
+    config = ClusterConfig(**options)
+    frame, findings = simulate_copies(read_manifest(manifest), output_dir, config, copies, seed)
+    write_findings(findings, output_dir / "findings.parquet")
+    write_manifest(frame, output_dir / "manifest.parquet")
+    click.echo(f"{len(findings)} simulated clusters in {len(frame)} copies -> {output_dir / 'manifest.parquet'}")
+
+
+@click.command(cls=Command)
+@click.option("--manifest", type=FILE, help="manifest.parquet: a picture for each of its films.")
+@click.option("--image-path", type=FILE, help="One film, instead of a manifest.")
+@output_option("Folder for the pictures, <image_id>.png.")
+@click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm where --image-path has none.")
+@click.option("--findings", type=FILE, help="findings.parquet, whose boxes are drawn.")
+@config_options(TilingConfig)
+@config_file_option
+def preview(
+    manifest: Path | None,
+    image_path: Path | None,
+    output_dir: Path,
+    assume_spacing: float | None,
+    findings: Path | None,
+    **options: Any,
+) -> None:
+    """Draw the breast's contour and the kept tiles of each film, coloured by the rule that keeps them.
+
+    Takes the options of 'shards build', so that thresholds can be tried out before hours are spent. A film that cannot be read
+    is named and the rest goes on.
+    """
+    from common.progress import progress
+    from preprocess.preview import draw_film
+    from preprocess.reading import read_mammogram
+    from preprocess.tiling import tile_film
+    from shards.archive import escape_id
+    from shards.manifest import read_findings, read_manifest
+
+    if (manifest is None) == (image_path is None):
+        raise BadInput("give either --manifest or --image-path")
+    config = TilingConfig(**options)
+    boxes = read_findings(findings) if findings else None
+    if manifest:
+        rows = read_manifest(manifest)[["image_id", "path", "pixel_spacing_mm", "spacing_source"]].to_dict("records")
+    else:
+        mammogram = read_mammogram(image_path)
+        spacing = mammogram.header.spacing_mm or assume_spacing
+        rows = [{"image_id": image_path.stem, "path": image_path, "pixel_spacing_mm": spacing, "spacing_source": "assumed"}]
+    bad = 0
+    for row in progress(rows, "drawing", "film"):
+        spacing = row["pixel_spacing_mm"]
+        try:
+            mammogram = read_mammogram(row["path"]).with_spacing(None if spacing != spacing else spacing, row["spacing_source"])
+            film = tile_film(mammogram, config)
+        except BadInput as error:
+            bad += 1
+            click.echo(f"no picture: {error}", err=True)
+            continue
+        chosen = (
+            () if boxes is None else boxes[boxes["image_id"] == row["image_id"]][["xmin", "ymin", "xmax", "ymax"]].to_numpy()
+        )
+        draw_film(film, config.tile_size, output_dir / f"{escape_id(row['image_id'])}.png", row["image_id"], chosen)
+    if bad == len(rows):
+        raise BadInput(f"none of the {bad} films could be drawn; the lines above say why")
+    click.echo(f"{len(rows) - bad} pictures, {bad} films without -> {output_dir}")
+
+
+@click.group(cls=Group)
+def shards() -> None:
+    """Build, verify, describe and label WebDataset shards of tiles."""
+
+
+shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
+
+
+@shards.command()
+@manifest_option
+@output_option("The shard directory; a build that was stopped goes on there.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Build this split only.")
+@config_options(BuildConfig)
+@click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes; each takes one shard at a time.")
+@click.option("--max-bad", default="5%", help="Most films that may fail, a number or a percentage; more end with exit code 3.")
+@config_file_option
+@click.pass_context
+def build(
+    ctx: click.Context, manifest: Path, output_dir: Path, split: str | None, workers: int, max_bad: str, **options: Any
+) -> None:
+    """Cut films into tiles and write WebDataset shards with a DALI index.
+
+    Finished shards are skipped, so the same command goes on after an interruption; other options refuse to mix with them.
+    A film that cannot be read becomes a row of images.parquet with its reason, and the rest goes on.
+    """
+    from common.files import write_yaml
+    from shards.build import build_all, finish
+    from shards.manifest import read_manifest
+    from shards.plan import make_plan
+    from shards.reading import open_shards
+
+    config = BuildConfig(**options)
+    frame = read_manifest(manifest, split)
+    limit = _bad_limit(max_bad, len(frame))
+    plan = make_plan(frame, output_dir, config)
+    build_all(plan, workers)
+    finish(plan)
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
+    images = _print_images(open_shards(output_dir).images())
+    bad = int((images["reason"] != "").sum())
+    click.echo(f"{len(images)} films ({bad} gave no tiles), {images['kept'].sum()} tiles -> {output_dir}")
+    if bad > limit:
+        raise TooManyBad(
+            f"{bad} of {len(images)} films gave no tiles, more than --max-bad {max_bad}; see {output_dir}/images.parquet"
+        )
+
+
+def _bad_limit(max_bad: str, count: int) -> float:
+    try:
+        return float(max_bad.rstrip("%")) / 100 * count if max_bad.endswith("%") else int(max_bad)
+    except ValueError:
+        raise BadInput(f"--max-bad {max_bad!r} is neither a number of films nor a percentage like 5%") from None
+
+
+def _print_images(images: pd.DataFrame) -> pd.DataFrame:
+    """Print what happened to the candidates, rule by rule, and each film that gave nothing."""
+    columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept"))] + ["guide_8bit_kept"]
+    totals = images.groupby("split", sort=False)[columns].sum().astype(int).T
+    click.echo(totals.rename(index={"guide_8bit_kept": "(the plain 8-bit scale would have kept)"}).to_string() + "\n")
+    for row in images[images["reason"] != ""].itertuples():
+        click.echo(f"no tiles: {row.image_id}: {row.reason}", err=True)
+    return images
+
+
+@shards.command()
+@shards_argument
+def verify(directory: Path) -> None:
+    """Check every byte, every index entry and every tile's pixels against the tables written with them."""
+    from shards.reading import open_shards
+    from shards.verify import verify_shards
+
+    opened = open_shards(directory)
+    faults = verify_shards(opened)
+    for fault in faults:
+        click.echo(f"fault: {fault}", err=True)
+    if faults:
+        raise BadInput(f"{len(faults)} faults in {directory}; delete the .parquet of each shard named above and build again")
+    click.echo(f"{len(opened.meta['shards'])} shards, {sum(s['tiles'] for s in opened.meta['shards'])} tiles: all well")
+
+
+@shards.command()
+@shards_argument
+def info(directory: Path) -> None:
+    """Say what a shard directory holds and how its tiles were made."""
+    import pandas as pd
+    import yaml
+
+    from shards.reading import open_shards
+
+    opened = open_shards(directory)
+    table = pd.DataFrame(opened.meta["shards"])
+    table["MB"] = (table["tar_bytes"].fillna(0) / 1e6).round(1)
+    click.echo(table[["name", "images", "tiles", "MB"]].to_string(index=False) + "\n")
+    _print_images(opened.images())
+    stored = {"codec": opened.codec, "bits": opened.meta["bits"]} | opened.preprocessing
+    click.echo(yaml.safe_dump(stored, sort_keys=False).rstrip())
+
+
+@shards.command()
+@shards_argument
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Tiles of this split only.")
+@click.option("--findings", type=FILE, required=True, help="findings.parquet with the boxes.")
+@click.option(
+    "--min-fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    help="A tile is positive from this share "
+    "of a box inside it, or of the tile inside a box; a smaller overlap leaves the cell empty (no label).",
+)
+@click.option("--output", type=FILE, required=True, help="The CSV: tile_path (the tile's key) and a column a class.")
+def labels(directory: Path, split: str | None, findings: Path, min_fraction: float, output: Path) -> None:
+    """Turn boxes into tile labels: a CSV of tile_path and one 0/1 column a class, empty where the overlap is partial."""
+    from common.files import write_text
+    from shards.labels import tile_labels
+    from shards.manifest import read_findings
+    from shards.reading import open_shards
+
+    opened = open_shards(directory)
+    opened.shards(split)
+    table = tile_labels(opened.tiles(split), read_findings(findings), min_fraction)
+    write_text(output, table.to_csv(index=False))
+    for name in table.columns[1:]:
+        column = table[name]
+        click.echo(f"{name}: {(column == 1).sum()} positive, {(column == 0).sum()} negative, {column.isna().sum()} left out")
+    click.echo(f"{len(table)} tiles -> {output}")

@@ -1,0 +1,152 @@
+"""The manifest (a row a mammogram) and the findings (a row a box and label): their columns and their checks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from common.errors import BadInput, nearest
+from common.files import read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SPLITS = ("train", "val", "test")
+LABEL_PREFIX = "label:"
+MANIFEST_COLUMNS = {
+    "image_id": "string",  # unique
+    "path": "string",  # relative to the manifest where possible
+    "patient_id": "string",
+    "study_id": "string",
+    "laterality": "string",  # L | R | empty
+    "view": "string",
+    "split": "string",  # train | val | test
+    "pixel_spacing_mm": "float64",  # NaN if unknown
+    "spacing_source": "string",  # dicom:… | csv | assumed | empty
+    "bits": "int32",  # stored bits a pixel, 0 if the file could not be read
+}
+FINDING_COLUMNS = {
+    "image_id": "string",
+    "label": "string",
+    "xmin": "float64",  # native pixels; far edges exclusive
+    "ymin": "float64",
+    "xmax": "float64",
+    "ymax": "float64",
+}
+MAKE_MANIFEST = "make one with 'mammostream prepare'"
+
+
+def write_manifest(frame: pd.DataFrame, path: Path) -> None:
+    """Check a manifest and write it, with image paths relative to it where they can be.
+
+    Raises
+    ------
+    BadInput
+        See :func:`check_manifest`.
+    """
+    check_manifest(frame, f"manifest {path}")
+    labels = sorted(c for c in frame.columns if c.startswith(LABEL_PREFIX))
+    frame = frame[[*MANIFEST_COLUMNS, *labels]].astype(MANIFEST_COLUMNS | dict.fromkeys(labels, "Int8"))
+    frame["path"] = [_relative(Path(p), path.parent) for p in frame["path"]]
+    write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata())
+
+
+def read_manifest(path: Path, split: str | None = None) -> pd.DataFrame:
+    """Read and check a manifest; its ``path`` column comes back absolute.
+
+    Parameters
+    ----------
+    path
+        The Parquet file.
+    split
+        Keep only this split's rows.
+
+    Raises
+    ------
+    BadInput
+        The file is missing or no manifest, has no rows (of that split), or breaks :func:`check_manifest`.
+    """
+    frame = read_parquet(path, "manifest", MAKE_MANIFEST, MANIFEST_COLUMNS)
+    check_manifest(frame, f"manifest {path}")
+    frame["path"] = [str((path.parent / p).absolute()) for p in frame["path"]]
+    if split is not None:
+        have = sorted(frame["split"].unique())
+        frame = frame[frame["split"] == split].reset_index(drop=True)
+        if frame.empty:
+            raise BadInput(f"manifest {path} has no rows of split '{split}'{nearest(split, have)}; it has: {', '.join(have)}")
+    return frame
+
+
+def check_manifest(frame: pd.DataFrame, what: str) -> None:
+    """Check that ids are unique, splits known, and that no patient is in two splits.
+
+    Raises
+    ------
+    BadInput
+        Naming the first offending image or patient.
+    """
+    if frame.empty:
+        raise BadInput(f"{what} has no rows; check --images-root and --csv-path")
+    duplicated = frame["image_id"][frame["image_id"].duplicated()]
+    if len(duplicated):
+        raise BadInput(f"{what} has the image_id '{duplicated.iloc[0]}' more than once; make image ids unique")
+    unknown = frame[~frame["split"].isin(SPLITS)]
+    if len(unknown):
+        row = unknown.iloc[0]
+        raise BadInput(f"{what}: image '{row.image_id}' has the split '{row.split}'; use one of: {', '.join(SPLITS)}")
+    splits = frame.groupby("patient_id")["split"].unique()
+    torn = splits[splits.map(len) > 1]
+    if len(torn):
+        raise BadInput(
+            f"{what}: patient '{torn.index[0]}' is in the splits {' and '.join(torn.iloc[0])} ({len(torn)} such patients); "
+            "put all films of a patient into one split"
+        )
+
+
+def split_by_patient(patients: Iterable[str], val_fraction: float, seed: int) -> dict[str, str]:
+    """Deal patients to ``train`` and ``val``.
+
+    Parameters
+    ----------
+    patients
+        Patient ids, repeats allowed.
+    val_fraction
+        Share of patients that go to ``val``, 0-1; above 0 it is at least one patient, and one stays in ``train``.
+    seed
+        The same patients and seed give the same split.
+    """
+    unique = sorted(set(patients))
+    count = 0
+    if val_fraction > 0 and len(unique) > 1:
+        count = min(max(1, round(val_fraction * len(unique))), len(unique) - 1)
+    chosen = set(np.random.default_rng(seed).permutation(unique)[:count])
+    return {patient: "val" if patient in chosen else "train" for patient in unique}
+
+
+def write_findings(frame: pd.DataFrame, path: Path) -> None:
+    """Write findings as Parquet."""
+    frame = frame[list(FINDING_COLUMNS)].astype(FINDING_COLUMNS)
+    write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata())
+
+
+def read_findings(path: Path) -> pd.DataFrame:
+    """Read findings.
+
+    Raises
+    ------
+    BadInput
+        The file is missing or lacks a column.
+    """
+    return read_parquet(path, "findings", "make them with 'mammostream prepare' or 'mammostream simulate'", FINDING_COLUMNS)
+
+
+def _relative(path: Path, base: Path) -> str:
+    try:
+        return Path(os.path.relpath(path.absolute(), base.absolute())).as_posix()
+    except ValueError:
+        return path.absolute().as_posix()

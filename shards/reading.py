@@ -1,0 +1,113 @@
+"""Opening a finished shard directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import BadInput, nearest
+from common.files import read_parquet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT_VERSION = 1
+SHARDS_JSON = "shards.json"
+# Options that decide what a tile's pixels mean: a model made for one set does not fit another.
+PIXEL_CONTRACT = ("tile_size", "pixel_spacing_mm", "mapping")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar with at least one tile, its index, its split and its number of tiles."""
+
+    tar: Path
+    index: Path
+    split: str
+    tiles: int
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished shard directory: its ``shards.json`` and, when asked for, its tables."""
+
+    directory: Path
+    meta: dict[str, Any]
+
+    @property
+    def codec(self) -> str:
+        """Extension of the tile members, without a dot."""
+        return self.meta["codec"]
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How the tiles were made: goes into every checkpoint, and inference applies it to raw films."""
+        return self.meta["preprocessing"]
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that hold tiles, in the order of their shards."""
+        return list(dict.fromkeys(s["split"] for s in self.meta["shards"] if s["tiles"]))
+
+    def shards(self, split: str | None = None) -> list[Shard]:
+        """Return the shards of a split (all splits: None) that hold tiles, in order.
+
+        Raises
+        ------
+        BadInput
+            No shard of that split holds a tile.
+        """
+        found = [
+            Shard(
+                tar=self.directory / f"{s['name']}.tar",
+                index=self.directory / f"{s['name']}.idx",
+                split=s["split"],
+                tiles=s["tiles"],
+            )
+            for s in self.meta["shards"]
+            if s["tiles"] and split in (None, s["split"])
+        ]
+        if not found:
+            have = ", ".join(self.splits) or "none"
+            raise BadInput(
+                f"{self.directory} has no tiles of split '{split}'{nearest(str(split), self.splits)}; it has: {have}"
+            )
+        return found
+
+    @cached_property
+    def _tiles(self) -> pd.DataFrame:
+        return read_parquet(self.directory / "tiles.parquet", "tile table", "run 'mammostream shards build' again")
+
+    def tiles(self, split: str | None = None) -> pd.DataFrame:
+        """Return the tile table (columns: :data:`shards.tables.TILE_SCHEMA`) of a split, or of all."""
+        return self._tiles if split is None else self._tiles[self._tiles["split"] == split].reset_index(drop=True)
+
+    def images(self) -> pd.DataFrame:
+        """Return the image table (columns: :data:`shards.tables.IMAGE_SCHEMA`)."""
+        return read_parquet(self.directory / "images.parquet", "image table", "run 'mammostream shards build' again")
+
+
+def open_shards(directory: str | Path) -> ShardSet:
+    """Open a finished shard directory.
+
+    Raises
+    ------
+    BadInput
+        The directory is missing, holds no ``shards.json``, or one of a newer format.
+    """
+    directory = Path(directory)
+    path = directory / SHARDS_JSON
+    if not path.is_file():
+        state = "has no shards.json: it is no finished shard directory" if directory.is_dir() else "does not exist"
+        raise BadInput(f"{directory} {state}; make one with 'mammostream shards build --output-dir {directory}'")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version = meta["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged; delete it and run 'mammostream shards build' again") from error
+    if version != FORMAT_VERSION:
+        raise BadInput(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build the shards again")
+    return ShardSet(directory, meta)

@@ -1,0 +1,103 @@
+"""The tables of a shard directory: a row a tile, a row an image; and the per-shard file that holds both.
+
+``<shard>.parquet`` carries both kinds of rows (column ``row`` tells them apart) and, as metadata, what the shard was built
+with. It is written last, so that it alone marks the shard as finished. ``tiles.parquet``, ``images.parquet`` and
+``shards.json`` are merges of these files in shard order and hold nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from common.errors import BadInput, first_line
+from common.files import write_parquet
+
+_METADATA_KEY = b"mammostream"
+
+TILE_SCHEMA = pa.schema(
+    [
+        ("tile", pa.int64()),  # shard ordinal * 2**20 + position in the tar
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("image_id", pa.string()),
+        ("patient_id", pa.string()),
+        ("split", pa.string()),
+        ("x", pa.int32()),  # native pixels, left edge
+        ("y", pa.int32()),  # native pixels, top edge
+        ("size", pa.int32()),  # native pixels, edge length
+        ("breast_ratio", pa.float32()),
+        ("freq_energy", pa.float32()),
+        ("mean_intensity", pa.float32()),
+        ("nonzero_ratio", pa.float32()),
+        ("rule", pa.string()),  # breast | frequency | both
+        ("crc32", pa.uint32()),  # of the decoded pixels
+        ("payload_crc32", pa.uint32()),  # of the encoded bytes
+    ]
+)
+
+IMAGE_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("patient_id", pa.string()),
+        ("split", pa.string()),
+        ("laterality", pa.string()),  # as the manifest has it
+        ("view", pa.string()),
+        ("shard", pa.string()),
+        ("reason", pa.string()),  # why the image gave nothing; empty where it is fine
+        ("flags", pa.string()),  # space-separated
+        ("height", pa.int32()),  # native pixels
+        ("width", pa.int32()),
+        ("bits", pa.int32()),
+        ("pixel_spacing_mm", pa.float64()),
+        ("spacing_source", pa.string()),
+        ("mapping", pa.string()),
+        ("side", pa.string()),  # L | R, from where the tissue is
+        ("segmentation", pa.string()),  # the method that gave the mask
+        ("breast_area_mm2", pa.float64()),
+        ("candidates", pa.int32()),
+        ("rejected_intensity", pa.int32()),
+        ("rejected_nonzero", pa.int32()),
+        ("rejected_rules", pa.int32()),
+        ("rejected_limit", pa.int32()),
+        ("kept", pa.int32()),
+        ("kept_breast_only", pa.int32()),
+        ("kept_frequency_only", pa.int32()),
+        ("kept_both_rules", pa.int32()),
+        ("guide_8bit_kept", pa.int32()),  # tiles that the guide's plain 8-bit scale would have kept
+    ]
+)
+
+
+def write_shard_table(path: Path, tiles: list[dict], images: list[dict], metadata: dict[str, Any]) -> None:
+    """Write the table that marks a shard as finished."""
+    parts = []
+    for kind, rows, schema in (("tile", tiles, TILE_SCHEMA), ("image", images, IMAGE_SCHEMA)):
+        table = pa.Table.from_pylist(rows, schema=schema)
+        parts.append(table.add_column(0, "row", pa.array([kind] * len(rows), pa.string())))
+    table = pa.concat_tables(parts, promote_options="default")
+    write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()}))
+
+
+def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
+    """Read a shard's tiles, images and metadata.
+
+    Raises
+    ------
+    BadInput
+        The file is not a shard table.
+    """
+    try:
+        table = pq.read_table(path)
+        metadata = json.loads(table.schema.metadata[_METADATA_KEY])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is no shard table ({first_line(error)}); delete it and build again") from error
+    rows = table.column("row")
+    tiles = table.filter(pc.equal(rows, "tile")).select(TILE_SCHEMA.names)
+    images = table.filter(pc.equal(rows, "image")).select(IMAGE_SCHEMA.names)
+    return tiles, images, metadata
