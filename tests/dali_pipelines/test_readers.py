@@ -1,0 +1,115 @@
+"""Sources: damaged shards are refused before DALI sees them; subsets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import BadInput
+from dali_pipelines import LabelledLoader
+from dali_pipelines.readers import open_source, tile_numbers
+from shards import archive, codecs
+from shards.archive import read_index, write_index
+from shards.reading import Shard
+
+
+def numbers_of(loader):
+    return [n for _, numbers in loader for n in numbers.tolist()]
+
+
+def load(made, **options):
+    return LabelledLoader(made.shards, batch_size=4, tile_size=made.size, mean=0, std=1, **options)
+
+
+@pytest.fixture
+def one(make_shards, tmp_path):
+    """A fresh shard of 6 tiles that a test may damage."""
+    return make_shards(tmp_path, (6,))
+
+
+def test_subset_reads_the_tiles_asked_for(tiles):
+    everything = list(tiles.pixels)
+    wanted = {everything[1], everything[4], everything[-2], everything[-1]}  # none of the middle shard
+    loader = load(tiles, tiles=wanted)
+    assert loader.tiles == 4
+    assert len(loader._source.tars) == 2
+    got, numbers = next(iter(loader))
+    assert numbers.tolist() == sorted(wanted)
+    for tile, number in zip(got[:, 0].numpy(), numbers.tolist(), strict=True):
+        np.testing.assert_array_equal(np.rint(tile * 65535.0), tiles.pixels[number])
+
+
+def test_subset_indexes_go_with_the_loader(tiles):
+    loader = load(tiles, tiles=np.array(list(tiles.pixels)[:3]))
+    directory = Path(loader._source.temporary.name)
+    assert len(list(directory.iterdir())) == 1
+    assert numbers_of(loader) == list(tiles.pixels)[:3]
+    del loader
+    assert not directory.exists()
+
+
+def test_numbers_of_an_index_with_gaps(one):
+    (shard,) = one.shards
+    index = read_index(shard.index)
+    everything = list(one.pixels)
+    assert tile_numbers(shard.tar, index).tolist() == everything
+    write_index(shard.index, index[1:3] + index[4:])
+    assert tile_numbers(shard.tar, read_index(shard.index)).tolist() == everything[1:3] + everything[4:]
+    assert numbers_of(load(one, tiles=[everything[2], everything[5]])) == [everything[2], everything[5]]
+
+
+def test_wanted_tiles_that_are_nowhere(tiles):
+    with pytest.raises(BadInput, match="1 of the 2 tiles wanted are in none of the 3 shards"):
+        open_source(tiles.shards, tile_size=tiles.size, tiles=[next(iter(tiles.pixels)), 1])
+    with pytest.raises(BadInput, match="no tiles to read"):
+        open_source(tiles.shards, tile_size=tiles.size, tiles=[])
+    with pytest.raises(BadInput, match="no tiles to read"):
+        open_source([], tile_size=tiles.size)
+
+
+def test_truncated_tar(one):
+    (shard,) = one.shards
+    os.truncate(shard.tar, shard.tar.stat().st_size // 2)
+    with pytest.raises(BadInput, match="mammostream shards verify"):
+        load(one)
+
+
+def test_index_past_the_end(one):
+    (shard,) = one.shards
+    *words, last = shard.index.read_text().split("\n")[1].split(" ")
+    lines = shard.index.read_text().splitlines()
+    words[1] = str(10**9)
+    lines[1] = " ".join([*words, last])
+    shard.index.write_text("\n".join(lines) + "\n")
+    with pytest.raises(BadInput, match="train-000000.tar"):
+        load(one)
+
+
+@pytest.mark.parametrize("missing", ["tar", "index"])
+def test_missing_file(one, missing):
+    (shard,) = one.shards
+    getattr(shard, missing).unlink()
+    with pytest.raises(BadInput, match=getattr(shard, missing).name):
+        load(one)
+
+
+def test_other_tile_size(tiles):
+    with pytest.raises(BadInput, match=f"{tiles.size}×{tiles.size} pixels, not 64×64; set --tile-size"):
+        open_source(tiles.shards, tile_size=64)
+
+
+def test_tars_that_are_not_ours(tmp_path):
+    archive.write_archive(tmp_path / "a.tar", [("k", [("tif", codecs.encode(np.zeros((8, 8), np.uint8), "tif"))])])
+    with pytest.raises(BadInput, match="without .num .*shards pack"):
+        open_source([Shard(tmp_path / "a.tar", tmp_path / "a.idx", "train", 1)], tile_size=8)
+
+
+def test_missing_and_empty_images(tmp_path):
+    with pytest.raises(BadInput, match="nothing.png does not exist or is empty"):
+        open_source([tmp_path / "nothing.png"], tile_size=8)
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(BadInput, match="empty.png does not exist or is empty"):
+        open_source([tmp_path / "empty.png"], tile_size=8)
