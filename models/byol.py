@@ -1,0 +1,154 @@
+"""BYOL (Bootstrap Your Own Latent; Grill et al. 2020, arXiv:2006.07733) for one-channel tiles.
+
+Shapes: N tiles a batch, D features of the backbone, P dimensions of the projection.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import BadInput
+from models.backbones import encode, feature_dim
+from models.classifier import build_classification_head
+
+
+class BYOLOutput(NamedTuple):
+    """What a BYOL forward gives: the loss, and what collapse is measured on, so that no second forward is needed."""
+
+    loss: Tensor
+    """Scalar float32 in [-1, 1], with gradient."""
+    projections: Tensor
+    """(N, P) online projections of view 1, detached."""
+    features: Tensor
+    """(N, D) online backbone features of view 1, detached."""
+
+
+def byol_loss(p: Tensor, z: Tensor) -> Tensor:
+    """Return the mean negative cosine similarity of predictions and targets, a float32 scalar in [-1, 1].
+
+    It is the paper's squared distance of l2-normalised vectors, 2 - 2 cos, without the constants. It is computed in
+    float32 whatever the inputs' type: half precision has three digits, too few for a loss that settles near -0.98.
+
+    Parameters
+    ----------
+    p
+        (N, P) predictions of the online network.
+    z
+        (N, P) projections of the target network; the caller keeps gradients out of them.
+    """
+    return -(F.normalize(p.float(), dim=1) * F.normalize(z.float(), dim=1)).sum(1).mean()
+
+
+def build_mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
+    """Return the paper's projector and predictor: Linear, BatchNorm, ReLU, Linear."""
+    return nn.Sequential(
+        nn.Linear(input_dim, hidden_dim),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, output_dim),
+    )
+
+
+class MammogramBYOL(nn.Module):
+    """BYOL's online and target networks, with a classification head on the online backbone.
+
+    The target (``backbone_momentum``, ``projection_head_momentum``) starts as a copy of the online network, never
+    gets a gradient, and follows it through :meth:`update_target`. BYOL's loss does not reach the classification
+    head: it stays as it was initialised until a fine-tuning trains it (under DistributedDataParallel freeze it first).
+
+    Parameters
+    ----------
+    backbone
+        Maps (N, 1, H, W) to (N, D), see :func:`models.backbones.build_backbone`.
+    input_dim
+        D; None takes the backbone's ``num_features``.
+    hidden_dim
+        Width of the projector's and the predictor's hidden layer.
+    proj_dim
+        P, the length of projections and predictions.
+    num_classes
+        Labels of the classification head.
+
+    Raises
+    ------
+    BadInput
+        `input_dim` is missing or differs from the backbone's.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        input_dim: int | None = None,
+        hidden_dim: int = 4096,
+        proj_dim: int = 256,
+        num_classes: int = 2,
+    ) -> None:
+        super().__init__()
+        self.input_dim = feature_dim(backbone, input_dim)
+        self.backbone = backbone
+        self.projection_head = build_mlp(self.input_dim, hidden_dim, proj_dim)
+        self.prediction_head = build_mlp(proj_dim, hidden_dim, proj_dim)
+        self.classification_head = build_classification_head(self.input_dim, num_classes)
+        self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.projection_head_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
+
+    def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
+        """Return the symmetric loss of two views of the same tiles.
+
+        Each view passes each network on its own: its batch norms then see one kind of augmentation at a time, which
+        BYOL's reference does too and which changes its results.
+
+        Parameters
+        ----------
+        view1, view2
+            (N, 1, H, W), normalised; row i of both shows the same tile. N of at least 2 in training mode, for the
+            batch norms.
+        """
+        features1 = encode(self.backbone, view1)
+        projections1 = self.projection_head(features1)
+        predictions1 = self.prediction_head(projections1)
+        predictions2 = self.prediction_head(self.projection_head(encode(self.backbone, view2)))
+
+        with torch.no_grad():
+            targets1 = self.projection_head_momentum(encode(self.backbone_momentum, view1))
+            targets2 = self.projection_head_momentum(encode(self.backbone_momentum, view2))
+
+        loss = (byol_loss(predictions1, targets2) + byol_loss(predictions2, targets1)) / 2
+        return BYOLOutput(loss, projections1.detach(), features1.detach())
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """Move the target's parameters towards the online network's: ``target = m target + (1 - m) online``.
+
+        One fused call over all parameters. Buffers are left alone: they are the batch norms' running statistics, and
+        the target gathers its own in its own forwards, as in the paper's reference code. The online network's
+        statistics describe the online network's activations; averaged into the target they would fit neither.
+
+        Parameters
+        ----------
+        momentum
+            m in [0, 1]: 1 leaves the target, 0 copies the online parameters.
+
+        Raises
+        ------
+        BadInput
+            `momentum` is outside [0, 1].
+        """
+        if not 0 <= momentum <= 1:
+            raise BadInput(f"the target's momentum is {momentum}; give one from 0 to 1 (0.996 in the paper)")
+        targets = [*self.backbone_momentum.parameters(), *self.projection_head_momentum.parameters()]
+        onlines = [*self.backbone.parameters(), *self.projection_head.parameters()]
+        torch._foreach_lerp_(targets, onlines, 1 - momentum)
+
+    def get_features(self, x: Tensor) -> Tensor:
+        """Return features (N, D) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
+        return encode(self.backbone, x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Return logits (N, classes) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
+        return self.classification_head(self.get_features(x))

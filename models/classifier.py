@@ -1,0 +1,56 @@
+"""A backbone with a multi-label classification head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from models.backbones import encode
+
+if TYPE_CHECKING:
+    from models.byol import MammogramBYOL
+
+
+def build_classification_head(input_dim: int, num_classes: int, dropout: float = 0.2) -> nn.Sequential:
+    """Return ``input_dim -> input_dim -> num_classes``: Linear, ReLU, Dropout, Linear; logits, one per label."""
+    return nn.Sequential(
+        nn.Linear(input_dim, input_dim),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(input_dim, num_classes),
+    )
+
+
+class MammogramClassifier(nn.Module):
+    """Multi-label classifier of mammogram tiles.
+
+    Labels do not exclude each other: ``torch.sigmoid`` of the logits gives a probability per label.
+
+    Parameters
+    ----------
+    backbone
+        Maps (N, 1, H, W) to (N, dim).
+    classification_head
+        Maps (N, dim) to (N, classes), see :func:`build_classification_head`.
+    """
+
+    def __init__(self, backbone: nn.Module, classification_head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classification_head = classification_head
+
+    @classmethod
+    def from_byol(cls, byol: MammogramBYOL, num_classes: int, dropout: float = 0.2) -> MammogramClassifier:
+        """Take a BYOL model's online backbone (shared, not copied) and put a new, random head on it."""
+        return cls(byol.backbone, build_classification_head(byol.input_dim, num_classes, dropout))
+
+    def get_features(self, x: Tensor) -> Tensor:
+        """Return features (N, dim) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
+        return encode(self.backbone, x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Return logits (N, classes) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
+        return self.classification_head(self.get_features(x))
+
+    forward = classify

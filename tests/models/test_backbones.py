@@ -1,0 +1,129 @@
+"""Backbones: shapes, weights, and the exactness of folding three channels into one."""
+
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+
+from common.errors import BadInput
+from models.backbones import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MEAN,
+    STD,
+    build_backbone,
+    feature_dim,
+    fold_first_convolution,
+    one_channel,
+)
+
+
+def three_channel_resnet() -> torch.nn.Module:
+    """A ResNet-18 in evaluation mode whose batch norm has learnt something."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None).eval()
+    torch.nn.init.normal_(net.bn1.running_mean)
+    torch.nn.init.uniform_(net.bn1.running_var, 0.5, 2)
+    torch.nn.init.normal_(net.bn1.weight)
+    torch.nn.init.normal_(net.bn1.bias)
+    return net
+
+
+@pytest.mark.parametrize(("arch", "dim"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("resnet101", 2048)])
+def test_every_architecture_gives_flat_features(arch, dim):
+    backbone = build_backbone(arch).eval()
+    assert (backbone.arch, backbone.num_features) == (arch, dim)
+    with torch.no_grad():
+        assert backbone(torch.zeros(2, 1, 32, 32)).shape == (2, dim)
+
+
+def test_unknown_architecture_names_the_nearest():
+    with pytest.raises(BadInput, match=r"'resnet5O' \(did you mean 'resnet50'\?\)"):
+        build_backbone("resnet5O")
+
+
+@pytest.mark.parametrize(("mean", "std"), [(IMAGENET_MEAN, IMAGENET_STD), ((0.5,) * 3, (0.5,) * 3)])
+def test_folding_is_exact_away_from_the_border(mean, std):
+    net = three_channel_resnet().double()
+    x = torch.rand(2, 1, 40, 40, dtype=torch.float64)
+    m, s = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
+    with torch.no_grad():
+        expected = net.bn1(net.conv1((x.expand(-1, 3, -1, -1) - m) / s))
+        weight, running_mean = fold_first_convolution(net.conv1.weight, net.bn1.running_mean, mean, std)
+        net.bn1.running_mean.copy_(running_mean)
+        y = torch.nn.functional.conv2d((x - MEAN) / STD, weight, stride=2, padding=3)
+        result = net.bn1(y)
+    interior = (..., slice(2, -2), slice(2, -2))  # 7 x 7, stride 2, padding 3: two outputs touch each border
+    torch.testing.assert_close(result[interior], expected[interior], rtol=1e-12, atol=1e-12)
+
+
+def test_three_channel_weights_from_a_file_are_folded(tmp_path):
+    net = three_channel_resnet()
+    torch.save(net.state_dict(), tmp_path / "rgb.pth")
+    backbone = build_backbone("resnet18", tmp_path / "rgb.pth").eval()
+    weight, running_mean = fold_first_convolution(net.conv1.weight, net.bn1.running_mean)
+    assert torch.equal(backbone.conv1.weight, weight)
+    assert torch.equal(backbone.bn1.running_mean, running_mean)
+    assert torch.equal(backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
+    # The whole network, on tiles large enough that the border's share of the average is small.
+    x = torch.rand(1, 1, 256, 256)
+    m, s = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    net.fc = torch.nn.Identity()
+    with torch.no_grad():
+        folded, replicated = backbone((x - MEAN) / STD), net((x.expand(-1, 3, -1, -1) - m) / s)
+    assert torch.nn.functional.cosine_similarity(folded, replicated).item() > 0.999
+
+
+def test_one_channel_weights_without_batch_counters_load_as_they_are(tmp_path):
+    state = {k: v for k, v in build_backbone("resnet18").state_dict().items() if "num_batches" not in k}
+    torch.save(state, tmp_path / "grey.pth")
+    backbone = build_backbone("resnet18", str(tmp_path / "grey.pth"))
+    assert torch.equal(backbone.conv1.weight, state["conv1.weight"])
+
+
+def test_imagenet_weights_come_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    net = three_channel_resnet()
+    torch.save(net.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
+    assert torch.equal(build_backbone("resnet18", "imagenet").bn1.weight, net.bn1.weight)
+
+
+def test_imagenet_weights_without_a_network_name_the_mend(monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    with pytest.raises(BadInput, match=r"https://.*resnet18.*\.pth.* pass --weights FILE"):
+        build_backbone("resnet18", "imagenet")
+
+
+def test_weights_that_cannot_be_used_name_the_reason(tmp_path):
+    with pytest.raises(BadInput, match=r"does not exist.*did you mean 'imagenet'"):
+        build_backbone("resnet18", "imagnet")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(BadInput, match="damaged or holds more"):
+        build_backbone("resnet18", tmp_path / "text.pth")
+    torch.save(build_backbone("resnet34").state_dict(), tmp_path / "r34.pth")
+    with pytest.raises(BadInput, match=r"for resnet18 does not fit .* extra tensor 'layer1\.2\.conv1\.weight'"):
+        build_backbone("resnet18", tmp_path / "r34.pth")
+
+
+def test_three_channels_are_averaged_and_others_refused():
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(one_channel(x), x.mean(1, keepdim=True))
+    assert one_channel(x[:, :1]).data_ptr() == x.data_ptr()
+    for bad in (x[0], x[:, :2]):
+        with pytest.raises(BadInput, match=r"\(N, 1, H, W\) or \(N, 3, H, W\)"):
+            one_channel(bad)
+
+
+def test_feature_dim_is_inferred_given_or_refused():
+    backbone = build_backbone("resnet18")
+    assert feature_dim(backbone) == feature_dim(backbone, 512) == 512
+    assert feature_dim(torch.nn.Flatten(), 7) == 7
+    with pytest.raises(BadInput, match="gives 512 features; pass input_dim=512"):
+        feature_dim(backbone, 2048)
+    with pytest.raises(BadInput, match="pass input_dim"):
+        feature_dim(torch.nn.Flatten())

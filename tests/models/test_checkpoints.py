@@ -1,0 +1,187 @@
+"""Checkpoint files: round trips, refusals in one line, nothing executed, nothing half written."""
+
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import BadInput
+from models.backbones import build_backbone
+from models.byol import MammogramBYOL
+from models.checkpoints import load_byol, load_checkpoint, load_classifier, save_checkpoint
+from models.classifier import MammogramClassifier
+
+
+@pytest.fixture(scope="module")
+def byol() -> MammogramBYOL:
+    torch.manual_seed(0)
+    return MammogramBYOL(build_backbone("resnet18"), hidden_dim=24, proj_dim=12, num_classes=3).eval()
+
+
+def byol_dict(model: MammogramBYOL) -> dict:
+    return {
+        "kind": "byol",
+        "arch": model.backbone.arch,
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).state_dict(),
+        "config": {"lr": 0.002, "betas": (0.9, 0.999), "note": None},
+        "epoch": 3,
+        "step": 120,
+        "metrics": {"loss": -0.7},
+        "preprocessing": {"tile_size": 512, "mean": 0.449, "std": 0.226},
+    }
+
+
+def classifier_dict(model: MammogramClassifier) -> dict:
+    return {
+        "kind": "classifier",
+        "arch": "resnet18",
+        "model_state_dict": model.state_dict(),
+        "config": {"epochs": 5},
+        "class_names": ["mass", "calcification"],
+    }
+
+
+@pytest.fixture
+def byol_path(byol, tmp_path) -> Path:
+    save_checkpoint(tmp_path / "mammogram_byol_best.pth", byol_dict(byol))
+    return tmp_path / "mammogram_byol_best.pth"
+
+
+@pytest.fixture
+def classifier_path(byol, tmp_path) -> Path:
+    path = tmp_path / "best_classification_model.pth"
+    save_checkpoint(path, classifier_dict(MammogramClassifier.from_byol(byol, 2)))
+    return path
+
+
+def test_byol_round_trip(byol, byol_path):
+    model = load_byol(byol_path, torch.device("cpu"))
+    assert not model.training
+    for name, tensor in byol.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    checkpoint = load_checkpoint(byol_path, "byol")
+    assert (checkpoint["epoch"], checkpoint["step"]) == (3, 120)
+    assert checkpoint["config"]["betas"] == (0.9, 0.999)
+    assert checkpoint["preprocessing"]["tile_size"] == 512
+    assert load_checkpoint(byol_path, None)["kind"] == "byol"
+    assert list(byol_path.parent.iterdir()) == [byol_path]
+
+
+def test_classifier_round_trip(byol, classifier_path):
+    model, class_names, config = load_classifier(classifier_path, "cpu")
+    assert (class_names, config) == (["mass", "calcification"], {"epochs": 5})
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_features(x), byol.get_features(x))
+        assert model(x).shape == (2, 2)
+        assert torch.equal(model(x), model.classify(x))
+
+
+def test_the_other_kind_is_refused_with_the_mend(byol_path, classifier_path):
+    with pytest.raises(BadInput, match=r"holds a classifier model, not a byol model; give a mammogram_byol_.*pretrain"):
+        load_byol(classifier_path)
+    with pytest.raises(BadInput, match=r"holds a byol model, not a classifier model; give a .*finetune"):
+        load_classifier(byol_path)
+
+
+def test_another_architecture_is_refused_with_the_mend(byol_path):
+    assert load_byol(byol_path, arch="resnet18").backbone.arch == "resnet18"
+    with pytest.raises(BadInput, match=r"best\.pth holds resnet18, not resnet50; pass --arch resnet18$"):
+        load_byol(byol_path, arch="resnet50")
+
+
+def test_files_that_are_no_checkpoint_are_one_line(byol_path, tmp_path):
+    whole = byol_path.read_bytes()
+    contents = {
+        "cut": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"not a checkpoint\n" * 9,
+        "noise": np.random.default_rng(0).bytes(4096),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "plain")
+    for name in (*contents, "list", "plain", "missing", "."):
+        with pytest.raises(BadInput) as caught:
+            load_byol(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert "mammostream pretrain" in str(caught.value)
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
+    entry = {"kind": "byol", "arch": "resnet18", "model_state_dict": {}, "config": Malicious(tmp_path / "ran")}
+    torch.save(entry, tmp_path / "zip.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(entry, protocol=2))
+    for name in ("zip.pth", "pickle.pth"):
+        with pytest.raises(BadInput, match="never unpickled since it can run code"):
+            load_checkpoint(tmp_path / name, "byol")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_first_tensor_that_does_not_fit_is_named(byol, tmp_path):
+    path = tmp_path / "bad.pth"
+    good = byol_dict(byol)
+
+    def refused(changes: dict, message: str) -> None:
+        state = {k: v for k, v in {**good["model_state_dict"], **changes}.items() if v is not None}
+        save_checkpoint(path, {**good, "model_state_dict": state})
+        with pytest.raises(BadInput, match=message) as caught:
+            load_byol(path)
+        assert "\n" not in str(caught.value)
+
+    refused({"backbone.bn1.weight": None}, r"bad\.pth does not fit this model: it has no tensor 'backbone\.bn1\.weight'")
+    refused({"backbone.bn1.weight": torch.ones(7)}, r"'backbone\.bn1\.weight' has the shape \(7,\), not \(64,\)")
+    refused({"backbone.bn1.weight": "text"}, r"'backbone\.bn1\.weight' is a str, not a tensor")
+    refused({"backbone.surplus": torch.ones(1)}, r"extra tensor 'backbone\.surplus'")
+    refused({"projection_head.0.weight": None}, r"no matrix 'projection_head\.0\.weight'")
+
+
+def test_class_names_must_match_the_outputs(byol, tmp_path):
+    checkpoint = classifier_dict(MammogramClassifier.from_byol(byol, 4))
+    save_checkpoint(tmp_path / "c.pth", checkpoint)
+    with pytest.raises(BadInput, match="has 2 class names but 4 outputs"):
+        load_classifier(tmp_path / "c.pth")
+
+
+def test_only_what_can_be_read_back_is_written(byol, tmp_path):
+    good, path = byol_dict(byol), tmp_path / "c.pth"
+    with pytest.raises(TypeError, match=r"config\.lr is a float64"):
+        save_checkpoint(path, {**good, "config": {"lr": np.float64(0.1)}})
+    with pytest.raises(TypeError, match=r"metrics\.paths\[1\] is a PosixPath"):
+        save_checkpoint(path, {**good, "metrics": {"paths": ["a", Path("b")]}})
+    with pytest.raises(ValueError, match="has no 'arch'"):
+        save_checkpoint(path, {k: v for k, v in good.items() if k != "arch"})
+    with pytest.raises(ValueError, match="has no 'class_names'"):
+        save_checkpoint(path, {**good, "kind": "classifier"})
+    with pytest.raises(ValueError, match="does not say its kind"):
+        save_checkpoint(path, {**good, "kind": "other"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(byol, byol_path):
+    before = byol_path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # writing past 1 MiB fails as on a full disk
+    try:
+        with pytest.raises(BadInput, match=r"cannot write checkpoint .*make room"):
+            save_checkpoint(byol_path, byol_dict(byol))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert byol_path.read_bytes() == before
+    assert list(byol_path.parent.iterdir()) == [byol_path]
