@@ -1,0 +1,1 @@
+"""Pre-training, fine-tuning, inference, their schedules, metrics, tracking, pictures and report."""

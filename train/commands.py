@@ -1,0 +1,368 @@
+"""Commands from shards to answers: pretrain, finetune, infer, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from common.errors import BadInput
+from common.options import Command, ListOption, config_file_option, config_options, resolved, split_commas
+from train.config import FinetuneConfig, InferConfig, PretrainConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from train.infer import FilmInput, Predictor
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(cls=Command)
+@click.option("--shards", "shards_dir", type=FILE, required=True, help="Shard directory; its split 'train' is used.")
+@click.option("--output-dir", type=FILE, required=True, help="The run's folder: checkpoints, metrics.jsonl, pictures.")
+@click.option("--resume", help="auto = go on from the run's last checkpoint if there is one; or a checkpoint's path.")
+@config_options(PretrainConfig)
+@config_file_option
+@click.pass_context
+def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str | None, **options: Any) -> None:
+    """Pre-train a backbone by BYOL: two views of each tile, no labels.
+
+    Writes mammogram_byol_last.pth after each epoch, _best (lowest loss), _epoch_010 and so on, and _final; metrics.jsonl with
+    loss, z_std (near 0 = collapse) and data-wait share; views.png and curves.png.
+    """
+    from common.files import write_yaml
+    from shards.reading import open_shards
+
+    config = PretrainConfig(**options)
+    shards = open_shards(shards_dir)
+    shards.shards("train")
+    from train.pretrain import find_resume
+    from train.pretrain import pretrain as run
+
+    checkpoint = find_resume(resume, output_dir)
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
+    metrics = run(shards, output_dir, config, checkpoint)
+    if metrics:
+        click.echo(
+            f"loss {metrics['loss']:.4f}, z_std {metrics['z_std']:.4f}, {metrics['pairs_per_second']:.1f} pairs/s, "
+            f"data wait {metrics['data_wait_percent']:.1f} %"
+        )
+    click.echo(f"checkpoints -> {output_dir}")
+
+
+@click.command(cls=Command)
+@click.option("--byol-checkpoint", type=FILE, required=True, help="mammogram_byol_*.pth that 'pretrain' wrote.")
+@click.option("--train-csv", type=FILE, required=True, help="CSV of tile_path and one 0/1 column a class; empty = no label.")
+@click.option("--val-csv", type=FILE, required=True, help="The same for validation; no patient of the training may be in it.")
+@click.option("--tiles-dir", type=FILE, help="Folder that tile_path is relative to.")
+@click.option(
+    "--shards", "shards_dir", type=FILE, help="Shard directory, instead of --tiles-dir: the stem of tile_path is the key."
+)
+@click.option(
+    "--class-names",
+    cls=ListOption,
+    callback=split_commas,
+    required=True,
+    help="Columns to learn, spaces or commas between them.",
+)
+@click.option("--output-dir", type=FILE, required=True, help="The run's folder: checkpoints, metrics, curves.png.")
+@config_options(FinetuneConfig)
+@config_file_option
+@click.pass_context
+def finetune(
+    ctx: click.Context,
+    byol_checkpoint: Path,
+    train_csv: Path,
+    val_csv: Path,
+    tiles_dir: Path | None,
+    shards_dir: Path | None,
+    class_names: tuple[str, ...],
+    output_dir: Path,
+    **options: Any,
+) -> None:
+    """Fine-tune a pre-trained backbone for multi-label classification of tiles.
+
+    The backbone is frozen for the first epochs, then trained with its own, smaller learning rate. Writes
+    best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on, final_classification_model.pth,
+    and metrics.json with the LAST epoch's figures: the best epoch's are flattered by having been chosen.
+    """
+    if (tiles_dir is None) == (shards_dir is None):
+        raise BadInput("give either --tiles-dir or --shards")
+    config = FinetuneConfig(**options)
+    from common.files import write_yaml
+    from shards.reading import open_shards
+    from train.labels import join_folder, join_shards, read_labels, refuse_leakage
+
+    shards = open_shards(shards_dir) if shards_dir else None
+    sides = []
+    for path in (train_csv, val_csv):
+        frame = read_labels(path, class_names, config.max_samples)
+        sides.append(join_shards(frame, shards, str(path)) if shards else join_folder(frame, tiles_dir, str(path)))
+    refuse_leakage(*sides)
+    from models.checkpoints import load_checkpoint
+    from train.finetune import finetune as run
+
+    load_checkpoint(byol_checkpoint, "byol")
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
+    metrics = run(byol_checkpoint, *sides, class_names, shards.preprocessing if shards else None, output_dir, config)
+    for name, figures in metrics["per_class"].items():
+        click.echo(f"{name}: {auc_line(figures, metrics['films'])}")
+    click.echo(f"last of {config.epochs} epochs; checkpoints -> {output_dir}")
+
+
+def auc_line(figures: dict[str, Any], films: int) -> str:
+    """Return a class's AUC with its interval in words."""
+    if figures["auc"] is None:
+        return f"AUC undefined ({figures['positives']} positive, {figures['negatives']} negative tiles)"
+    interval = figures["auc_interval_over_films"]
+    spread = f" (95 % interval over {films} films {interval[0]:.3f}-{interval[1]:.3f})" if interval else ""
+    return f"AUC {figures['auc']:.3f}{spread}, {figures['positives']} of {figures['positives'] + figures['negatives']} tiles positive"
+
+
+@click.command(cls=Command)
+@click.option("--model-path", type=FILE, required=True, help="Classifier checkpoint that 'finetune' wrote.")
+@click.option("--shards", "shards_dir", type=FILE, help="Predict the tiles of a shard directory.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="With --shards: this split only.")
+@click.option("--image-path", type=FILE, help="Predict one film (DICOM, PNG, TIFF, PGM) or one tile image.")
+@click.option("--images-dir", type=FILE, help="Predict each film or tile image below a folder.")
+@click.option("--manifest", type=FILE, help="Predict each film of a manifest.")
+@click.option(
+    "--images-are",
+    type=click.Choice(["auto", "films", "tiles"]),
+    default="auto",
+    help="What --image-path and --images-dir name; auto = tiles where no edge is longer than the model's tile.",
+)
+@click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm of films whose own is unknown.")
+@click.option("--findings", type=FILE, help="findings.parquet, whose boxes are drawn on the heat maps.")
+@click.option("--output-dir", type=FILE, help="Folder for the tables of tiles, images, breasts, and heat maps of films.")
+@click.option("--output-json", type=FILE, help="JSON with the probabilities of each image.")
+@config_options(InferConfig)
+@config_file_option
+@click.pass_context
+def infer(
+    ctx: click.Context,
+    model_path: Path,
+    shards_dir: Path | None,
+    split: str | None,
+    image_path: Path | None,
+    images_dir: Path | None,
+    manifest: Path | None,
+    images_are: str,
+    assume_spacing: float | None,
+    findings: Path | None,
+    output_dir: Path | None,
+    output_json: Path | None,
+    **options: Any,
+) -> None:
+    """Predict the tiles of shards, or raw films through the model's own preprocessing.
+
+    An image's probability of a class is that of its highest tile (max) or the mean of its three highest (top3). A film that
+    cannot be read becomes a row with its reason, and the rest goes on.
+    """
+    sources = {"--shards": shards_dir, "--image-path": image_path, "--images-dir": images_dir, "--manifest": manifest}
+    if sum(value is not None for value in sources.values()) != 1:
+        raise BadInput(f"give one of {', '.join(sources)}")
+    if output_dir is None and output_json is None and image_path is None:
+        raise BadInput("give --output-dir or --output-json: the predictions need a place")
+    config = InferConfig(**options)
+    from shards.reading import open_shards
+
+    shards = open_shards(shards_dir) if shards_dir else None
+    from train.infer import aggregate, load_predictor, predict_shards, predict_tile_images
+
+    predictor = load_predictor(model_path, config)
+    bad: list[dict[str, str]] = []
+    if shards is not None:
+        tiles = predict_shards(predictor, shards, split)
+        sides = shards.images()[["image_id", "laterality", "view"]]
+    else:
+        tile_paths, films = _image_inputs(predictor, image_path, images_dir, manifest, images_are, assume_spacing, findings)
+        if tile_paths:
+            tiles = predict_tile_images(predictor, tile_paths)
+            sides = None
+        else:
+            tiles, bad = _predict_films(predictor, films, output_dir, single=image_path is not None)
+            sides = _film_sides(films)
+    by = [c for c in ("image_id", "patient_id", "split") if c in tiles.columns]
+    images = aggregate(tiles, by)
+    if sides is not None:
+        images = images.merge(sides, on="image_id", how="left")
+    images = _with_bad(images, bad)
+    if output_dir is not None:
+        _write_tables(output_dir, tiles, images, model_path, predictor, resolved(ctx))
+    if output_json is not None:
+        _write_json(output_json, images, predictor)
+    if shards is None:
+        _print_images(images, predictor, bad)
+    where = " and ".join(str(p) for p in (output_dir, output_json) if p)
+    click.echo(
+        f"{len(tiles)} tiles of {len(images) - len(bad)} images{f', {len(bad)} images failed' if bad else ''}"
+        + (f" -> {where}" if where else "")
+    )
+
+
+def _image_inputs(
+    predictor: Predictor,
+    image_path: Path | None,
+    images_dir: Path | None,
+    manifest: Path | None,
+    images_are: str,
+    assume_spacing: float | None,
+    findings: Path | None,
+) -> tuple[list[Path], list[FilmInput]]:
+    """Return the tile images or the films that were named; one of the lists is empty."""
+    from preprocess.reading import read_header
+    from shards.annotations.folder import find_images
+    from shards.manifest import read_findings, read_manifest
+    from train.infer import FilmInput
+
+    boxes: dict[str, tuple] = {}
+    if findings is not None:
+        for image_id, rows in read_findings(findings).groupby("image_id"):
+            boxes[image_id] = tuple(map(tuple, rows[["xmin", "ymin", "xmax", "ymax"]].to_numpy()))
+    if manifest is not None:
+        return [], [
+            FilmInput(
+                Path(row["path"]),
+                row["image_id"],
+                row["patient_id"],
+                row["laterality"],
+                None if row["pixel_spacing_mm"] != row["pixel_spacing_mm"] else row["pixel_spacing_mm"],
+                boxes.get(row["image_id"], ()),
+            )
+            for row in read_manifest(manifest).to_dict("records")
+        ]
+    images = find_images(images_dir) if images_dir else {image_path.stem: image_path}
+    headers = {}
+    for image_id, path in images.items():
+        try:
+            headers[image_id] = read_header(path)
+        except BadInput:
+            if image_path is not None:
+                raise
+    if images_are == "auto" and headers:
+        size = predictor.preprocessing["tile_size"]
+        images_are = "tiles" if all(max(h.height, h.width) <= size for h in headers.values()) else "films"
+        click.echo(f"taken for {images_are}; --images-are says otherwise", err=True)
+    if images_are == "tiles":
+        return list(images.values()), []
+    films = []
+    for image_id, path in images.items():
+        header = headers.get(image_id)
+        spacing = (header.spacing_mm if header else None) or assume_spacing
+        patient, side = (header.patient_id, header.laterality) if header else ("", "")
+        films.append(FilmInput(path, image_id, patient, side, spacing, boxes.get(image_id, ())))
+    return [], films
+
+
+def _predict_films(
+    predictor: Predictor, films: list[FilmInput], output_dir: Path | None, single: bool
+) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+    """Predict films one by one; return all tiles, and image_id and reason of each film that failed."""
+    import pandas as pd
+
+    from common.progress import progress
+    from train.infer import draw_film_heat_maps, predict_film
+
+    tables, bad = [], []
+    for film_input in progress(films, f"predicting ({predictor.runtime})", "film"):
+        try:
+            film, tiles = predict_film(predictor, film_input)
+        except BadInput as error:
+            if single:
+                raise
+            bad.append({"image_id": film_input.image_id, "reason": str(error)})
+            continue
+        tables.append(tiles)
+        if output_dir is not None:
+            draw_film_heat_maps(predictor, film_input, film, tiles, output_dir)
+    if not tables:
+        raise BadInput(f"none of the {len(films)} films could be predicted; the first: {bad[0]['reason']}")
+    return pd.concat(tables, ignore_index=True), bad
+
+
+def _film_sides(films: list[FilmInput]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([{"image_id": f.image_id, "laterality": f.laterality} for f in films])
+
+
+def _with_bad(images: pd.DataFrame, bad: list[dict[str, str]]) -> pd.DataFrame:
+    import pandas as pd
+
+    images["reason"] = ""
+    return pd.concat([images, pd.DataFrame(bad)], ignore_index=True) if bad else images
+
+
+def _write_tables(
+    output_dir: Path, tiles: pd.DataFrame, images: pd.DataFrame, model_path: Path, predictor: Predictor, config: dict[str, Any]
+) -> None:
+    """Write the tables of tiles, images and breasts, with the model's hash and its preprocessing as metadata."""
+    import json
+
+    import pyarrow as pa
+
+    from common.files import sha256_file, write_parquet, write_yaml
+    from train.infer import aggregate
+
+    tables = {"predictions": tiles, "image_predictions": images}
+    if "laterality" in images.columns:
+        sides = tiles.merge(images[["image_id", "laterality"]], on="image_id")
+        tables["breast_predictions"] = aggregate(sides, ["patient_id", "laterality"])
+    facts = {"model_sha256": sha256_file(model_path), "preprocessing": predictor.preprocessing}
+    for name, frame in tables.items():
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        write_parquet(output_dir / f"{name}.parquet", table.replace_schema_metadata({"mammostream": json.dumps(facts)}))
+    write_yaml(output_dir / "config.yaml", config)
+
+
+def _write_json(path: Path, images: pd.DataFrame, predictor: Predictor) -> None:
+    from common.files import write_json
+
+    records = []
+    for row in images.to_dict("records"):
+        if row["reason"]:
+            records.append({"image": row["image_id"], "error": row["reason"]})
+            continue
+        scores = {name: float(row[f"max:{name}"]) for name in predictor.class_names}
+        top = max(scores, key=scores.get)
+        positive = [name for name, score in scores.items() if score >= predictor.config.threshold]
+        records.append(
+            {
+                "image": row["image_id"],
+                "tiles": int(row["tiles"]),
+                "probabilities": scores,
+                "top_prediction": top,
+                "positive": positive,
+            }
+        )
+    write_json(path, {"threshold": predictor.config.threshold, "class_names": predictor.class_names, "images": records})
+
+
+def _print_images(images: pd.DataFrame, predictor: Predictor, bad: list[dict[str, str]]) -> None:
+    for number, row in enumerate(images[images["reason"] == ""].to_dict("records"), start=1):
+        scores = sorted(((row[f"max:{name}"], name) for name in predictor.class_names), reverse=True)
+        click.echo(f"📸 Image {number}: {row['image_id']}")
+        click.echo(f"🏆 Top prediction: {scores[0][1]} ({scores[0][0]:.3f})")
+        click.echo("📊 All probabilities:")
+        for score, name in scores:
+            click.echo(f"   {'✅' if score >= predictor.config.threshold else '❌'} {name:<18}: {score:.3f}")
+    for failed in bad:
+        click.echo(f"failed: {failed['image_id']}: {failed['reason']}", err=True)
+
+
+@click.command(cls=Command)
+@click.argument("run_dir", type=FILE)
+@click.option("--output", type=FILE, help="The page; default: report.html in RUN_DIR.")
+def report(run_dir: Path, output: Path | None) -> None:
+    """Gather a run's tables, curves and pictures into one self-contained HTML page.
+
+    RUN_DIR is searched for shard directories, trainings, predictions and pictures, as deep as two folders down.
+    """
+    from train.report import write_report
+
+    path = output or run_dir / "report.html"
+    pictures = write_report(run_dir, path)
+    click.echo(f"{pictures} pictures, {path.stat().st_size / 1e6:.1f} MB -> {path}")

@@ -1,0 +1,113 @@
+"""The options of training and inference. They live apart from the code they configure, so that --help need not import torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from common.errors import BadInput
+from common.options import option
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """What both trainings and inference share: where they run and how they read."""
+
+    batch_size: int = option(32, "Tiles a batch.")
+    num_workers: int = option(min(16, os.cpu_count() or 1), "CPU threads that decode and augment tiles.")
+    device: str = option("auto", "auto = the GPU where there is one, else the CPU.", choices=("auto", "cpu", "cuda"))
+    precision: str = option(
+        "auto",
+        "auto = bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)} is not positive")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RuntimeConfig):
+    """What both trainings share."""
+
+    seed: int = option(0, "Seed of the weights, the order of tiles and the augmentations.")
+    gradient_clip: float = option(1.0, "Largest gradient norm; larger ones are scaled down.")
+    wandb_project: str = option("mammostream", "Weights & Biases project.")
+    wandb_mode: str = option(
+        "auto",
+        "auto = online where a key is set up, else offline below the run's folder; metrics.jsonl is always written.",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """BYOL pre-training (Grill et al. 2020)."""
+
+    recipe: str = option(
+        "guide",
+        "Views and base learning rate: guide (2e-3, rotation, scale, flips, contrast, blur) or mammo (3e-4, also crops).",
+        choices=("guide", "mammo"),
+    )
+    arch: str = option("resnet50", "Backbone.", choices=ARCHITECTURES)
+    weights: str = option("none", "Backbone to start from: none, imagenet, or a file with a state dict.")
+    epochs: int = option(100, "Passes over the tiles.")
+    warmup_epochs: float = option(10.0, "Epochs of linear warm-up; at most a tenth of --epochs is used.")
+    lr: float | None = option(None, "Peak learning rate; default: the recipe's at batch 32, times sqrt(batch / 32).")
+    weight_decay: float = option(1e-4, "AdamW's weight decay.")
+    momentum: float = option(0.996, "Momentum of the target network at the start; a cosine takes it to 1.")
+    hidden_dim: int = option(4096, "Hidden width of the projection and prediction heads.")
+    proj_dim: int = option(256, "Output width of the heads.")
+    compile: str = option("auto", "torch.compile; auto = on a GPU only.", choices=("auto", "on", "off"))
+    save_every: int = option(10, "Keep a checkpoint of its own every so many epochs.")
+    limit_tiles: int | None = option(None, "Use only this many tiles, for a quick trial.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs < 1:
+            raise BadInput(f"--epochs {self.epochs} is not positive")
+        if self.batch_size < 2:
+            raise BadInput("--batch-size 1 is too small for BYOL's batch norm; use at least 2")
+        if not 0 <= self.momentum <= 1:
+            raise BadInput(f"--momentum {self.momentum} is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainingConfig):
+    """Multi-label classification on a pre-trained backbone: AdamW, cosine schedule, a frozen phase first."""
+
+    arch: str | None = option(
+        None, "Backbone; default: the checkpoint's. Another than the checkpoint's is refused.", choices=ARCHITECTURES
+    )
+    epochs: int = option(50, "Passes over the training tiles.")
+    lr_backbone: float = option(1e-5, "Peak learning rate of the pre-trained backbone.")
+    lr_head: float = option(1e-3, "Peak learning rate of the classification head.")
+    freeze_backbone_epochs: int = option(10, "First epochs that train the head alone (0 = never freeze).")
+    label_smoothing: float = option(0.1, "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2.")
+    weight_decay: float = option(1e-4, "AdamW's weight decay.")
+    max_samples: int | None = option(None, "Use at most this many tiles of each CSV, for a quick trial.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs < 1:
+            raise BadInput(f"--epochs {self.epochs} is not positive")
+        if not 0 <= self.label_smoothing < 1:
+            raise BadInput(f"--label-smoothing {self.label_smoothing} is not in [0, 1)")
+
+
+@dataclass(frozen=True)
+class InferConfig(RuntimeConfig):
+    """Prediction over shards, films or tile images."""
+
+    threshold: float = option(
+        0.5, "Probability from which a class counts as found, 0-1; tables hold the probabilities themselves."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.threshold <= 1:
+            raise BadInput(f"--threshold {self.threshold} is not a probability between 0 and 1")
