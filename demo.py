@@ -86,7 +86,7 @@ def _road(films: Path, out: Path, seed: int) -> Iterator[Step]:
     yield Step(
         "Plant simulated clusters into copies",
         f"simulate --manifest {out}/films/manifest.parquet --output-dir {simulated} --copies {COPIES} "
-        f"--clusters-per-image 6 --seed {seed}",
+        f"--clusters-per-image 6 --contrast 20 --seed {seed}",
     )
     yield Step(
         "Look at the masks and the kept tiles",
@@ -100,7 +100,7 @@ def _road(films: Path, out: Path, seed: int) -> Iterator[Step]:
     yield Step("Check every byte of the shards", f"shards verify {shards}")
     yield Step(
         "Pre-train without labels (BYOL)",
-        f"pretrain --shards {shards} --output-dir {out}/pretrain --arch resnet18 --epochs 3 --hidden-dim 512 --proj-dim 128 "
+        f"pretrain --shards {shards} --output-dir {out}/pretrain --arch resnet18 --epochs 2 --hidden-dim 512 --proj-dim 128 "
         f"--lr 1e-3 {small}",
     )
     for split in ("train", "val"):
@@ -112,7 +112,7 @@ def _road(films: Path, out: Path, seed: int) -> Iterator[Step]:
         "Fine-tune on the labels",
         f"finetune --byol-checkpoint {out}/pretrain/mammogram_byol_final.pth --train-csv {out}/train_labels.csv "
         f"--val-csv {out}/val_labels.csv --shards {shards} --class-names {CLASS} --output-dir {out}/finetune --epochs 8 "
-        f"--freeze-backbone-epochs 1 --lr-backbone 1e-3 --lr-head 1e-3 {small}",
+        f"--freeze-backbone-epochs 1 --lr-backbone 5e-4 --lr-head 1e-3 {small}",
     )
     predict = f"infer --model-path {out}/finetune/final_classification_model.pth --device cpu"
     yield Step("Predict the validation shards", f"{predict} --shards {shards} --split val --output-dir {out}/infer")

@@ -55,9 +55,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; print an error as one line and exit with its code."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "mammostream"
         print(f"error: {error.format_message()} (see '{command} --help')", file=sys.stderr)

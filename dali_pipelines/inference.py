@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from common.errors import BadInput
-from dali_pipelines.intensity import FULL_SCALE, MEAN, STD, scale_and_shift
+from common.normalisation import MEAN, STD
+from dali_pipelines.intensity import FULL_SCALE, scale_and_shift
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from common.errors import BadInput
+from common.normalisation import MEAN, STD
 
 FULL_SCALE = 65535  # every tile is decoded to uint16; an 8-bit tile is multiplied by 257, so that 255 becomes 65535
-MEAN = 0.449  # ImageNet's three channel means (0.485, 0.456, 0.406), averaged
-STD = 0.226  # ImageNet's three standard deviations (0.229, 0.224, 0.225), averaged
 
 
 def scale_and_shift(mean: float, std: float) -> tuple[float, float]:

@@ -116,8 +116,9 @@ _MAMMO = tuple(
 RECIPES: dict[str, tuple[View, View]] = {"guide": _GUIDE, "mammo": _MAMMO}
 """The two views of pre-training by recipe name."""
 
-TRAIN_VIEW = View(rotation_deg=10, scale=(0.9, 1.1), horizontal_flip=0.5, vertical_flip=0.5, brightness=0.1, contrast=0.1)
-"""Mild augmentation for training with labels: it keeps what a radiologist would see."""
+TRAIN_VIEW = View(rotation_deg=10, scale=(0.9, 1.1), horizontal_flip=0.5, vertical_flip=0.5, brightness=0.3, contrast=0.3)
+"""Augmentation for training with labels: little geometry, since it keeps what a radiologist would see; as much change of
+brightness and contrast as films of different scanners and exposures show."""
 
 
 def _uniform(low: float, high: float) -> Any:

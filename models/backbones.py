@@ -11,12 +11,10 @@ import torchvision
 from torch import Tensor, nn
 
 from common.errors import BadInput, first_line, nearest
+from common.normalisation import MEAN, STD
+from models.architectures import ARCHITECTURES
 from models.tensors import load_state, read_torch
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
-
-#: Normalisation of a one-channel tile in [0, 1]: the averages of ImageNet's channel means and standard deviations.
-MEAN, STD = 0.449, 0.226
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # The first recipe's weights, for every architecture. The second recipe scores higher on ImageNet itself, but losses
