@@ -32,7 +32,6 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
     Writes mammogram_byol_last.pth after each epoch, _best (lowest loss), _epoch_010 and so on, and _final; metrics.jsonl with
     loss, z_std (near 0 = collapse) and data-wait share; views.png and curves.png.
     """
-    from common.files import write_yaml
     from shards.reading import open_shards
 
     config = PretrainConfig(**options)
@@ -42,8 +41,7 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
     from train.pretrain import pretrain as run
 
     checkpoint = find_resume(resume, output_dir)
-    write_yaml(output_dir / "config.yaml", resolved(ctx))
-    metrics = run(shards, output_dir, config, checkpoint)
+    metrics = run(shards, output_dir, config, checkpoint, resolved(ctx))
     if metrics:
         click.echo(
             f"loss {metrics['loss']:.4f}, z_std {metrics['z_std']:.4f}, {metrics['pairs_per_second']:.1f} pairs/s, "
@@ -57,9 +55,7 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
 @click.option("--train-csv", type=FILE, required=True, help="CSV of tile_path and one 0/1 column a class; empty = no label.")
 @click.option("--val-csv", type=FILE, required=True, help="The same for validation; no patient of the training may be in it.")
 @click.option("--tiles-dir", type=FILE, help="Folder that tile_path is relative to.")
-@click.option(
-    "--shards", "shards_dir", type=FILE, help="Shard directory, instead of --tiles-dir: the stem of tile_path is the key."
-)
+@click.option("--shards", "shards_dir", type=FILE, help="Shard directory, instead of --tiles-dir; tile_path names keys.")
 @click.option(
     "--class-names",
     cls=ListOption,
@@ -85,13 +81,13 @@ def finetune(
     """Fine-tune a pre-trained backbone for multi-label classification of tiles.
 
     The backbone is frozen for the first epochs, then trained with its own, smaller learning rate. Writes
-    best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on, final_classification_model.pth,
-    and metrics.json with the LAST epoch's figures: the best epoch's are flattered by having been chosen.
+    best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on,
+    final_classification_model.pth, and metrics.json with the LAST epoch's figures: the best epoch's are flattered by having
+    been chosen.
     """
     if (tiles_dir is None) == (shards_dir is None):
         raise BadInput("give either --tiles-dir or --shards")
     config = FinetuneConfig(**options)
-    from common.files import write_yaml
     from shards.reading import open_shards
     from train.labels import join_folder, join_shards, read_labels, refuse_leakage
 
@@ -102,11 +98,17 @@ def finetune(
         sides.append(join_shards(frame, shards, str(path)) if shards else join_folder(frame, tiles_dir, str(path)))
     refuse_leakage(*sides)
     from models.checkpoints import load_checkpoint
+    from shards.reading import PIXEL_CONTRACT
     from train.finetune import finetune as run
 
-    load_checkpoint(byol_checkpoint, "byol")
-    write_yaml(output_dir / "config.yaml", resolved(ctx))
-    metrics = run(byol_checkpoint, *sides, class_names, shards.preprocessing if shards else None, output_dir, config)
+    learnt = load_checkpoint(byol_checkpoint, "byol")["preprocessing"]
+    for name in PIXEL_CONTRACT if shards else ():
+        if shards.preprocessing[name] != learnt[name]:
+            click.echo(
+                f"warning: pre-trained on tiles with {name} {learnt[name]}, these have {shards.preprocessing[name]}", err=True
+            )
+    record = shards.preprocessing if shards else None
+    metrics = run(byol_checkpoint, *sides, class_names, record, output_dir, config, resolved(ctx))
     for name, figures in metrics["per_class"].items():
         click.echo(f"{name}: {auc_line(figures, metrics['films'])}")
     click.echo(f"last of {config.epochs} epochs; checkpoints -> {output_dir}")
@@ -118,7 +120,8 @@ def auc_line(figures: dict[str, Any], films: int) -> str:
         return f"AUC undefined ({figures['positives']} positive, {figures['negatives']} negative tiles)"
     interval = figures["auc_interval_over_films"]
     spread = f" (95 % interval over {films} films {interval[0]:.3f}-{interval[1]:.3f})" if interval else ""
-    return f"AUC {figures['auc']:.3f}{spread}, {figures['positives']} of {figures['positives'] + figures['negatives']} tiles positive"
+    tiles = figures["positives"] + figures["negatives"]
+    return f"AUC {figures['auc']:.3f}{spread}, {figures['positives']} of {tiles} tiles positive"
 
 
 @click.command(cls=Command)
@@ -136,7 +139,7 @@ def auc_line(figures: dict[str, Any], films: int) -> str:
 )
 @click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm of films whose own is unknown.")
 @click.option("--findings", type=FILE, help="findings.parquet, whose boxes are drawn on the heat maps.")
-@click.option("--output-dir", type=FILE, help="Folder for the tables of tiles, images, breasts, and heat maps of films.")
+@click.option("--output-dir", type=FILE, help="Folder for the tables, and for heat maps of films.")
 @click.option("--output-json", type=FILE, help="JSON with the probabilities of each image.")
 @config_options(InferConfig)
 @config_file_option

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from common.errors import BadInput
 from common.options import option
-
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+from models.architectures import ARCHITECTURES
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor
 from common.files import write_json
 from common.progress import progress
 from dali_pipelines import TRAIN_VIEW, LabelledLoader, View
-from models.backbones import MEAN, STD
 from models.checkpoints import load_checkpoint, restore_byol, save_checkpoint
 from models.classifier import MammogramClassifier
 from train.config import FinetuneConfig
@@ -37,6 +36,7 @@ def finetune(
     preprocessing: dict[str, Any] | None,
     output_dir: Path,
     config: FinetuneConfig,
+    command: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune and write checkpoints, ``metrics.jsonl``, ``metrics.json`` and curves.
 
@@ -54,6 +54,8 @@ def finetune(
         The run's directory.
     config
         The options.
+    command
+        The command's own options, recorded beside `config` in ``config.yaml``.
 
     Returns
     -------
@@ -71,10 +73,11 @@ def finetune(
     byol = restore_byol(byol_checkpoint, checkpoint_path, config.arch)
     model = MammogramClassifier.from_byol(byol, len(class_names))
     model = model.to(runtime.device, memory_format=torch.channels_last)
-    record = (preprocessing or byol_checkpoint["preprocessing"]) | {"mean": MEAN, "std": STD}
+    learnt = byol_checkpoint["preprocessing"]
+    record = (preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
 
-    train_loader = _loader(train_tiles, record["tile_size"], config, runtime, TRAIN_VIEW, shuffle=True)
-    val_loader = _loader(val_tiles, record["tile_size"], config, runtime, None, shuffle=False)
+    train_loader = _loader(train_tiles, record, config, runtime, TRAIN_VIEW, shuffle=True)
+    val_loader = _loader(val_tiles, record, config, runtime, None, shuffle=False)
     groups = [
         {"params": list(model.backbone.parameters()), "peak": config.lr_backbone},
         {"params": list(model.classification_head.parameters()), "peak": config.lr_head},
@@ -86,7 +89,7 @@ def finetune(
     best = -np.inf
     step = 0
     with (
-        Tracker(output_dir, config.wandb_project, config.wandb_mode, asdict(config)) as tracker,
+        Tracker(output_dir, config.wandb_project, config.wandb_mode, asdict(config) | dict(command or {})) as tracker,
         progress(None, f"fine-tuning ({runtime})", "tile", total=config.epochs * train_loader.tiles) as bar,
     ):
         for epoch in range(1, config.epochs + 1):
@@ -214,14 +217,14 @@ def _evaluate(
 
 
 def _loader(
-    tiles: LabelledTiles, tile_size: int, config: FinetuneConfig, runtime: Runtime, view: View | None, shuffle: bool
+    tiles: LabelledTiles, record: dict[str, Any], config: FinetuneConfig, runtime: Runtime, view: View | None, shuffle: bool
 ) -> LabelledLoader:
     return LabelledLoader(
         tiles.source,
         batch_size=config.batch_size,
-        tile_size=tile_size,
-        mean=MEAN,
-        std=STD,
+        tile_size=record["tile_size"],
+        mean=record["mean"],
+        std=record["std"],
         view=view,
         shuffle=shuffle,
         seed=config.seed,

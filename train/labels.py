@@ -106,8 +106,8 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
     source = [shard for split in joined["split"].unique() for shard in shards.shards(split)]
     return LabelledTiles(
         source,
-        joined["tile"].to_numpy(np.int64),
-        joined[list(frame.columns[1:])].to_numpy(np.float32),
+        joined["tile"].to_numpy(np.int64, copy=True),
+        joined[list(frame.columns[1:])].to_numpy(np.float32, copy=True),
         *(joined[name].to_numpy(str) for name in ("key", "image_id", "patient_id")),
     )
 
@@ -127,7 +127,7 @@ def join_folder(frame: pd.DataFrame, tiles_dir: Path, what: str) -> LabelledTile
         if not path.is_file():
             raise BadInput(f"{what}: tile {path} does not exist; correct tile_path or --tiles-dir")
     names = frame["tile_path"].to_numpy(str)
-    labels = frame.iloc[:, 1:].to_numpy(np.float32)
+    labels = frame.iloc[:, 1:].to_numpy(np.float32, copy=True)
     return LabelledTiles(paths, np.arange(len(paths)), labels, names, names, np.full(len(paths), ""))
 
 

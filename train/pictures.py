@@ -58,12 +58,11 @@ def draw_views(rows: Mapping[str, np.ndarray], path: Path) -> None:
     count = len(next(iter(rows.values())))
     figure = _figure(1.6 * count + 0.6, 1.6 * len(rows))
     grid = figure.subplots(len(rows), count, squeeze=False)
+    # One grey scale for a tile and its views, so that brightness can be compared.
+    scales = np.percentile(np.stack(list(rows.values())), [0.2, 99.8], axis=(0, 2, 3))
     for line, (name, tiles) in zip(grid, rows.items(), strict=True):
-        for column, (axes, tile) in enumerate(zip(line, tiles, strict=True)):
-            # One grey scale for a tile and its views, so that brightness can be compared.
-            first = next(iter(rows.values()))[column]
-            low, high = np.percentile(first, [0.5, 99.8])
-            axes.imshow(tile, cmap="gray", vmin=low - 0.1 * (high - low), vmax=high + 0.2 * (high - low))
+        for axes, tile, low, high in zip(line, tiles, *scales, strict=True):
+            axes.imshow(tile, cmap="gray", vmin=low, vmax=high)
             axes.set_xticks([])
             axes.set_yticks([])
         line[0].set_ylabel(name, fontsize=9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from common.errors import BadInput
+from common.normalisation import MEAN, STD
 from common.progress import progress
 from dali_pipelines import RECIPES, LabelledLoader, PretrainLoader
-from models.backbones import MEAN, STD, build_backbone
+from models.backbones import build_backbone
 from models.byol import MammogramBYOL
 from models.checkpoints import load_checkpoint, save_checkpoint
 from shards.reading import ShardSet
@@ -45,7 +46,13 @@ class TrainingState:
     step: int = 0
 
 
-def pretrain(shards: ShardSet, output_dir: Path, config: PretrainConfig, resume: Path | None = None) -> dict[str, Any]:
+def pretrain(
+    shards: ShardSet,
+    output_dir: Path,
+    config: PretrainConfig,
+    resume: Path | None = None,
+    command: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Pre-train a backbone by BYOL and write checkpoints, ``metrics.jsonl`` and pictures.
 
     Parameters
@@ -58,6 +65,8 @@ def pretrain(shards: ShardSet, output_dir: Path, config: PretrainConfig, resume:
         The options.
     resume
         A checkpoint of this run to go on from, or None.
+    command
+        The command's own options, recorded beside `config` in ``config.yaml``.
 
     Returns
     -------
@@ -77,9 +86,9 @@ def pretrain(shards: ShardSet, output_dir: Path, config: PretrainConfig, resume:
     if resume is not None:
         best = _restore(resume, state, loader, config)
     metrics: dict[str, Any] = {}
-    with Tracker(
-        output_dir, config.wandb_project, config.wandb_mode, asdict(config), resume_step=state.step if resume else None
-    ) as tracker:
+    options = asdict(config) | dict(command or {})
+    step = state.step if resume else None
+    with Tracker(output_dir, config.wandb_project, config.wandb_mode, options, resume_step=step) as tracker:
         if not resume:
             _draw_some_views(shards, config, runtime, output_dir / "views.png")
         with progress(None, f"pre-training ({runtime})", "pair", total=config.epochs * len(loader) * config.batch_size) as bar:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from common.errors import BadInput, first_line
-from common.files import write_text
+from common.files import write_text, write_yaml
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -27,7 +27,7 @@ class Tracker:
     Parameters
     ----------
     run_dir
-        The run's directory, made if missing; wandb's files go there too.
+        The run's directory, made if missing; ``config.yaml`` and wandb's files go there too.
     project
         wandb's project; None is ``mammostream``.
     mode
@@ -35,12 +35,12 @@ class Tracker:
         offline elsewhere; ``online`` falls back to offline where wandb cannot be reached; ``disabled`` does not even
         import wandb.
     config
-        The run's resolved options, for wandb.
+        The run's resolved options as plain types, for ``config.yaml`` and wandb.
     run_name
         wandb's name of the run; None is the directory's name.
     resume_step
         The step that a resumed run restarts from: lines of later steps are dropped, since they will come again. wandb
-        continues the same run. None starts a run, or appends to one.
+        continues the same run. None starts a run: the lines of an earlier one in that directory go.
 
     Raises
     ------
@@ -70,10 +70,11 @@ class Tracker:
             raise BadInput(f"unknown wandb mode '{mode}'; known: {', '.join(MODES)}")
         run_dir = Path(run_dir)
         self.path = run_dir / "metrics.jsonl"
-        _drop_lines(self.path, resume_step)
+        if resume_step is not None:
+            _drop_lines(self.path, resume_step)
+        write_yaml(run_dir / "config.yaml", dict(config))
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("w" if resume_step is None else "a", encoding="utf-8")
         except OSError as error:
             raise BadInput(f"cannot write {self.path}: {error.strerror}; choose another output directory") from error
         self._run = None
@@ -166,7 +167,7 @@ def _has_key(wandb: Any) -> bool:
         return bool(wandb.api.api_key)
 
 
-def _drop_lines(path: Path, resume_step: int | None) -> None:
+def _drop_lines(path: Path, resume_step: int) -> None:
     """Rewrite the file without a torn last line (its writer was killed) and without steps after `resume_step`."""
     if not path.is_file():
         return
@@ -176,11 +177,11 @@ def _drop_lines(path: Path, resume_step: int | None) -> None:
         write_text(path, "".join(kept))
 
 
-def _is_wanted(line: str, resume_step: int | None) -> bool:
+def _is_wanted(line: str, resume_step: int) -> bool:
     if not line.endswith("\n"):
         return False
     try:
-        return resume_step is None or json.loads(line)["step"] <= resume_step
+        return json.loads(line)["step"] <= resume_step
     except (ValueError, TypeError, KeyError):
         return False
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import train.tracking
 from common.errors import BadInput
@@ -53,11 +54,18 @@ def test_a_resumed_run_drops_the_steps_that_come_again(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines(tracker)] == [(0, 0), (10, 10), (20, 21)]
 
 
-def test_a_run_that_is_not_resumed_appends_after_a_torn_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n{"step": 6, "x')
+def test_a_run_that_is_not_resumed_starts_the_file_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
     with Tracker(tmp_path, None, "disabled", {}) as tracker:
         tracker.log(7, {})
-    assert lines(tracker) == [{"step": 5}, {"step": 7}]
+    assert lines(tracker) == [{"step": 7}]
+
+
+def test_the_options_are_written_as_yaml(tmp_path):
+    options = {"lr": 0.1, "class_names": ["a", "b"], "resume": None}
+    with Tracker(tmp_path, None, "disabled", options):
+        pass
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == options
 
 
 def test_disabled_does_not_import_wandb(tmp_path):
@@ -67,7 +75,7 @@ def test_disabled_does_not_import_wandb(tmp_path):
         "assert not {'wandb', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
 def test_auto_without_a_key_is_a_real_offline_run_inside_the_run_directory(tmp_path):
