@@ -20,25 +20,14 @@ One tile for a model, normalised as the evaluation pipeline does it:
 ((1, 64, 64), 2.0)
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import Any
-
-_EXPORTS = {
-    "LabelledLoader": "dali_pipelines.loaders",
-    "PretrainLoader": "dali_pipelines.loaders",
-    "RECIPES": "dali_pipelines.views",
-    "TRAIN_VIEW": "dali_pipelines.views",
-    "View": "dali_pipelines.views",
-    "create_inference_transform": "dali_pipelines.inference",
-}
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that ``mammostream --help`` stays fast."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'dali_pipelines' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+# Names are imported when first asked for, so that `mammostream --help` stays fast.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "inference": ["create_inference_transform"],
+        "loaders": ["LabelledLoader", "PretrainLoader"],
+        "views": ["RECIPES", "TRAIN_VIEW", "View"],
+    },
+)

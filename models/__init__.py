@@ -15,24 +15,15 @@ torch.Size([4, 2])
 >>> model, class_names, config = load_classifier("best_classification_model.pth", "cuda")      # doctest: +SKIP
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import Any
-
-_EXPORTS = {
-    "MammogramBYOL": "models.byol",
-    "MammogramClassifier": "models.classifier",
-    "build_backbone": "models.backbones",
-    "load_byol": "models.checkpoints",
-    "load_classifier": "models.checkpoints",
-}
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that importing the package does not import torch."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'models' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+# Names are imported when first asked for, so that `mammostream --help` stays fast.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "backbones": ["build_backbone"],
+        "byol": ["MammogramBYOL"],
+        "checkpoints": ["load_byol", "load_classifier"],
+        "classifier": ["MammogramClassifier"],
+    },
+)

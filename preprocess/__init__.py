@@ -11,26 +11,16 @@ Examples
 ('L', 74)
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import Any
-
-_EXPORTS = {
-    "TilingConfig": "preprocess.tiling",
-    "plant_clusters": "preprocess.simulation",
-    "read_header": "preprocess.reading",
-    "read_mammogram": "preprocess.reading",
-    "segment_breast": "preprocess.segmentation",
-    "select_tiles": "preprocess.selection",
-    "tile_film": "preprocess.tiling",
-}
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that ``mammostream --help`` stays fast."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'preprocess' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+# Names are imported when first asked for, so that `mammostream --help` stays fast.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "reading": ["read_header", "read_mammogram"],
+        "segmentation": ["segment_breast"],
+        "selection": ["select_tiles"],
+        "simulation": ["plant_clusters"],
+        "tiling": ["TilingConfig", "tile_film"],
+    },
+)

@@ -7,24 +7,16 @@ Examples
 >>> shards.tiles("val")[["key", "breast_ratio"]]      # doctest: +SKIP
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from typing import Any
-
-_EXPORTS = {
-    "build_shard": "shards.build",
-    "decode_sample": "shards.codecs",
-    "make_plan": "shards.plan",
-    "open_shards": "shards.reading",
-    "read_manifest": "shards.manifest",
-}
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that ``mammostream --help`` stays fast."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'shards' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+# Names are imported when first asked for, so that `mammostream --help` stays fast.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "build": ["build_shard"],
+        "codecs": ["decode_sample"],
+        "manifest": ["read_manifest"],
+        "plan": ["make_plan"],
+        "reading": ["open_shards"],
+    },
+)

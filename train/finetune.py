@@ -21,7 +21,7 @@ from train.config import FinetuneConfig
 from train.labels import LabelledTiles
 from train.metrics import bootstrap_auc, classification_metrics
 from train.pictures import draw_curves
-from train.runtime import Runtime, resolve_runtime, seed_everything
+from train.runtime import Runtime, resolve_runtime
 from train.schedules import learning_rates
 from train.tracking import Tracker
 
@@ -67,7 +67,7 @@ def finetune(
     BadInput
         The checkpoint is none, holds another architecture, or was made for other tiles.
     """
-    seed_everything(config.seed)
+    torch.manual_seed(config.seed)
     runtime = resolve_runtime(config)
     byol_checkpoint = load_checkpoint(checkpoint_path, "byol")
     byol = restore_byol(byol_checkpoint, checkpoint_path, config.arch)

@@ -22,7 +22,7 @@ from shards.reading import ShardSet
 from train.config import PretrainConfig
 from train.metrics import effective_rank, z_std
 from train.pictures import draw_curves, draw_views
-from train.runtime import Runtime, resolve_runtime, seed_everything
+from train.runtime import Runtime, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
 from train.tracking import Tracker
 
@@ -78,7 +78,7 @@ def pretrain(
     BadInput
         Too few tiles for a batch, or a checkpoint of another architecture or of other options.
     """
-    seed_everything(config.seed)
+    torch.manual_seed(config.seed)
     runtime = resolve_runtime(config)
     loader = _loader(shards, config, runtime)
     state = _initial_state(config, runtime, len(loader))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from common.errors import BadInput
@@ -52,10 +50,3 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return Runtime(device, precision)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries read the global state
-    torch.manual_seed(seed)

@@ -97,6 +97,8 @@ def folder_rows(root: Path, csv_paths: tuple[Path, ...], patient_regex: str | No
         if "pixel_spacing_mm" in given:
             row["spacing_source"] = "csv"
         row |= given
+        side = str(row["laterality"]).strip().upper()[:1]
+        row["laterality"] = side if side in ("L", "R") else ""
         row["patient_id"] = _patient(row["patient_id"], path.relative_to(root), pattern)
         rows.append(row)
     return pd.DataFrame(rows), unreadable
