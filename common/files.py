@@ -37,6 +37,20 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents where they are not there yet.
+
+    Raises
+    ------
+    BadInput
+        It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make the folder {path}: {error.strerror}; choose another output directory") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with whole_file(path) as temporary:
@@ -107,7 +121,9 @@ def read_csv(path: Path, what: str, columns: Iterable[str] = ()) -> pd.DataFrame
     if not path.is_file():
         raise BadInput(f"{what} {path} does not exist; check the path")
     try:
-        frame = pd.read_csv(path, encoding="utf-8-sig", dtype=dict.fromkeys(("patient_id", "study_id", "image_id"), str))
+        text = dict.fromkeys(("patient_id", "study_id", "image_id"), str)
+        # Without index_col=False a comma too many at the end of a line would move every column by one.
+        frame = pd.read_csv(path, encoding="utf-8-sig", dtype=text, index_col=False)
     except (ValueError, OSError) as error:
         raise BadInput(f"{what} {path} cannot be read as CSV: {first_line(error)}; save it as comma-separated UTF-8") from error
     if frame.empty:

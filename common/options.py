@@ -128,11 +128,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
     if value is None:
         return
-    known = {p.name for p in ctx.command.params} - {param.name}
-    mapping = {str(k).replace("-", "_"): v for k, v in read_mapping(value).items()}
-    for key in mapping:
-        if key not in known:
-            raise BadInput(f"config {value} has the unknown key '{key}'{nearest(key, known)}; see --help for the options")
+    options = [p for p in ctx.command.params if p is not param]
+    names = {flag.lstrip("-").replace("-", "_"): p for p in options for flag in p.opts} | {p.name: p for p in options}
+    mapping = {}
+    for key, entry in read_mapping(value).items():
+        key = str(key).replace("-", "_")
+        if key not in names:
+            raise BadInput(f"config {value} has the unknown key '{key}'{nearest(key, names)}; see --help for the options")
+        alone = isinstance(names[key], ListOption) and not isinstance(entry, list)
+        mapping[names[key].name] = [entry] if alone else entry
     ctx.default_map = mapping
 
 
@@ -147,11 +151,12 @@ config_file_option = click.option(
 
 
 def resolved(ctx: click.Context) -> dict[str, Any]:
-    """Return the command's options with the values in force, as plain types for ``config.yaml``."""
+    """Return the options by name with the values in force, as plain types for a ``config.yaml`` that --config reads."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
             return str(value)
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return {name: plain(value) for name, value in ctx.params.items()}
+    names = {p.name: p.opts[0].lstrip("-").replace("-", "_") for p in ctx.command.params}
+    return {names[name]: plain(value) for name, value in ctx.params.items()}

@@ -134,7 +134,7 @@ def _unreadable(path: Path, error: Exception) -> BadInput:
 def _dicom_header(dataset: pydicom.Dataset) -> Header:
     spacing, source = None, ""
     for name in ("PixelSpacing", "ImagerPixelSpacing"):
-        if value := dataset.get(name):
+        if (value := dataset.get(name)) and float(value[0]) > 0:
             spacing, source = float(value[0]), f"dicom:{name}"
             break
     orientation = dataset.get("PatientOrientation")
@@ -168,7 +168,8 @@ def _read_dicom(path: Path) -> Mammogram:
         raise BadInput(f"image {path} has shape {stored.shape}, not one grey plane; convert it to MONOCHROME2")
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
     display = None
-    if "VOILUTSequence" in dataset or "WindowWidth" in dataset:
+    # Some files carry these elements without a value.
+    if dataset.get("VOILUTSequence") or None not in (dataset.get("WindowWidth"), dataset.get("WindowCenter")):
         values = apply_voi_lut(apply_rescale(stored, dataset), dataset).astype(np.float32)
         low, high = _voi_output_range(dataset)
         display = np.clip((values - low) / (high - low), 0, 1)
@@ -183,7 +184,7 @@ def _read_dicom(path: Path) -> Mammogram:
 
 def _voi_output_range(dataset: pydicom.Dataset) -> tuple[float, float]:
     """Return the range of pydicom's apply_voi_lut output: the LUT's depth, or the window's range in rescaled units."""
-    if "VOILUTSequence" in dataset:
+    if dataset.get("VOILUTSequence"):
         return 0.0, float(2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1)
     bits = int(dataset.BitsStored)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.PixelRepresentation else (0, 2**bits - 1)
@@ -196,7 +197,11 @@ def _read_plain(path: Path) -> Mammogram:
     if suffix in (".tif", ".tiff"):
         import tifffile
 
-        pixels = tifffile.imread(path)
+        with tifffile.TiffFile(path) as tiff:
+            pixels = tiff.asarray()
+            # 0 is white, as in MONOCHROME1.
+            if tiff.pages[0].photometric == tifffile.PHOTOMETRIC.MINISWHITE and pixels.dtype.kind in "bu":
+                pixels = ~pixels
     elif suffix == ".png":
         import imagecodecs
 
@@ -208,7 +213,7 @@ def _read_plain(path: Path) -> Mammogram:
             pixels = np.asarray(image)
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
-    if pixels.ndim == 3:
+    if pixels.ndim == 3 and pixels.shape[-1] in (2, 3, 4):  # channels, not a stack of pages
         colour = pixels[..., :3]
         if colour.shape[-1] == 3 and not (np.ptp(colour, axis=-1) == 0).all():
             raise BadInput(f"image {path} is in colour; convert it to grey")

@@ -84,6 +84,7 @@ def read_index(path: Path) -> list[Sample]:
     try:
         header, *lines = path.read_text(encoding="ascii").splitlines()
         version, count = header.split()
+        intact = version == INDEX_VERSION and int(count) == len(lines)
         index = []
         for line in lines:
             words = line.split(" ")
@@ -93,7 +94,7 @@ def read_index(path: Path) -> list[Sample]:
         raise BadInput(f"index {path} does not exist; {mend}") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"index {path} is damaged ({first_line(error)}); {mend}") from error
-    if version != INDEX_VERSION or int(count) != len(index):
+    if not intact:
         raise BadInput(f"index {path} is damaged (header '{header}', {len(index)} samples); {mend}")
     return index
 
@@ -111,7 +112,7 @@ def check_index(tar_path: Path, index: Sequence[Sample]) -> None:
     size = tar_path.stat().st_size
     for sample in index:
         for member in sample:
-            if member.offset < _BLOCK or member.offset + member.size > size:
+            if member.offset < _BLOCK or member.size < 0 or member.offset + member.size > size:
                 raise BadInput(
                     f"shard {tar_path} ({size} bytes) does not hold {member.name} at {member.offset}+{member.size} as its "
                     "index says: it was cut short or changed; see 'mammostream shards verify' and build it again"

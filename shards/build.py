@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from common.errors import BadInput
-from common.files import sha256_file, write_json, write_parquet
+from common.files import make_folder, sha256_file, write_json, write_parquet
 from common.progress import progress
 from preprocess.reading import Mammogram, read_mammogram
 from preprocess.tiling import Film, tile_film
@@ -61,7 +61,7 @@ def build_shard(plan: BuildPlan, ordinal: int) -> ShardSummary:
     finished = finished_shard(plan, ordinal)
     if finished:
         return finished
-    plan.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(plan.output_dir)
     tiles: list[_Tile] = []
     images: list[dict[str, Any]] = []
     # Encoded tiles wait on disk, not in memory: they are written in shuffled order, which is known only at the end.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from common.errors import BadInput, TooManyBad
+from common.files import write_yaml
 from common.options import Command, Group, ListOption, config_file_option, config_options, resolved
 from preprocess.simulation import ClusterConfig
 from preprocess.tiling import TilingConfig
@@ -49,7 +50,9 @@ def output_option(help: str) -> Any:
 )
 @click.option("--seed", default=0, help="Seed of the split.")
 @config_file_option
+@click.pass_context
 def prepare(
+    ctx: click.Context,
     dataset: str,
     csv_paths: tuple[Path, ...],
     images_root: Path,
@@ -75,6 +78,7 @@ def prepare(
         frame["split"] = frame["patient_id"].map(split_by_patient(frame["patient_id"], val_fraction, seed))
     path = output_dir / "manifest.parquet"
     write_manifest(frame, path)
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
 
     for line in unreadable:
         click.echo(f"unreadable: {line}", err=True)
@@ -101,7 +105,8 @@ def _print_summary(frame: pd.DataFrame) -> None:
 @config_options(ClusterConfig)
 @click.option("--seed", default=0, help="Seed of where the clusters lie and what they look like.")
 @config_file_option
-def simulate(manifest: Path, output_dir: Path, copies: int, seed: int, **options: Any) -> None:
+@click.pass_context
+def simulate(ctx: click.Context, manifest: Path, output_dir: Path, copies: int, seed: int, **options: Any) -> None:
     """Plant SIMULATED micro-calcification clusters with known boxes into copies of films.
 
     A truth to test a pipeline with, where no annotated films are at hand: bright specks within a small circle, brighter than
@@ -114,6 +119,7 @@ def simulate(manifest: Path, output_dir: Path, copies: int, seed: int, **options
     frame, findings = simulate_copies(read_manifest(manifest), output_dir, config, copies, seed)
     write_findings(findings, output_dir / "findings.parquet")
     write_manifest(frame, output_dir / "manifest.parquet")
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
     click.echo(f"{len(findings)} simulated clusters in {len(frame)} copies -> {output_dir / 'manifest.parquet'}")
 
 
@@ -125,7 +131,9 @@ def simulate(manifest: Path, output_dir: Path, copies: int, seed: int, **options
 @click.option("--findings", type=FILE, help="findings.parquet, whose boxes are drawn.")
 @config_options(TilingConfig)
 @config_file_option
+@click.pass_context
 def preview(
+    ctx: click.Context,
     manifest: Path | None,
     image_path: Path | None,
     output_dir: Path,
@@ -171,6 +179,7 @@ def preview(
         draw_film(film, config.tile_size, output_dir / f"{escape_id(row['image_id'])}.png", row["image_id"], chosen)
     if bad == len(rows):
         raise BadInput(f"none of the {bad} films could be drawn; the lines above say why")
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
     click.echo(f"{len(rows) - bad} pictures, {bad} films without -> {output_dir}")
 
 
@@ -199,7 +208,6 @@ def build(
     Finished shards are skipped, so the same command goes on after an interruption; other options refuse to mix with them.
     A film that cannot be read becomes a row of images.parquet with its reason, and the rest goes on.
     """
-    from common.files import write_yaml
     from shards.build import build_all, finish
     from shards.manifest import read_manifest
     from shards.plan import make_plan

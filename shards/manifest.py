@@ -99,6 +99,11 @@ def check_manifest(frame: pd.DataFrame, what: str) -> None:
     if len(unknown):
         row = unknown.iloc[0]
         raise BadInput(f"{what}: image '{row.image_id}' has the split '{row.split}'; use one of: {', '.join(SPLITS)}")
+    nameless = frame[frame["patient_id"].isna()]
+    if len(nameless):
+        raise BadInput(
+            f"{what}: image '{nameless.iloc[0].image_id}' has no patient_id; without one, splits may share a patient"
+        )
     splits = frame.groupby("patient_id")["split"].unique()
     torn = splits[splits.map(len) > 1]
     if len(torn):

@@ -71,10 +71,10 @@ class ShardSet:
             if s["tiles"] and split in (None, s["split"])
         ]
         if not found:
-            have = ", ".join(self.splits) or "none"
-            raise BadInput(
-                f"{self.directory} has no tiles of split '{split}'{nearest(str(split), self.splits)}; it has: {have}"
-            )
+            if not self.splits:
+                raise BadInput(f"{self.directory} has no tiles at all; images.parquet there says why, film by film")
+            have = ", ".join(self.splits)
+            raise BadInput(f"{self.directory} has no tiles of split '{split}'{nearest(split, self.splits)}; it has: {have}")
         return found
 
     @cached_property

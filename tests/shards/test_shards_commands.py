@@ -1,0 +1,356 @@
+"""The commands: the road from films to labelled shards, bad inputs in one line, spellings, help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import mammostream
+from shards.manifest import read_findings, read_manifest
+from shards.reading import open_shards
+
+MAMMOSTREAM = Path(sys.executable).with_name("mammostream")
+TILING = ["--tile-size", "64", "--stride", "48", "--device", "cpu"]
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Return a function that runs a command as the console script does, in this process: exit code, stdout, stderr."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["mammostream", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            mammostream.main()
+        out, err = capfd.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(call, tmp_path):
+    """Return a function that runs a command with bad input and gives its one line; nothing may be written."""
+
+    def run(*args, code=2):
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+        got, _, err = call(*args)
+        errors = [line for line in err.splitlines() if line.startswith("error:")]
+        assert got == code, err
+        assert "Traceback" not in err
+        assert len(errors) == 1, err
+        assert err.splitlines()[-1] == errors[0]
+        after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+        assert after == before
+        return errors[0]
+
+    return run
+
+
+def prepare(call, images, output, *more):
+    code, out, err = call(
+        "prepare", "--images-root", images, "--output-dir", output, "--patient-regex", r"P\d", "--val-fraction", "0.5", *more
+    )
+    assert code == 0, err
+    return out
+
+
+def test_road_from_films_to_labels(call, cropped_films, tmp_path):
+    out = prepare(call, cropped_films, tmp_path / "films", "--assume-spacing", "0.4")
+    assert "8 images of 2 patients" in out
+    frame = read_manifest(tmp_path / "films/manifest.parquet")
+    assert sorted(frame["split"].unique()) == ["train", "val"]
+    assert (frame.groupby("patient_id")["split"].nunique() == 1).all()
+    assert set(frame["spacing_source"]) == {"assumed"}
+
+    code, out, _ = call(
+        *["simulate", "--manifest", tmp_path / "films/manifest.parquet", "--output-dir", tmp_path / "simulated"],
+        *["--clusters-per-image", "3", "--min-speck-mm", "0.8", "--max-speck-mm", "1.2", "--copies", "1"],
+    )
+    assert code == 0
+    copies, findings = (
+        read_manifest(tmp_path / "simulated/manifest.parquet"),
+        read_findings(tmp_path / "simulated/findings.parquet"),
+    )
+    assert len(copies) == 8
+    assert set(findings["image_id"]) <= set(copies["image_id"])
+    assert set(findings["label"]) == {"simulated_calcification"}
+    assert f"{len(findings)} simulated clusters in 8 copies" in out
+    assert dict(zip(copies["patient_id"], copies["split"], strict=True)) == dict(
+        zip(frame["patient_id"], frame["split"], strict=True)
+    )
+
+    shards = tmp_path / "shards"
+    code, out, _ = call(
+        "shards", "build", "--manifest", tmp_path / "simulated/manifest.parquet", "--output-dir", shards, *TILING
+    )
+    assert code == 0
+    opened = open_shards(shards)
+    assert f"8 films (0 gave no tiles), {len(opened.tiles())} tiles -> {shards}" in out
+    config = (shards / "config.yaml").read_text()
+    assert "tile_size: 64" in config
+    assert "max_bad: 5%" in config
+
+    code, out, _ = call("shards", "verify", shards)
+    assert (code, out.splitlines()[-1]) == (0, f"2 shards, {len(opened.tiles())} tiles: all well")
+    code, out, _ = call("shards", "info", shards)
+    assert code == 0
+    assert "codec: tif" in out
+
+    labels = tmp_path / "labels.csv"
+    code, out, _ = call(
+        *["shards", "labels", shards, "--split", "train", "--output", labels],
+        *["--findings", tmp_path / "simulated/findings.parquet"],
+    )
+    assert code == 0
+    table = pd.read_csv(labels)
+    assert table["tile_path"].tolist() == opened.tiles("train")["key"].tolist()
+    values = table["simulated_calcification"].value_counts(dropna=False)
+    assert values[1.0] > 0
+    assert values[0.0] > values[1.0]
+
+    code, _, err = call(
+        *["preview", "--image-path", copies.loc[0, "path"], "--assume-spacing", "0.4", "--output-dir", tmp_path / "pictures"],
+        *["--findings", tmp_path / "simulated/findings.parquet", "--tile-size", "64", "--stride", "48"],
+    )
+    assert code == 0, err
+    pictures = list((tmp_path / "pictures").glob("*.png"))
+    assert [p.stem for p in pictures] == [copies.loc[0, "image_id"]]
+    with Image.open(pictures[0]) as picture:
+        assert len(set(picture.convert("RGB").resize((60, 60)).get_flattened_data())) > 100
+
+
+def test_build_again_does_nothing_and_says_the_same(call, manifest, tmp_path):
+    command = ["shards", "build", "--manifest", manifest, "--output-dir", tmp_path / "s", "--split", "train", *TILING]
+    first = call(*command)
+    tar = tmp_path / "s" / "train-000000.tar"
+    written = tar.stat().st_mtime_ns
+    second = call(*command)
+    assert first[0] == second[0] == 0
+    assert first[1] == second[1]
+    assert tar.stat().st_mtime_ns == written
+    code, _, err = call(*command, "--stride", "40")
+    assert code == 2
+    assert "--stride 48, not 40" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("limit", "code"), [("1", 0), ("5%", 3)])
+def test_bad_films_and_the_limit(call, manifest, tmp_path, limit, code):
+    from shards.manifest import write_manifest
+
+    frame = read_manifest(manifest)
+    (tmp_path / "cut.tif").write_bytes(b"II*\0 and then nothing")
+    frame.loc[6, "path"] = str(tmp_path / "cut.tif")
+    write_manifest(frame, tmp_path / "manifest.parquet")
+    got, out, err = call(
+        *["shards", "build", "--manifest", tmp_path / "manifest.parquet", "--output-dir", tmp_path / "s", "--max-bad", limit],
+        *["--tile-size", "128", "--stride", "128", "--device", "cpu", "--min-nonzero", "0.3", "--min-intensity", "5"],
+    )
+    assert got == code, err
+    images = open_shards(tmp_path / "s").images().set_index("image_id")
+    assert "cut.tif cannot be read" in images.loc[frame.loc[6, "image_id"], "reason"]
+    assert "8 films (1 gave no tiles)" in out
+    assert any(line.startswith(f"no tiles: {frame.loc[6, 'image_id']}: ") for line in err.splitlines())
+    if code:
+        assert err.splitlines()[-1].startswith("error: 1 of 8 films gave no tiles")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of three tiny images of two patients."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for name in ("P1_a", "P1_b", "P2_a"):
+        Image.fromarray(np.full((20, 10), 900, np.uint16)).save(root / f"{name}.png")
+    return root
+
+
+def test_bad_prepare(refused, folder, tmp_path):
+    out = ["--output-dir", tmp_path / "out"]
+    regex = ["--patient-regex", r"P\d"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_id.csv").write_text("id,mass\nP1_a,1\n")
+    (tmp_path / "torn.csv").write_text("image_id,split\nP1_a,train\nP1_b,val\nP2_a,train\n")
+    (tmp_path / "file").write_text("kept")
+    cases = [
+        (["--images-root", tmp_path / "nowhere", *out], "nowhere does not exist"),
+        (["--images-root", tmp_path / "empty", *out], "holds no images"),
+        (["--images-root", folder, *out], "names no patient; give --patient-regex"),
+        (["--images-root", folder, *out, *regex, "--csv-path", tmp_path / "missing.csv"], "missing.csv does not exist"),
+        (["--images-root", folder, *out, *regex, "--csv-path", tmp_path / "no_id.csv"], "no column 'image_id'"),
+        (
+            ["--images-root", folder, *out, *regex, "--csv-path", tmp_path / "torn.csv"],
+            "patient 'P1' is in the splits train and val",
+        ),
+        (["--images-root", folder, "--output-dir", tmp_path / "file", *regex], "cannot write"),
+        (["--images-root", folder, *out, "--val-fraction", "2"], "--val-fraction"),
+        (["--images-root", folder], "Missing option '--output-dir'"),
+        (["--images-rot", folder], "--images-rot"),
+    ]
+    for args, message in cases:
+        assert message in refused("prepare", *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_preview(refused, folder, tmp_path):
+    out = ["--output-dir", tmp_path / "out"]
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for args, message in [
+        (["--image-path", tmp_path / "broken.png"], "broken.png cannot be read"),
+        (["--image-path", tmp_path / "nowhere.png"], "nowhere.png does not exist"),
+        (["--image-path", folder], "does not exist"),
+        ([], "either --manifest or --image-path"),
+        (["--manifest", tmp_path / "m", "--image-path", tmp_path / "broken.png"], "either --manifest or --image-path"),
+        (["--manifest", tmp_path / "nowhere.parquet"], "nowhere.parquet does not exist"),
+        (["--manifest", tmp_path / "broken.png"], "is not a Parquet file"),
+        (["--image-path", folder / "P1_a.png", "--tile-size", "0"], "--tile-size 0"),
+    ]:
+        assert message in refused("preview", *args, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_shards(refused, manifest, tmp_path):
+    (tmp_path / "none").mkdir()
+    (tmp_path / "file").write_text("kept")
+    torn = read_manifest(manifest)
+    torn.loc[0, "split"] = "val"
+    torn.to_parquet(tmp_path / "torn.parquet")
+    out = ["--output-dir", tmp_path / "out"]
+    build = ["shards", "build", "--manifest", manifest]
+    for args, message in [
+        (["shards", "build", "--manifest", tmp_path / "nowhere", *out], "nowhere does not exist"),
+        (["shards", "build", "--manifest", tmp_path / "torn.parquet", *out], "patient 'P0' is in the splits"),
+        ([*build, *out, "--max-bad", "few"], "--max-bad 'few'"),
+        ([*build, *out, "--split", "test"], "no rows of split 'test'"),
+        ([*build, *out, "--codec", "jpg"], "--codec"),
+        ([*build, *out, "--config", tmp_path / "nowhere.yaml"], "nowhere.yaml does not exist"),
+        ([*build, "--output-dir", tmp_path / "file"], "cannot make the folder"),
+        (["shards", "verify", tmp_path / "none"], "is no finished shard directory"),
+        (["shards", "verify", tmp_path / "nowhere"], "does not exist"),
+        (["shards", "info", tmp_path / "none"], "is no finished shard directory"),
+        (
+            ["shards", "labels", tmp_path / "none", "--findings", tmp_path / "f", "--output", tmp_path / "l.csv"],
+            "no finished shard",
+        ),
+        (["simulate", "--manifest", tmp_path / "nowhere", *out], "nowhere does not exist"),
+        (["shards", "biuld"], "biuld"),
+        (["shrads"], "shrads"),
+    ]:
+        assert message in refused(*args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_labels_and_faults(refused, copied, tmp_path):
+    labels = ["shards", "labels", copied.directory, "--output", tmp_path / "l.csv"]
+    assert "findings" in refused(*labels, "--findings", tmp_path / "nowhere")
+    assert "no column 'label'" in refused(*labels, "--findings", copied.directory / "tiles.parquet")
+    assert "no tiles of split 'test'" in refused(*labels, "--findings", tmp_path / "nowhere", "--split", "test")
+    tar = copied.shards()[0].tar
+    tar.write_bytes(tar.read_bytes()[:-3000])
+    assert "1 faults" in refused("shards", "verify", copied.directory)
+
+
+def test_simulation_without_spacing_is_refused(call, refused, folder, tmp_path):
+    prepare(call, folder, tmp_path / "films")
+    message = refused("simulate", "--manifest", tmp_path / "films/manifest.parquet", "--output-dir", tmp_path / "out")
+    assert "has no pixel spacing" in message
+    assert "--assume-spacing" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_console_script_itself(tmp_path):
+    done = subprocess.run(
+        [MAMMOSTREAM, "shards", "verify", tmp_path / "nowhere"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_hyphen_and_underscore_are_alike(call, folder, tmp_path):
+    for sign in "-_":
+        code, _, err = call(
+            *["prepare", f"--images{sign}root", folder, f"--output{sign}dir", tmp_path / sign, f"--patient{sign}regex", r"P\d"],
+            *[f"--val{sign}fraction=0.5", f"--assume{sign}spacing", "0.1"],
+        )
+        assert code == 0, err
+    assert (tmp_path / "-/manifest.parquet").read_bytes() == (tmp_path / "_/manifest.parquet").read_bytes()
+
+
+def test_config_file_of_a_command(call, folder, tmp_path):
+    settings = {"images-root": str(folder), "output_dir": str(tmp_path / "a"), "patient_regex": r"P\d", "assume_spacing": 0.1}
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    code, _, err = call("prepare", "--config", tmp_path / "c.json", "--assume-spacing", "0.2", "--output-dir", tmp_path / "b")
+    assert code == 0, err
+    assert not (tmp_path / "a").exists()
+    assert set(read_manifest(tmp_path / "b/manifest.parquet")["pixel_spacing_mm"]) == {0.2}
+
+
+def test_help_is_fast_and_imports_no_room():
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        done = subprocess.run([MAMMOSTREAM, "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5
+    assert all(name in done.stdout for name in mammostream.COMMANDS)
+    code = """
+import sys
+from mammostream import cli
+cli.main(["--help"], standalone_mode=False)
+print([m for m in ("torch", "numpy", "pandas", "scipy", "nvidia.dali", "matplotlib") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def commands(command, path=()):
+    """Yield every command below a group with its words."""
+    yield path, command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None, name
+            yield from commands(found, (*path, name))
+
+
+def test_every_help_names_every_option(call):
+    seen = []
+    for path, command in commands(mammostream.cli):
+        code, out, err = call(*path, "--help")
+        assert (code, err) == (0, ""), path
+        assert command.help, path
+        seen.append(" ".join(path))
+        text = " ".join(out.split())
+        # As click prints it for this command: its own context knows the spelling and whether defaults are shown.
+        context = click.Context(
+            command, info_name="x", parent=click.Context(mammostream.cli, **mammostream.cli.context_settings)
+        )
+        for param in command.params:
+            if not isinstance(param, click.Option):
+                continue
+            assert len(param.help or "") > 5, (path, param.name)
+            record = " ".join(param.get_help_record(context)[1].split())
+            squeezed = "".join(record.split())  # a hyphen may end a line
+            assert squeezed in "".join(text.split()), (path, param.name)
+            assert param.opts[0] in out
+            if param.required:
+                assert "required]" in record, (path, param.name)
+            elif (
+                param.get_default(context) not in (None, (), [], False)
+                and type(param.get_default(context)).__name__ != "Sentinel"
+            ):
+                assert "default" in record, (path, param.name)
+    assert set(mammostream.COMMANDS) < set(seen)
+    assert {"shards build", "shards verify", "shards info", "shards labels"} < set(seen)
