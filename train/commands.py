@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,16 +98,8 @@ def finetune(
         frame = read_labels(path, class_names, config.max_samples)
         sides.append(join_shards(frame, shards, str(path)) if shards else join_folder(frame, tiles_dir, str(path)))
     refuse_leakage(*sides)
-    from models.checkpoints import load_checkpoint
-    from shards.reading import PIXEL_CONTRACT
     from train.finetune import finetune as run
 
-    learnt = load_checkpoint(byol_checkpoint, "byol")["preprocessing"]
-    for name in PIXEL_CONTRACT if shards else ():
-        if shards.preprocessing[name] != learnt[name]:
-            click.echo(
-                f"warning: pre-trained on tiles with {name} {learnt[name]}, these have {shards.preprocessing[name]}", err=True
-            )
     record = shards.preprocessing if shards else None
     metrics = run(byol_checkpoint, *sides, class_names, record, output_dir, config, resolved(ctx))
     for name, figures in metrics["per_class"].items():
@@ -176,17 +169,17 @@ def infer(
     from train.infer import aggregate, load_predictor, predict_shards, predict_tile_images
 
     predictor = load_predictor(model_path, config)
-    bad: list[dict[str, str]] = []
+    bad: list[dict[str, str]] = []  # image_id and reason of each image that failed
     if shards is not None:
         tiles = predict_shards(predictor, shards, split)
         sides = shards.images()[["image_id", "laterality", "view"]]
     else:
-        tile_paths, films = _image_inputs(predictor, image_path, images_dir, manifest, images_are, assume_spacing, findings)
-        if tile_paths:
-            tiles = predict_tile_images(predictor, tile_paths)
+        films = _films(image_path, images_dir, manifest, assume_spacing, findings, bad)
+        if _are_tiles(images_are, films, predictor):
+            tiles = predict_tile_images(predictor, [film.path for film in films])
             sides = None
         else:
-            tiles, bad = _predict_films(predictor, films, output_dir, single=image_path is not None)
+            tiles = _predict_films(predictor, films, output_dir, bad, single=image_path is not None)
             sides = _film_sides(films)
     by = [c for c in ("image_id", "patient_id", "split") if c in tiles.columns]
     images = aggregate(tiles, by)
@@ -206,16 +199,15 @@ def infer(
     )
 
 
-def _image_inputs(
-    predictor: Predictor,
+def _films(
     image_path: Path | None,
     images_dir: Path | None,
     manifest: Path | None,
-    images_are: str,
     assume_spacing: float | None,
     findings: Path | None,
-) -> tuple[list[Path], list[FilmInput]]:
-    """Return the tile images or the films that were named; one of the lists is empty."""
+    bad: list[dict[str, str]],
+) -> list[FilmInput]:
+    """Return the images that were named, films or tiles; those that cannot be read go to `bad`."""
     from preprocess.reading import read_header
     from shards.annotations.folder import find_images
     from shards.manifest import read_findings, read_manifest
@@ -226,50 +218,56 @@ def _image_inputs(
         for image_id, rows in read_findings(findings).groupby("image_id"):
             boxes[image_id] = tuple(map(tuple, rows[["xmin", "ymin", "xmax", "ymax"]].to_numpy()))
     if manifest is not None:
-        return [], [
-            FilmInput(
-                Path(row["path"]),
-                row["image_id"],
-                row["patient_id"],
-                row["laterality"],
-                None if row["pixel_spacing_mm"] != row["pixel_spacing_mm"] else row["pixel_spacing_mm"],
-                boxes.get(row["image_id"], ()),
-            )
-            for row in read_manifest(manifest).to_dict("records")
-        ]
-    images = find_images(images_dir) if images_dir else {image_path.stem: image_path}
-    headers = {}
-    for image_id, path in images.items():
+        rows = read_manifest(manifest).to_dict("records")
+    else:
+        # Named by their files alone: no identity is read from a DICOM header into the tables.
+        named = find_images(images_dir) if images_dir else {image_path.stem: image_path}
+        rows = [{"image_id": image_id, "path": path, "patient_id": ""} for image_id, path in named.items()]
+    films = []
+    for row in rows:
         try:
-            headers[image_id] = read_header(path)
-        except BadInput:
+            header = read_header(Path(row["path"]))
+        except BadInput as error:
             if image_path is not None:
                 raise
-    if images_are == "auto" and headers:
-        size = predictor.preprocessing["tile_size"]
-        images_are = "tiles" if all(max(h.height, h.width) <= size for h in headers.values()) else "films"
-        click.echo(f"taken for {images_are}; --images-are says otherwise", err=True)
-    if images_are == "tiles":
-        return list(images.values()), []
-    films = []
-    for image_id, path in images.items():
-        header = headers.get(image_id)
-        spacing = (header.spacing_mm if header else None) or assume_spacing
-        patient, side = (header.patient_id, header.laterality) if header else ("", "")
-        films.append(FilmInput(path, image_id, patient, side, spacing, boxes.get(image_id, ())))
-    return [], films
+            bad.append({"image_id": row["image_id"], "reason": str(error)})
+            continue
+        given = row.get("pixel_spacing_mm", math.nan)
+        films.append(
+            FilmInput(
+                path=Path(row["path"]),
+                image_id=row["image_id"],
+                shape=(header.height, header.width),
+                patient_id=row["patient_id"],
+                laterality=row.get("laterality", header.laterality),
+                spacing_mm=(header.spacing_mm or assume_spacing) if math.isnan(given) else given,
+                boxes=boxes.get(row["image_id"], ()),
+            )
+        )
+    if not films:
+        raise BadInput(f"none of the {len(bad)} images can be read; the first: {bad[0]['reason']}")
+    return films
+
+
+def _are_tiles(images_are: str, films: list[FilmInput], predictor: Predictor) -> bool:
+    """Tell tile images from films: by ``--images-are``, else by whether an edge is longer than the model's tile."""
+    if images_are != "auto":
+        return images_are == "tiles"
+    tiles = all(max(film.shape) <= predictor.preprocessing["tile_size"] for film in films)
+    click.echo(f"taken for {'tiles' if tiles else 'films'}; --images-are says otherwise", err=True)
+    return tiles
 
 
 def _predict_films(
-    predictor: Predictor, films: list[FilmInput], output_dir: Path | None, single: bool
-) -> tuple[pd.DataFrame, list[dict[str, str]]]:
-    """Predict films one by one; return all tiles, and image_id and reason of each film that failed."""
+    predictor: Predictor, films: list[FilmInput], output_dir: Path | None, bad: list[dict[str, str]], single: bool
+) -> pd.DataFrame:
+    """Predict films one by one and return all their tiles; a film that fails goes to `bad`, a single one is an error."""
     import pandas as pd
 
     from common.progress import progress
     from train.infer import draw_film_heat_maps, predict_film
 
-    tables, bad = [], []
+    tables = []
     for film_input in progress(films, f"predicting ({predictor.runtime})", "film"):
         try:
             film, tiles = predict_film(predictor, film_input)
@@ -283,7 +281,7 @@ def _predict_films(
             draw_film_heat_maps(predictor, film_input, film, tiles, output_dir)
     if not tables:
         raise BadInput(f"none of the {len(films)} films could be predicted; the first: {bad[0]['reason']}")
-    return pd.concat(tables, ignore_index=True), bad
+    return pd.concat(tables, ignore_index=True)
 
 
 def _film_sides(films: list[FilmInput]) -> pd.DataFrame:
@@ -313,7 +311,9 @@ def _write_tables(
     tables = {"predictions": tiles, "image_predictions": images}
     if "laterality" in images.columns:
         sides = tiles.merge(images[["image_id", "laterality"]], on="image_id")
-        tables["breast_predictions"] = aggregate(sides, ["patient_id", "laterality"])
+        known = (sides["patient_id"] != "") & (sides["laterality"] != "")
+        if known.any():
+            tables["breast_predictions"] = aggregate(sides[known], ["patient_id", "laterality"])
     facts = {"model_sha256": sha256_file(model_path), "preprocessing": predictor.preprocessing}
     for name, frame in tables.items():
         table = pa.Table.from_pandas(frame, preserve_index=False)

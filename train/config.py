@@ -24,9 +24,7 @@ class RuntimeConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_workers"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)} is not positive")
+        _require_positive(self, "batch_size", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,11 @@ class TrainingConfig(RuntimeConfig):
         "auto = online where a key is set up, else offline below the run's folder; metrics.jsonl is always written.",
         choices=("auto", "online", "offline", "disabled"),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "epochs", "gradient_clip")
+        _require_not_negative(self, "seed", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs < 1:
-            raise BadInput(f"--epochs {self.epochs} is not positive")
+        _require_positive(self, "lr", "hidden_dim", "proj_dim", "save_every", "limit_tiles")
+        _require_not_negative(self, "warmup_epochs")
         if self.batch_size < 2:
             raise BadInput("--batch-size 1 is too small for BYOL's batch norm; use at least 2")
         if not 0 <= self.momentum <= 1:
@@ -92,8 +95,8 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs < 1:
-            raise BadInput(f"--epochs {self.epochs} is not positive")
+        _require_positive(self, "max_samples")
+        _require_not_negative(self, "lr_backbone", "lr_head", "freeze_backbone_epochs")
         if not 0 <= self.label_smoothing < 1:
             raise BadInput(f"--label-smoothing {self.label_smoothing} is not in [0, 1)")
 
@@ -110,3 +113,19 @@ class InferConfig(RuntimeConfig):
         super().__post_init__()
         if not 0 <= self.threshold <= 1:
             raise BadInput(f"--threshold {self.threshold} is not a probability between 0 and 1")
+
+
+def _require_positive(config: RuntimeConfig, *names: str) -> None:
+    """Raise BadInput for the first of the options that is given and not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')} {value} is not positive")
+
+
+def _require_not_negative(config: RuntimeConfig, *names: str) -> None:
+    """Raise BadInput for the first of the options that is below 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise BadInput(f"--{name.replace('_', '-')} {value} is negative")

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import BadInput
 from common.files import write_json
 from common.progress import progress
 from dali_pipelines import TRAIN_VIEW, LabelledLoader, View
 from models.checkpoints import load_checkpoint, restore_byol, save_checkpoint
 from models.classifier import MammogramClassifier
+from shards.reading import PIXEL_CONTRACT
 from train.config import FinetuneConfig
 from train.labels import LabelledTiles
 from train.metrics import bootstrap_auc, classification_metrics
@@ -65,8 +67,10 @@ def finetune(
     Raises
     ------
     BadInput
-        The checkpoint is none, holds another architecture, or was made for other tiles.
+        The checkpoint is none, holds another architecture, or was made for other tiles; `output_dir` holds a training.
     """
+    if (output_dir / "metrics.jsonl").exists():
+        raise BadInput(f"{output_dir} holds a training already; choose another --output-dir")
     torch.manual_seed(config.seed)
     runtime = resolve_runtime(config)
     byol_checkpoint = load_checkpoint(checkpoint_path, "byol")
@@ -74,6 +78,12 @@ def finetune(
     model = MammogramClassifier.from_byol(byol, len(class_names))
     model = model.to(runtime.device, memory_format=torch.channels_last)
     learnt = byol_checkpoint["preprocessing"]
+    for name in PIXEL_CONTRACT:
+        if preprocessing is not None and preprocessing[name] != learnt[name]:
+            raise BadInput(
+                f"checkpoint {checkpoint_path} learnt from tiles with {name} {learnt[name]}, the labelled shards have "
+                f"{preprocessing[name]}; build both with the same options"
+            )
     record = (preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
 
     train_loader = _loader(train_tiles, record, config, runtime, TRAIN_VIEW, shuffle=True)

@@ -67,10 +67,11 @@ class Predictor:
 
 @dataclass(frozen=True)
 class FilmInput:
-    """A film to predict: its file, its id, its pixel spacing in mm where it is known from elsewhere, and its boxes."""
+    """An image to predict: its file, id, (height, width) in pixels, spacing in mm where it is known, and boxes to draw."""
 
     path: Path
     image_id: str
+    shape: tuple[int, int]
     patient_id: str = ""
     laterality: str = ""
     spacing_mm: float | None = None
@@ -104,7 +105,7 @@ def predict_shards(predictor: Predictor, shards: ShardSet, split: str | None) ->
         if shards.preprocessing[name] != record[name]:
             raise BadInput(
                 f"the model learnt from tiles with {name} {record[name]}, {shards.directory} has {shards.preprocessing[name]}; "
-                f"build shards with --{name.removesuffix('_mm').replace('_', '-')} {record[name]}"
+                "build shards with the options and the version that the model's were built with"
             )
     tiles = shards.tiles(split).sort_values("tile", ignore_index=True)
     numbers = tiles["tile"].to_numpy()

@@ -65,16 +65,25 @@ def read_labels(path: Path, class_names: Sequence[str], max_samples: int | None 
     Raises
     ------
     BadInput
-        No such file or column, a cell that is not 0, 1 or empty, a tile named twice, or no labelled row.
+        No such file or column, a cell that is not 0, 1 or empty, a tile or a class named twice, a row without a tile, or no
+        labelled row.
     """
     frame = read_csv(path, "labels CSV", ["tile_path"])
+    nameless = frame[frame["tile_path"].isna()]
+    if len(nameless):
+        raise BadInput(f"labels CSV {path} line {nameless.index[0] + 2}: tile_path is empty; name the tile or drop the line")
+    frame["tile_path"] = frame["tile_path"].astype(str)
     known = [c for c in frame.columns if c != "tile_path"]
+    for name in class_names:
+        if list(class_names).count(name) > 1:
+            raise BadInput(f"the class '{name}' is named twice; name each class once")
     for name in class_names:
         if name not in known:
             raise BadInput(
                 f"labels CSV {path} has no class '{name}'{nearest(name, known)}; its classes are: {', '.join(known)}"
             )
-        wrong = frame[~(frame[name].isin([0, 1]) | frame[name].isna())]
+        # One word in a column makes its numbers text too.
+        wrong = frame[~(pd.to_numeric(frame[name], errors="coerce").isin([0, 1]) | frame[name].isna())]
         if len(wrong):
             line, cell = wrong.index[0] + 2, wrong[name].iloc[0]
             raise BadInput(f"labels CSV {path} line {line}, column '{name}': {str(cell)!r} is not 0, 1 or empty; correct it")
@@ -94,10 +103,13 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
     Raises
     ------
     BadInput
-        A tile of the CSV is not in the shards.
+        A tile of the CSV is not in the shards, or is named by two paths.
     """
     tiles = shards.tiles()
     keyed = frame.assign(key=[_stem(p) for p in frame["tile_path"]])
+    twice = keyed["key"].duplicated()
+    if twice.any():
+        raise BadInput(f"{what}: tile '{keyed['key'][twice].iloc[0]}' stands there twice, by different paths; keep one")
     missing = ~keyed["key"].isin(tiles["key"])
     if missing.any():
         raise BadInput(f"{what}: tile '{keyed['key'][missing].iloc[0]}' ({missing.sum()} such) is not in {shards.directory}")

@@ -18,25 +18,29 @@ Box = tuple[float, float, float, float]
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the lines of a ``metrics.jsonl``, oldest first."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Return the lines of a ``metrics.jsonl``, oldest first, without a torn last one (its writer was killed)."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def draw_curves(metrics_path: Path, names: Sequence[str], path: Path, title: str) -> None:
-    """Draw metrics of a ``metrics.jsonl`` against the step, a panel each; a name that was never logged is left out."""
+    """Draw metrics of a ``metrics.jsonl`` against the step, a panel each: single steps in grey, epochs in blue.
+
+    A name that was never logged is left out.
+    """
     lines = read_metrics(metrics_path)
-    series = {}
-    for name in names:
-        # Epoch means where there are some: the curve of single steps is noise.
-        logged = f"epoch_mean/{name}" if any(f"epoch_mean/{name}" in line for line in lines) else name
-        points = [(line["step"], line[logged]) for line in lines if line.get(logged) is not None]
-        if points:
-            series[name] = np.array(points).T
+
+    def points(name: str) -> np.ndarray:
+        return np.array([(line["step"], line[name]) for line in lines if line.get(name) is not None]).reshape(-1, 2).T
+
+    series = {name: (points(name), points(f"epoch_mean/{name}")) for name in names}
+    series = {name: both for name, both in series.items() if any(curve.size for curve in both)}
     if not series:
         return
     figure = _figure(3.2 * len(series), 2.8)
-    for axes, (name, (steps, values)) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
-        axes.plot(steps, values, marker="o", markersize=3, color="#1769aa")
+    for axes, (name, (steps, epochs)) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
+        axes.plot(*steps, color="#9aa7b0" if epochs.size else "#1769aa", marker=None if epochs.size else "o", markersize=3)
+        axes.plot(*epochs, color="#1769aa", marker="o", markersize=3)
         axes.set_title(name.replace("_", " "), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=7)

