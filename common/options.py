@@ -55,6 +55,10 @@ class Group(click.Group):
         kwargs["context_settings"] = settings | kwargs.get("context_settings", {}) | {"show_default": True}
         super().__init__(*args, **kwargs)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # A bare group asks what there is.
+        return super().parse_args(ctx, args or ["--help"])
+
 
 Group.group_class = Group
 
