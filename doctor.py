@@ -103,15 +103,15 @@ def _dali() -> str:
         from nvidia.dali import Pipeline, fn, types
     except ImportError:
         return "missing: nvidia-dali; install mammostream[cuda12] or mammostream[cuda13]"
-    # A graph that runs is better evidence than an import.
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
-    pipeline.set_outputs(fn.constant(idata=1, dtype=types.INT32))
-    pipeline.build()
-    pipeline.run()
     try:
         import torch
 
-        device = "GPU" if torch.cuda.is_available() else "CPU"
+        gpu = torch.cuda.is_available()
     except ImportError:
-        device = "CPU"
-    return f"{device}: DALI (a test graph ran)"
+        gpu = False
+    # A graph that runs is better evidence than an import.
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=0 if gpu else None)
+    pipeline.set_outputs(fn.constant(idata=1, dtype=types.INT32, device="gpu" if gpu else "cpu"))
+    pipeline.build()
+    pipeline.run()
+    return f"{'GPU' if gpu else 'CPU'}: DALI (a test graph ran there)"

@@ -49,7 +49,7 @@ def cli() -> None:
     """Mammograms in, tiles out, shards on disk, a GPU that never waits.
 
     The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> report.
-    Exit codes: 0 done, 2 bad input (one line), 3 too many bad items, 75 preempted and saved.
+    Exit codes: 0 done, 2 bad input (one line), 3 too many bad items.
     """
 
 

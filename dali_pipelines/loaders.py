@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline
 
-from common.errors import BadInput
-from common.files import first_line, sha256_json
+from common.errors import BadInput, first_line
+from common.files import sha256_json
 from dali_pipelines.pipelines import evaluation_pipeline, labelled_pipeline, pretrain_pipeline
 from dali_pipelines.readers import open_source
 from dali_pipelines.views import RECIPES, View

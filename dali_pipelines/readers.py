@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, types
 
-from common.errors import BadInput
-from common.files import first_line
+from common.errors import BadInput, first_line
 from shards.archive import Member, Sample, check_index, read_index, write_index
 from shards.codecs import CODECS, NUMBER_EXTENSION, decode, decode_number
 from shards.reading import Shard
@@ -226,7 +225,7 @@ def _member(tar: Path, sample: Sample, extensions: tuple[str, ...]) -> Member:
     have = ", ".join(member.extension for member in sample)
     raise BadInput(
         f"{tar} has a sample without .{' or .'.join(extensions)} (it has: {have}): it is no shard of this project; "
-        "make one with 'mammostream shards pack'"
+        "make one with 'mammostream shards build'"
     )
 
 

@@ -94,7 +94,7 @@ def read_header(path: Path) -> Header:
         from PIL import Image
 
         with Image.open(path) as image:
-            return Header(image.height, image.width, 16 if image.mode.startswith("I") else 8)
+            return Header(image.height, image.width, _stored_bits(path, image.mode))
     except Exception as error:  # decoders raise what they like; the caller gets one kind of error that names the file
         raise _unreadable(path, error) from error
 
@@ -118,6 +118,20 @@ def read_mammogram(path: str | Path) -> Mammogram:
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
     return mammogram
+
+
+def _stored_bits(path: Path, mode: str) -> int:
+    """Return 8 or 16; Pillow's mode alone says 8 for 16-bit files of several channels."""
+    suffix = path.suffix.lower()
+    if suffix == ".png":
+        with path.open("rb") as file:
+            return max(8, file.read(25)[24])  # the bit depth in the IHDR chunk
+    if suffix in (".tif", ".tiff"):
+        import tifffile
+
+        with tifffile.TiffFile(path) as tiff:
+            return max(8, int(tiff.pages[0].bitspersample))
+    return 16 if mode.startswith("I") else 8
 
 
 def _existing(path: Path) -> Path:
@@ -186,6 +200,8 @@ def _voi_output_range(dataset: pydicom.Dataset) -> tuple[float, float]:
     """Return the range of pydicom's apply_voi_lut output: the LUT's depth, or the window's range in rescaled units."""
     if dataset.get("VOILUTSequence"):
         return 0.0, float(2 ** int(dataset.VOILUTSequence[0].LUTDescriptor[2]) - 1)
+    if dataset.get("ModalityLUTSequence"):
+        return 0.0, float(2 ** int(dataset.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
     bits = int(dataset.BitsStored)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dataset.PixelRepresentation else (0, 2**bits - 1)
     slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))

@@ -13,7 +13,6 @@ from common.options import option
 from preprocess.backend import backend_of
 
 NONZERO_ABOVE = 15 / 255
-RULES = ("breast", "frequency", "both")
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,14 @@ class TileSelection:
     counts: dict[str, int]
 
 
-def grid_positions(length: int, size: int, stride: int) -> np.ndarray:
+def grid_positions(length: int, size: int, stride: int, min_step: int = 1) -> np.ndarray:
     """Return the tile offsets along one axis: every `stride` pixels, the last flush with the border.
 
-    A length below `size` gives the single offset 0; the caller pads.
+    A length below `size` gives the single offset 0; the caller pads. The flush offset takes the place of a last one that
+    lies less than `min_step` before it.
     """
     last = max(length - size, 0)
-    return np.unique(np.append(np.arange(0, last + 1, stride), last))
+    return np.append(np.arange(0, last - min_step + 1, stride), last)
 
 
 def box_means(values: Any, top: Any, left: Any, height: float, width: float) -> Any:
@@ -125,7 +125,7 @@ def box_means(values: Any, top: Any, left: Any, height: float, width: float) -> 
 
 
 def select_tiles(
-    image: Any, mask: Any, energy: Any, config: SelectionConfig, mask_scale: float, energy_scale: float
+    image: Any, mask: Any, energy: Any, config: SelectionConfig, mask_scale: float, energy_scale: float, min_step: int = 1
 ) -> TileSelection:
     """Score every tile of the grid and keep those that pass the gates and the rules.
 
@@ -139,6 +139,8 @@ def select_tiles(
         (h', w') pixel energy of :func:`preprocess.energy.excess_energy`; a pixel is `energy_scale` pixels wide.
     config
         Tile size, stride, thresholds.
+    min_step
+        Least distance of tiles in pixels of `image`: that of a native pixel, so that no two share a native corner.
 
     Returns
     -------
@@ -147,7 +149,7 @@ def select_tiles(
     """
     backend = backend_of(image)
     size = config.tile_size
-    rows, columns = (grid_positions(n, size, config.stride) for n in image.shape)
+    rows, columns = (grid_positions(n, size, config.stride, min_step) for n in image.shape)
     y, x = (grid.ravel() for grid in np.meshgrid(rows, columns, indexing="ij"))
 
     def means(values: Any, scale: float) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,14 +96,14 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
             raise BadInput("--pixel-spacing needs each film's own spacing, which is unknown; give --assume-spacing MM")
         scale = config.pixel_spacing / header.spacing_mm
         image = resample(image, scale) if abs(scale - 1) > 1e-3 else image
+    # Millimetres matter to the filter; without a spacing the segmentation's assumption (240 mm high) serves here too.
+    spacing = segmentation.spacing_mm / segmentation.factor * scale
+    # Before padding, whose edge would be a bright step.
+    response, response_spacing = bright_response(image, segmentation.mask, spacing, segmentation.spacing_mm)
     flags = segmentation.flags
     if min(image.shape) < config.tile_size:
         image = backend.xp.pad(image, [(0, max(0, config.tile_size - n)) for n in image.shape])
         flags = (*flags, "padded")
-    # Millimetres matter to the filter; without a spacing the segmentation's assumption (240 mm high) serves here too.
-    native_spacing = segmentation.spacing_mm / segmentation.factor
-    spacing = native_spacing * scale
-    response, response_spacing = bright_response(image, segmentation.mask, spacing, segmentation.spacing_mm)
     tiles = select_tiles(
         image,
         segmentation.mask,
@@ -110,6 +111,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
         config,
         mask_scale=segmentation.factor / scale,
         energy_scale=response_spacing / spacing,
+        min_step=math.ceil(1 / scale),
     )
     guide = _guide_8bit_kept(mammogram, segmentation, config, scale)
     return Film(image, scale, segmentation, tiles, mapping, flags, guide)

@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common.errors import BadInput
 from common.files import make_folder, sha256_file, write_json, write_parquet
@@ -71,7 +72,9 @@ def build_shard(plan: BuildPlan, ordinal: int) -> ShardSummary:
                 mammogram = _load(row, plan.recipe["options"]["device"])
                 film = tile_film(mammogram, plan.config)
             except BadInput as error:
-                images.append(_image_row(row, shard) | {"reason": str(error)})
+                # By its id, not its path: where the data lies is no part of a shard, and folders may name patients.
+                reason = str(error).replace(str(row["path"]), row["image_id"])
+                images.append(_image_row(row, shard) | {"reason": reason})
                 continue
             images.append(_image_row(row, shard) | _film_facts(row, mammogram, film))
             tiles += _spool_tiles(plan, shard, row, film, spool)
@@ -93,7 +96,7 @@ def build_shard(plan: BuildPlan, ordinal: int) -> ShardSummary:
             metadata["idx_sha256"] = sha256_file(tar_path.with_suffix(".idx"))
             metadata["tar_bytes"] = tar_path.stat().st_size
     write_shard_table(table_path, rows, images, metadata)
-    return _summary(ordinal, rows, images)
+    return ShardSummary(ordinal, len(images), sum(bool(i["reason"]) for i in images), len(rows))
 
 
 def finished_shard(plan: BuildPlan, ordinal: int) -> ShardSummary | None:
@@ -112,17 +115,19 @@ def finished_shard(plan: BuildPlan, ordinal: int) -> ShardSummary | None:
         raise BadInput(
             f"{path} was built with {_difference(metadata['recipe'], plan.recipe)}; use the same, or another --output-dir"
         )
-    return _summary(ordinal, tiles.to_pylist(), images.to_pylist())
+    bad = pc.sum(pc.not_equal(images.column("reason"), "")).as_py() or 0
+    return ShardSummary(ordinal, len(images), bad, len(tiles))
 
 
-def build_all(plan: BuildPlan, workers: int) -> list[ShardSummary]:
-    """Build every shard that is not finished, in `workers` processes, with a progress bar; summaries in shard order."""
+def build_all(plan: BuildPlan, workers: int, split: str | None = None) -> list[ShardSummary]:
+    """Build every shard (of a split) that is not finished, with a progress bar; return summaries in shard order."""
+    shards = [shard for shard in plan.shards if split in (None, shard.split)]
     summaries: dict[int, ShardSummary] = {}
-    for shard in plan.shards:
+    for shard in shards:
         if finished := finished_shard(plan, shard.ordinal):
             summaries[shard.ordinal] = finished
-    todo = [shard.ordinal for shard in plan.shards if shard.ordinal not in summaries]
-    bar = progress(None, "building shards", "film", total=sum(len(s.rows) for s in plan.shards))
+    todo = [shard.ordinal for shard in shards if shard.ordinal not in summaries]
+    bar = progress(None, "building shards", "film", total=sum(len(s.rows) for s in shards))
     bar.update(sum(s.images for s in summaries.values()))
     with bar:
         for summary in _run(plan, todo, workers):
@@ -147,17 +152,21 @@ def _run(plan: BuildPlan, ordinals: Sequence[int], workers: int) -> Iterator[Sha
             raise
 
 
-def finish(plan: BuildPlan) -> dict[str, Any]:
+def finish(plan: BuildPlan, split: str | None = None) -> dict[str, Any]:
     """Merge the shards' tables into ``tiles.parquet``, ``images.parquet`` and ``shards.json``; return the latter.
+
+    With a split, shards of other splits are merged where they are finished and left out where they are not.
 
     Raises
     ------
     BadInput
-        A shard is not finished.
+        A shard (of the split) is not finished.
     """
     tables, shards = [], []
     for shard in plan.shards:
         path = plan.output_dir / f"{shard.name}.parquet"
+        if not path.is_file() and split not in (None, shard.split):
+            continue
         if not path.is_file():
             raise BadInput(f"shard {shard.name} is not finished; run the same 'mammostream shards build' again")
         tiles, images, metadata = read_shard_table(path)
@@ -269,10 +278,6 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
         "flags": " ".join(flags),
         "reason": "no breast found" if "no_breast" in flags else reason,
     } | film.tiles.counts
-
-
-def _summary(ordinal: int, tiles: list[dict], images: list[dict]) -> ShardSummary:
-    return ShardSummary(ordinal, len(images), sum(bool(i["reason"]) for i in images), len(tiles))
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

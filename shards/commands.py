@@ -65,7 +65,8 @@ def prepare(
     """Describe a folder of mammograms in one table, split by patient.
 
     Writes manifest.parquet: a row an image with its patient, side, view, split, pixel spacing and labels. No patient is ever
-    in two splits. Images that cannot be read are listed; they stay in the table, and the build records why they gave nothing.
+    in two splits. Images that cannot be read are listed; they stay in the table where their patient is known, and the build
+    records why they gave nothing.
     """
     from shards.annotations.folder import folder_rows
     from shards.manifest import split_by_patient, write_manifest
@@ -194,7 +195,11 @@ shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
 @shards.command()
 @manifest_option
 @output_option("The shard directory; a build that was stopped goes on there.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Build this split only.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test"]),
+    help="Build this split only; the others may follow into the same directory.",
+)
 @config_options(BuildConfig)
 @click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes; each takes one shard at a time.")
 @click.option("--max-bad", default="5%", help="Most films that may fail, a number or a percentage; more end with exit code 3.")
@@ -214,13 +219,17 @@ def build(
     from shards.reading import open_shards
 
     config = BuildConfig(**options)
-    frame = read_manifest(manifest, split)
-    limit = _bad_limit(max_bad, len(frame))
+    frame = read_manifest(manifest)
+    asked = len(read_manifest(manifest, split)) if split else len(frame)
+    limit = _bad_limit(max_bad, asked)
+    # The plan is always of the whole manifest: splits may be built one after the other into one directory.
     plan = make_plan(frame, output_dir, config)
-    build_all(plan, workers)
-    finish(plan)
+    build_all(plan, workers, split)
+    finish(plan, split)
     write_yaml(output_dir / "config.yaml", resolved(ctx))
-    images = _print_images(open_shards(output_dir).images())
+    images = open_shards(output_dir).images()
+    _print_images(images)
+    images = images[images["split"] == split] if split else images
     bad = int((images["reason"] != "").sum())
     click.echo(f"{len(images)} films ({bad} gave no tiles), {images['kept'].sum()} tiles -> {output_dir}")
     if bad > limit:
@@ -236,14 +245,13 @@ def _bad_limit(max_bad: str, count: int) -> float:
         raise BadInput(f"--max-bad {max_bad!r} is neither a number of films nor a percentage like 5%") from None
 
 
-def _print_images(images: pd.DataFrame) -> pd.DataFrame:
+def _print_images(images: pd.DataFrame) -> None:
     """Print what happened to the candidates, rule by rule, and each film that gave nothing."""
     columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept"))] + ["guide_8bit_kept"]
     totals = images.groupby("split", sort=False)[columns].sum().astype(int).T
     click.echo(totals.rename(index={"guide_8bit_kept": "(the plain 8-bit scale would have kept)"}).to_string() + "\n")
     for row in images[images["reason"] != ""].itertuples():
         click.echo(f"no tiles: {row.image_id}: {row.reason}", err=True)
-    return images
 
 
 @shards.command()
@@ -301,7 +309,14 @@ def labels(directory: Path, split: str | None, findings: Path, min_fraction: flo
 
     opened = open_shards(directory)
     opened.shards(split)
-    table = tile_labels(opened.tiles(split), read_findings(findings), min_fraction)
+    boxes = read_findings(findings)
+    known = boxes["image_id"].isin(opened.images()["image_id"])
+    if not known.any():
+        example = f" (the first is of '{boxes['image_id'].iloc[0]}')" if len(boxes) else ""
+        raise BadInput(f"none of the {len(boxes)} boxes of {findings} is of a film of {directory}{example}")
+    if not known.all():
+        click.echo(f"{(~known).sum()} of {len(boxes)} boxes are of films that are not in {directory}", err=True)
+    table = tile_labels(opened.tiles(split), boxes, min_fraction)
     write_text(output, table.to_csv(index=False))
     for name in table.columns[1:]:
         column = table[name]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from common.errors import BadInput, nearest
+from common.errors import BadInput, first_line, nearest
 from common.files import read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -145,9 +145,14 @@ def read_findings(path: Path) -> pd.DataFrame:
     Raises
     ------
     BadInput
-        The file is missing or lacks a column.
+        The file is missing, lacks a column, or has boxes that are no numbers.
     """
-    return read_parquet(path, "findings", "make them with 'mammostream prepare' or 'mammostream simulate'", FINDING_COLUMNS)
+    mend = f"it is a Parquet table with the columns {', '.join(FINDING_COLUMNS)}; 'mammostream simulate' writes one"
+    frame = read_parquet(path, "findings", mend, FINDING_COLUMNS)
+    try:
+        return frame.astype(FINDING_COLUMNS)
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"findings {path}: {first_line(error)}; boxes are numbers, in native pixels") from error
 
 
 def _relative(path: Path, base: Path) -> str:

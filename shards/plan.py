@@ -89,7 +89,7 @@ def make_plan(manifest: pd.DataFrame, output_dir: Path, config: BuildConfig) -> 
         "format_version": FORMAT_VERSION,
         "options": asdict(config) | {"device": device, "bit_depth": str(bits)},
         "manifest": sha256_json(described.to_dict("records")),
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES} | _gpu_versions(device),
     }
     shards: list[ShardPlan] = []
     for split in SPLITS:
@@ -100,6 +100,16 @@ def make_plan(manifest: pd.DataFrame, output_dir: Path, config: BuildConfig) -> 
             ordinal = len(shards)
             shards.append(ShardPlan(ordinal, f"{split}-{start // config.images_per_shard:06d}", split, chosen))
     return BuildPlan(output_dir, config, bits, preprocessing, recipe, sha256_json(recipe), tuple(shards))
+
+
+def _gpu_versions(device: str) -> dict[str, str]:
+    """Return the versions of what makes the pixels on a GPU; their distributions' names vary with CUDA's version."""
+    if device == "cpu":
+        return {}
+    import cucim
+    import cupy
+
+    return {"cupy": cupy.__version__, "cucim": cucim.__version__}
 
 
 def resolve_device(device: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import BadInput, nearest
 from common.files import read_parquet
+from preprocess.tiling import SPACING_TOLERANCE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 SHARDS_JSON = "shards.json"
 # Options that decide what a tile's pixels mean: a model made for one set does not fit another.
-PIXEL_CONTRACT = ("tile_size", "pixel_spacing_mm", "mapping")
+_PIXEL_CONTRACT = ("tile_size", "pixel_spacing_mm", "mapping")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,31 @@ class ShardSet:
     def images(self) -> pd.DataFrame:
         """Return the image table (columns: :data:`shards.tables.IMAGE_SCHEMA`)."""
         return read_parquet(self.directory / "images.parquet", "image table", "run 'mammostream shards build' again")
+
+
+def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str) -> None:
+    """Check that tiles mean what a model learnt from: their size, mapping and pixel spacing.
+
+    Parameters
+    ----------
+    learnt, given
+        The ``preprocessing`` records of the model's shards and of those to use it on.
+    what
+        What `given` belongs to, for the error.
+
+    Raises
+    ------
+    BadInput
+        They differ; native spacings may do so by up to 1.25x.
+    """
+    mend = "build shards with the options that the model's were built with"
+    for name in _PIXEL_CONTRACT:
+        if given[name] != learnt[name]:
+            raise BadInput(f"the model learnt from tiles with {name} {learnt[name]}, {what} has {given[name]}; {mend}")
+    native = [record["native_spacing_mm"] for record in (learnt, given) if record["native_spacing_mm"]]
+    sizes = [size for pair in native for size in pair]
+    if learnt["pixel_spacing_mm"] is None and len(native) == 2 and max(sizes) > SPACING_TOLERANCE * min(sizes):
+        raise BadInput(f"the model learnt from pixels of {native[0]} mm, {what} has pixels of {native[1]} mm; {mend}")
 
 
 def open_shards(directory: str | Path) -> ShardSet:

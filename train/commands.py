@@ -54,7 +54,12 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
 @click.command(cls=Command)
 @click.option("--byol-checkpoint", type=FILE, required=True, help="mammogram_byol_*.pth that 'pretrain' wrote.")
 @click.option("--train-csv", type=FILE, required=True, help="CSV of tile_path and one 0/1 column a class; empty = no label.")
-@click.option("--val-csv", type=FILE, required=True, help="The same for validation; no patient of the training may be in it.")
+@click.option(
+    "--val-csv",
+    type=FILE,
+    required=True,
+    help="The same for validation; no patient, film or tile of the training may be in it.",
+)
 @click.option("--tiles-dir", type=FILE, help="Folder that tile_path is relative to.")
 @click.option("--shards", "shards_dir", type=FILE, help="Shard directory, instead of --tiles-dir; tile_path names keys.")
 @click.option(
@@ -98,6 +103,8 @@ def finetune(
         frame = read_labels(path, class_names, config.max_samples)
         sides.append(join_shards(frame, shards, str(path)) if shards else join_folder(frame, tiles_dir, str(path)))
     refuse_leakage(*sides)
+    if tiles_dir:
+        click.echo("tile images name no patients: that none is in both CSVs is for you to check", err=True)
     from train.finetune import finetune as run
 
     record = shards.preprocessing if shards else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from common.progress import progress
 from dali_pipelines import TRAIN_VIEW, LabelledLoader, View
 from models.checkpoints import load_checkpoint, restore_byol, save_checkpoint
 from models.classifier import MammogramClassifier
-from shards.reading import PIXEL_CONTRACT
+from shards.reading import check_same_pixels
 from train.config import FinetuneConfig
 from train.labels import LabelledTiles
 from train.metrics import bootstrap_auc, classification_metrics
@@ -78,12 +79,8 @@ def finetune(
     model = MammogramClassifier.from_byol(byol, len(class_names))
     model = model.to(runtime.device, memory_format=torch.channels_last)
     learnt = byol_checkpoint["preprocessing"]
-    for name in PIXEL_CONTRACT:
-        if preprocessing is not None and preprocessing[name] != learnt[name]:
-            raise BadInput(
-                f"checkpoint {checkpoint_path} learnt from tiles with {name} {learnt[name]}, the labelled shards have "
-                f"{preprocessing[name]}; build both with the same options"
-            )
+    if preprocessing is not None:
+        check_same_pixels(learnt, preprocessing, "the labelled tiles' directory")
     record = (preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
 
     train_loader = _loader(train_tiles, record, config, runtime, TRAIN_VIEW, shuffle=True)
@@ -112,9 +109,14 @@ def finetune(
                 losses.append(_train_step(model, optimizer, scaler, runtime, config, tiles, labels, frozen))
                 step += 1
                 bar.update(len(tiles))
+            train_loss = float(torch.stack(losses).mean())
+            if not math.isfinite(train_loss):
+                raise BadInput(
+                    f"the loss of epoch {epoch} is not finite; lower --lr-head and --lr-backbone, or use --precision fp32"
+                )
             probabilities = predict(model, val_loader, val_tiles, runtime)
             metrics = _evaluate(val_tiles, probabilities, class_names, config)
-            metrics |= {"train_loss": float(torch.stack(losses).mean()), "epoch": epoch}
+            metrics |= {"train_loss": train_loss, "epoch": epoch}
             tracker.log(step, metrics | {"lr_backbone": 0.0 if frozen else optimizer.param_groups[0]["lr"]})
             checkpoint = {
                 "kind": "classifier",

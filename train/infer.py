@@ -17,12 +17,13 @@ from dali_pipelines import LabelledLoader, create_inference_transform
 from models.checkpoints import load_checkpoint, restore_classifier
 from models.classifier import MammogramClassifier
 from preprocess.backend import backend_of
+from preprocess.preview import Box
 from preprocess.reading import read_mammogram
 from preprocess.tiling import SPACING_TOLERANCE, Film, TilingConfig, tile_film
 from shards.archive import escape_id, tile_key
-from shards.reading import PIXEL_CONTRACT, ShardSet
+from shards.reading import ShardSet, check_same_pixels
 from train.config import InferConfig
-from train.pictures import Box, draw_heat_map, heat_map
+from train.pictures import draw_heat_map, heat_map
 from train.runtime import Runtime, resolve_runtime
 
 PROBABILITY = "prob:"  # column prefix of the tile table
@@ -100,13 +101,7 @@ def predict_shards(predictor: Predictor, shards: ShardSet, split: str | None) ->
     BadInput
         The shards' tiles were made otherwise than those the model learnt from.
     """
-    record = predictor.preprocessing
-    for name in PIXEL_CONTRACT:
-        if shards.preprocessing[name] != record[name]:
-            raise BadInput(
-                f"the model learnt from tiles with {name} {record[name]}, {shards.directory} has {shards.preprocessing[name]}; "
-                "build shards with the options and the version that the model's were built with"
-            )
+    check_same_pixels(predictor.preprocessing, shards.preprocessing, str(shards.directory))
     tiles = shards.tiles(split).sort_values("tile", ignore_index=True)
     numbers = tiles["tile"].to_numpy()
     loader = _loader(predictor, shards.shards(split))

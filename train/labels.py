@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from common.errors import BadInput, nearest
 from common.files import read_csv
 from shards.reading import Shard, ShardSet
 
+_POSITION = re.compile(r"_y\d+_x\d+$")
 TileSource = Sequence[Shard] | Sequence[Path]
 
 
@@ -125,7 +127,9 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
 
 
 def join_folder(frame: pd.DataFrame, tiles_dir: Path, what: str) -> LabelledTiles:
-    """Join labels to tile images below a folder; each tile stands for itself as a film, and its patient is unknown.
+    """Join labels to tile images below a folder. Their patients are unknown.
+
+    The film of a tile is its name without ``_y<y>_x<x>``; tiles named otherwise stand for themselves.
 
     Raises
     ------
@@ -139,19 +143,20 @@ def join_folder(frame: pd.DataFrame, tiles_dir: Path, what: str) -> LabelledTile
         if not path.is_file():
             raise BadInput(f"{what}: tile {path} does not exist; correct tile_path or --tiles-dir")
     names = frame["tile_path"].to_numpy(str)
+    films = np.array([_POSITION.sub("", _stem(name)) for name in names])
     labels = frame.iloc[:, 1:].to_numpy(np.float32, copy=True)
-    return LabelledTiles(paths, np.arange(len(paths)), labels, names, names, np.full(len(paths), ""))
+    return LabelledTiles(paths, np.arange(len(paths)), labels, names, films, np.full(len(paths), ""))
 
 
 def refuse_leakage(train: LabelledTiles, val: LabelledTiles) -> None:
-    """Refuse tiles or patients that are in both training and validation.
+    """Refuse patients, films or tiles that are in both training and validation.
 
     Raises
     ------
     BadInput
         Naming the first of them.
     """
-    for name, kind in (("patients", "patient"), ("keys", "tile")):
+    for name, kind in (("patients", "patient"), ("keys", "tile"), ("groups", "film")):
         both = sorted((set(getattr(train, name)) & set(getattr(val, name))) - {""})
         if both:
             raise BadInput(

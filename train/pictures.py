@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.files import whole_file
+from preprocess.preview import Box
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Box = tuple[float, float, float, float]
 
 
 def read_metrics(path: Path) -> list[dict]:

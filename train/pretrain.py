@@ -16,7 +16,7 @@ from common.normalisation import MEAN, STD
 from common.progress import progress
 from dali_pipelines import RECIPES, LabelledLoader, PretrainLoader
 from models.backbones import build_backbone
-from models.byol import MammogramBYOL
+from models.byol import BYOLOutput, MammogramBYOL
 from models.checkpoints import load_checkpoint, save_checkpoint
 from shards.reading import ShardSet
 from train.config import PretrainConfig
@@ -113,7 +113,7 @@ def pretrain(
 
 def train_step(
     state: TrainingState, runtime: Runtime, config: PretrainConfig, views: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[BYOLOutput, torch.Tensor]:
     """Take one optimiser step and move the target; nothing here waits for the device.
 
     Parameters
@@ -123,8 +123,8 @@ def train_step(
 
     Returns
     -------
-    loss, projections, gradient norm
-        Detached tensors on the device: scalar, (N, P), scalar.
+    output, gradient norm
+        Detached tensors on the device; the norm is a scalar.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = float(state.lrs[state.step])
@@ -142,7 +142,7 @@ def train_step(
 
     state.model.update_target(float(state.momenta[state.step]))
     state.step += 1
-    return output.loss.detach(), output.projections, norm.detach()
+    return output._replace(loss=output.loss.detach()), norm.detach()
 
 
 def _epoch(
@@ -153,13 +153,13 @@ def _epoch(
     waited, started = loader.wait_seconds, bar.format_dict["elapsed"]
     epoch = loader.epoch + 1
     for view1, view2, _ in loader:
-        loss, projections, norm = train_step(state, runtime, config, (view1, view2))
-        losses.append(loss)
+        output, norm = train_step(state, runtime, config, (view1, view2))
+        losses.append(output.loss)
         bar.update(len(view1))
         if state.step % LOG_EVERY == 0:
             momentum, lr = float(state.momenta[state.step - 1]), float(state.lrs[state.step - 1])
             # One wait for the device every LOG_EVERY steps.
-            step = {"loss": float(loss), "z_std": float(z_std(projections)), "grad_norm": float(norm)}
+            step = {"loss": float(output.loss), "z_std": float(z_std(output.projections)), "grad_norm": float(norm)}
             tracker.log(state.step, step | {"lr": lr, "momentum": momentum, "epoch": epoch})
             elapsed = bar.format_dict["elapsed"] - started
             share = (loader.wait_seconds - waited) / max(elapsed, 1e-9)
@@ -170,8 +170,8 @@ def _epoch(
         raise BadInput(f"the loss of epoch {epoch} is not finite; lower --lr, or use --precision fp32")
     metrics = {
         "loss": mean_loss,
-        "z_std": float(z_std(projections)),
-        "effective_rank": float(effective_rank(projections)),
+        "z_std": float(z_std(output.projections)),
+        "effective_rank": float(effective_rank(output.features)),
         "lr": float(state.lrs[state.step - 1]),
         "momentum": float(state.momenta[state.step - 1]),
         "pairs_per_second": len(losses) * config.batch_size / elapsed,
@@ -276,7 +276,8 @@ def _restore(path: Path, state: TrainingState, loader: PretrainLoader, config: P
         raise BadInput(f"checkpoint {path} was trained on other --shards than {shards.directory}; resume with them")
     state.model.load_state_dict(checkpoint["model_state_dict"])
     state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-    state.scaler.load_state_dict(checkpoint["scaler_state_dict"])
+    if checkpoint["scaler_state_dict"]:  # empty where the first half needed no scaler
+        state.scaler.load_state_dict(checkpoint["scaler_state_dict"])
     state.step = checkpoint["step"]
     loader.load_state_dict(checkpoint["loader"])
     torch.set_rng_state(checkpoint["rng"])

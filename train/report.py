@@ -18,6 +18,7 @@ from train.infer import PROBABILITY
 from train.pictures import read_metrics
 
 _DEPTH = 2
+_PICTURES, _ROWS = 24, 200  # of a folder and of a table: a page of thousands opens nowhere
 _PACKAGES = ("mammostream", "torch", "torchvision", "numpy", "scikit-image", "webdataset")
 
 
@@ -79,9 +80,8 @@ def _section(folder: Path, run_dir: Path) -> dict[str, Any] | None:
         last = [line for line in read_metrics(folder / "metrics.jsonl") if "epoch_mean/loss" in line][-1:]
         tables += [_table("Last epoch", _pairs({k.removeprefix("epoch_mean/"): v for k, v in line.items()})) for line in last]
         order = 3
-    pictures = [
-        {"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()} for path in sorted(folder.glob("*.png"))
-    ]
+    found = sorted(folder.glob("*.png"))
+    pictures = [{"name": path.stem, "data": base64.b64encode(path.read_bytes()).decode()} for path in found[:_PICTURES]]
     if not tables and not pictures:
         return None
     config = folder / "config.yaml"
@@ -90,16 +90,16 @@ def _section(folder: Path, run_dir: Path) -> dict[str, Any] | None:
         "order": order if tables else 1,
         "tables": tables,
         "pictures": pictures,
+        "left_out": len(found) - len(pictures),
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
     }
 
 
 def _table(caption: str, frame: pd.DataFrame) -> dict[str, Any]:
-    return {
-        "caption": caption,
-        "columns": [str(c) for c in frame.columns],
-        "rows": [[_cell(v) for v in r] for r in frame.to_numpy(object)],
-    }
+    if len(frame) > _ROWS:
+        caption = f"{caption} (the first {_ROWS} of {len(frame)} rows)"
+    rows = [[_cell(value) for value in row] for row in frame.head(_ROWS).to_numpy(object)]
+    return {"caption": caption, "columns": [str(c) for c in frame.columns], "rows": rows}
 
 
 def _cell(value: Any) -> str:

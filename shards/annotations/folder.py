@@ -16,7 +16,7 @@ import pandas as pd
 from common.errors import BadInput, nearest
 from common.files import read_csv
 from common.progress import progress
-from preprocess.reading import IMAGE_SUFFIXES, Header, read_header
+from preprocess.reading import IMAGE_SUFFIXES, Header, is_dicom, read_header
 from shards.manifest import LABEL_PREFIX
 
 _DESCRIPTION = ("patient_id", "study_id", "laterality", "view", "split", "pixel_spacing_mm")
@@ -36,7 +36,7 @@ def find_images(root: Path) -> dict[str, Path]:
         Path(folder) / name
         for folder, _, names in os.walk(root)
         for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
+        if not name.startswith(".") and _may_be_image(Path(folder) / name)
     )
     if not paths:
         raise BadInput(
@@ -55,6 +55,16 @@ def find_images(root: Path) -> dict[str, Path]:
         twin = next(path for path in paths if path not in seen)
         raise BadInput(f"{twin} has a namesake with another ending in its folder; keep one of them")
     return images
+
+
+def _may_be_image(path: Path) -> bool:
+    """Tell by the file's ending; a file without one, as archives export DICOM, by its first bytes."""
+    if path.suffix:
+        return path.suffix.lower() in IMAGE_SUFFIXES
+    try:
+        return is_dicom(path)
+    except OSError:
+        return False
 
 
 def folder_rows(root: Path, csv_paths: tuple[Path, ...], patient_regex: str | None) -> tuple[pd.DataFrame, list[str]]:
@@ -85,6 +95,8 @@ def folder_rows(root: Path, csv_paths: tuple[Path, ...], patient_regex: str | No
             header = read_header(path)
         except BadInput as error:
             unreadable.append(str(error))
+            if pattern is None and "patient_id" not in described.get(image_id, {}):
+                continue  # its patient would have stood in its header
             header = Header(0, 0, bits=0)
         row = {
             "image_id": image_id,
@@ -106,6 +118,8 @@ def folder_rows(root: Path, csv_paths: tuple[Path, ...], patient_regex: str | No
         row["laterality"] = side if side in ("L", "R") else ""
         row["patient_id"] = _patient(row["patient_id"], path.relative_to(root), pattern)
         rows.append(row)
+    if not rows:
+        raise BadInput(f"none of the {len(images)} images below {root} can be read; the first: {unreadable[0]}")
     return pd.DataFrame(rows), unreadable
 
 

@@ -103,7 +103,7 @@ def test_other_tile_size(tiles):
 
 def test_tars_that_are_not_ours(tmp_path):
     archive.write_archive(tmp_path / "a.tar", [("k", [("tif", codecs.encode(np.zeros((8, 8), np.uint8), "tif"))])])
-    with pytest.raises(BadInput, match="without .num .*shards pack"):
+    with pytest.raises(BadInput, match="without .num .*shards build"):
         open_source([Shard(tmp_path / "a.tar", tmp_path / "a.idx", "train", 1)], tile_size=8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
@@ -285,3 +286,15 @@ def test_missing_file_and_folder(tmp_path):
         for read in (read_mammogram, read_header):
             with pytest.raises(BadInput, match=f"image {path} does not exist"):
                 read(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_header_tells_the_depth_of_grey_rgb_files(tmp_path, suffix, dtype):
+    pixels = np.repeat(np.arange(60, dtype=dtype).reshape(6, 10, 1), 3, axis=2)
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "png":
+        path.write_bytes(imagecodecs.png_encode(pixels))
+    else:
+        tifffile.imwrite(path, pixels, photometric="rgb")
+    assert read_header(path).bits == read_mammogram(path).header.bits == 8 * pixels.dtype.itemsize

@@ -178,3 +178,23 @@ def test_mapping_keeps_room_above_the_brightest():
     assert image[0, 4] < 1 == image[0, 5]
     assert to_stored(np.array([0, 0.5, 1]), 8).tolist() == [0, 128, 255]
     assert to_stored(np.array([0, 1]), 16).tolist() == [0, 65535]
+
+
+def test_padding_adds_no_energy_at_the_chest_wall():
+    # A smooth right breast: its chest wall is the image's right edge, where padding would put a bright step.
+    rows, columns = np.mgrid[-700:700, -900:0]
+    pixels = (np.clip(1 - (rows / 600) ** 2 - (columns / 700) ** 2, 0, 1) * 30000).astype(np.uint16)
+    film = Mammogram(pixels, Header(*pixels.shape, bits=16, spacing_mm=0.1))
+    padded = tile_film(film, TilingConfig(tile_size=1024, stride=64, min_intensity=0, min_nonzero=0))
+    assert "padded" in padded.flags
+    assert len(padded.tiles.x)
+    assert padded.tiles.freq_energy.max() < 0.1
+
+
+@pytest.mark.parametrize("target", [0.08, 0.13, 0.19])
+def test_no_two_tiles_share_a_native_corner_when_upsampled(films, target):
+    film = tile_film(
+        mammogram_of(films[1]), TilingConfig(tile_size=64, stride=31, pixel_spacing=target, min_intensity=0, min_nonzero=0)
+    )
+    corners = [film.native_box(i, 64)[:2] for i in range(len(film.tiles.x))]
+    assert len(set(corners)) == len(corners)

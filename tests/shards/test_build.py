@@ -303,7 +303,8 @@ def test_bad_films_are_rows_with_their_reason(manifest, build_at, tmp_path):
     images = made.shards.images().set_index("image_id")
     assert len(images) == 8
     cut, black = images.loc[frame.loc[0, "image_id"]], images.loc[frame.loc[5, "image_id"]]
-    assert "cut.png cannot be read" in cut.reason
+    assert "image P0_lcc cannot be read" in cut.reason
+    assert "cut.png" not in cut.reason  # nor any folder: where films lie is no part of a shard
     assert black.reason == "no breast found"
     assert (cut.kept, black.kept) == (0, 0)
     assert (images["reason"] != "").sum() == 2
@@ -402,3 +403,27 @@ def test_dealing_is_by_seed_and_split(manifest, built):
     same = make_plan(frame, built.plan.output_dir, built.plan.config)
     assert same.config_hash == built.plan.config_hash
     assert set(built.plan.recipe["versions"]) >= {"pydicom", "numpy", "scikit-image", "imagecodecs"}
+
+
+def test_splits_may_be_built_one_after_the_other(built, manifest, tmp_path, contents):
+    plan = make_plan(read_manifest(manifest), tmp_path / "shards", built.plan.config)
+    build_all(plan, 1, "train")
+    finish(plan, "train")
+    assert open_shards(plan.output_dir).splits == ["train"]
+    with pytest.raises(BadInput, match="val-000000 is not finished"):
+        finish(plan)
+    build_all(plan, 1, "val")
+    finish(plan, "val")
+    assert contents(plan.output_dir) == contents(built.shards.directory)
+
+
+def test_where_the_films_lie_is_no_part_of_a_shard(build_at, manifest, cropped_films, tmp_path, contents):
+    tables = []
+    for name in ("here", "there"):
+        films = shutil.copytree(cropped_films, tmp_path / name)
+        bad = next(films.iterdir())
+        bad.write_bytes(b"no image")
+        frame = read_manifest(manifest)
+        frame["path"] = [str(films / Path(p).name) for p in frame["path"]]
+        tables.append(contents(build_at(tmp_path / f"{name}-shards", films=frame).shards.directory))
+    assert tables[0] == tables[1]

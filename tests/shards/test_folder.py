@@ -143,3 +143,22 @@ def test_file_name_that_is_no_text_is_refused(root):
         pass
     with pytest.raises(BadInput, match=r"film\\udcff\.png' is not UTF-8"):
         find_images(root)
+
+
+def test_dicom_without_an_ending_is_found_and_hidden_files_are_not(root):
+    (root / "P1" / "IM0001").write_bytes(bytes(128) + b"DICM")
+    (root / "P1" / "._P1_left.png").write_bytes(b"x")
+    (root / "P1" / "notes").write_bytes(b"x")
+    assert sorted(find_images(root)) == ["IM0001", "P1_left", "P1_right", "P2_left"]
+
+
+def test_an_unreadable_file_stays_where_its_patient_is_known_and_is_only_listed_where_not(root, tmp_path):
+    (root / "P1" / "P1_bad.png").write_bytes(b"x")
+    frame, unreadable = folder_rows(root, (), r"P\d")
+    assert len(frame) == 4
+    assert "P1_bad.png cannot be read" in unreadable[0]
+    known = tmp_path / "known.csv"
+    known.write_text("image_id,patient_id\nP1_left,P1\nP1_right,P1\nP2_left,P2\n")
+    frame, unreadable = folder_rows(root, (known,), None)
+    assert sorted(frame["image_id"]) == ["P1_left", "P1_right", "P2_left"]
+    assert len(unreadable) == 1

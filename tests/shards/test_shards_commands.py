@@ -157,7 +157,7 @@ def test_bad_films_and_the_limit(call, manifest, tmp_path, limit, code):
     )
     assert got == code, err
     images = open_shards(tmp_path / "s").images().set_index("image_id")
-    assert "cut.tif cannot be read" in images.loc[frame.loc[6, "image_id"], "reason"]
+    assert "image P1_rcc cannot be read" in images.loc[frame.loc[6, "image_id"], "reason"]
     assert "8 films (1 gave no tiles)" in out
     assert any(line.startswith(f"no tiles: {frame.loc[6, 'image_id']}: ") for line in err.splitlines())
     if code:
@@ -254,6 +254,13 @@ def test_bad_labels_and_faults(refused, copied, tmp_path):
     assert "findings" in refused(*labels, "--findings", tmp_path / "nowhere")
     assert "no column 'label'" in refused(*labels, "--findings", copied.directory / "tiles.parquet")
     assert "no tiles of split 'test'" in refused(*labels, "--findings", tmp_path / "nowhere", "--split", "test")
+    # Boxes of films that are not here would make every tile a negative.
+    strange = pd.DataFrame([{"image_id": 7, "label": "mass", "xmin": 0, "ymin": 0, "xmax": 9, "ymax": 9}])
+    strange.to_parquet(tmp_path / "strange.parquet")
+    assert "none of the 1 boxes" in refused(*labels, "--findings", tmp_path / "strange.parquet")
+    strange.assign(xmin="left").to_parquet(tmp_path / "strange.parquet")
+    assert "boxes are numbers" in refused(*labels, "--findings", tmp_path / "strange.parquet")
+    assert not (tmp_path / "l.csv").exists()
     tar = copied.shards()[0].tar
     tar.write_bytes(tar.read_bytes()[:-3000])
     assert "1 faults" in refused("shards", "verify", copied.directory)

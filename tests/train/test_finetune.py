@@ -33,7 +33,13 @@ def reference_bce(logits: np.ndarray, labels: np.ndarray, smoothing: float) -> f
 
 
 @settings(max_examples=100)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 4), st.floats(0, 0.9), st.sampled_from([0.0, 0.3, 1.0]))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.just(0.0) | st.floats(1e-3, 0.9),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
 def test_the_loss_is_the_mean_over_known_labels(seed, rows, classes, smoothing, missing):
     rng = np.random.default_rng(seed)
     logits = (rng.standard_normal((rows, classes)) * rng.choice([0.1, 5, 60])).astype(np.float32)
@@ -195,9 +201,8 @@ def test_a_folder_of_tiles_and_the_guides_spelling(pretrained, mammostream, run_
     labels = pd.read_csv(pretrained.val_csv)
     labels = labels[labels[pretrained.classes].notna().any(axis=1)]
     assert_metrics_are_those_of(pd.read_parquet(tmp_path / "infer/predictions.parquet"), labels, metrics, pretrained.classes)
-    # Each tile stands for itself, its patient is unknown: intervals then are over tiles.
-    assert (metrics["films"], metrics["patients"]) == (len(labels), 0)
-    assert metrics["per_class"]["bright"]["auc_interval_over_films"] is not None
+    assert (metrics["films"], metrics["patients"]) == (1, 0)  # the tiles of one film, by their names
+    assert metrics["per_class"]["bright"]["auc_interval_over_films"] is None  # one film has no spread
 
 
 def test_shards_of_other_tiles_than_the_pretrainings_are_refused(pretrained, run_cli, mammostream, tmp_path):
@@ -215,3 +220,13 @@ def test_shards_of_other_tiles_than_the_pretrainings_are_refused(pretrained, run
     )
     assert outcome.code == 2
     assert "pixel_spacing_mm 0.4" in outcome.error
+
+
+def test_a_diverged_run_ends_with_what_to_change_and_without_a_checkpoint(pretrained, mammostream, tmp_path):
+    outcome = mammostream(
+        f"finetune {pretrained.finetune_options} --output-dir {tmp_path / 'run'} --epochs 2 --freeze-backbone-epochs 0 "
+        "--lr-backbone 1e30 --lr-head 1e30"
+    )
+    assert outcome.code == 2
+    assert "is not finite; lower --lr-head" in outcome.error
+    assert not list((tmp_path / "run").glob("*.pth"))

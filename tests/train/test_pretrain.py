@@ -63,11 +63,11 @@ def test_a_step_trains_the_online_network_and_moves_the_target_after_it(road):
     target = [*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()]
     for step, (view1, view2, _) in zip(range(3), loader, strict=False):
         online_before, target_before = ([p.detach().clone() for p in part] for part in (online, target))
-        loss, projections, norm = train_step(state, CPU, config, (view1, view2))
-        assert -1 <= loss.item() <= 1
-        assert projections.shape == (8, 16)
+        output, norm = train_step(state, CPU, config, (view1, view2))
+        assert -1 <= output.loss.item() <= 1
+        assert output.projections.shape == (8, 16)
         assert norm.item() > 0
-        assert not loss.requires_grad
+        assert not output.loss.requires_grad
         assert state.step == step + 1
         assert optimizer.param_groups[0]["lr"] == lrs[step]
         moved = [not torch.equal(a, b) for a, b in zip(online, online_before, strict=True)]
@@ -91,7 +91,7 @@ def test_a_step_clips_the_gradient(road):
         # Plain SGD: its step is the gradient, so the step's length tells the clipping.
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         state = TrainingState(model, model, optimizer, CPU.scaler(), np.array([1.0]), np.array([1.0]))
-        _, _, norm = train_step(state, CPU, small_config(gradient_clip=clip), (view1, view2))
+        _, norm = train_step(state, CPU, small_config(gradient_clip=clip), (view1, view2))
         deltas[clip] = (model.backbone.conv1.weight.detach() - before).norm().item()
     assert norm.item() > 1e-2  # the norm before clipping
     assert deltas[1e-3] < 1e-3
