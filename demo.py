@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from common.errors import BadInput
+from common.files import make_folder
 from common.options import Command
 
 CLASS = "simulated_calcification"
@@ -28,7 +29,10 @@ class Step:
 
 @click.command(cls=Command)
 @click.option(
-    "--output-dir", type=click.Path(path_type=Path), default=Path("runs/demo"), help="Folder for everything; emptied first."
+    "--output-dir",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    help="Folder for everything; an earlier demo there is replaced.",
 )
 @click.option("--seed", default=0, help="Seed of the split, the simulated clusters, the shards and the trainings.")
 def demo(output_dir: Path, seed: int) -> None:
@@ -39,10 +43,7 @@ def demo(output_dir: Path, seed: int) -> None:
     the plumbing works, not that a diagnosis does.
     """
     films = _films_folder()
-    if output_dir.exists():
-        if any(output_dir.iterdir()) and not (output_dir / "films").is_dir():
-            raise BadInput(f"{output_dir} holds something other than a demo; choose another --output-dir")
-        shutil.rmtree(output_dir)
+    _empty(output_dir)
     started = time.perf_counter()
     rows = []
     for number, step in enumerate(_road(films, output_dir, seed), start=1):
@@ -52,6 +53,17 @@ def demo(output_dir: Path, seed: int) -> None:
         run_command(shlex.split(step.line))
         rows.append((step.purpose, time.perf_counter() - begun))
     _print_table(rows, time.perf_counter() - started, output_dir)
+
+
+def _empty(output_dir: Path) -> None:
+    """Make an empty folder with a mark in it; an earlier demo is removed, anything without the mark is left alone."""
+    mark = output_dir / ".mammostream-demo"
+    if mark.is_file():
+        shutil.rmtree(output_dir)
+    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise BadInput(f"{output_dir} holds something other than a demo; choose another --output-dir")
+    make_folder(output_dir)
+    mark.touch()
 
 
 def run_command(arguments: list[str]) -> None:

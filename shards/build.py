@@ -8,6 +8,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
@@ -147,6 +148,11 @@ def _run(plan: BuildPlan, ordinals: Sequence[int], workers: int) -> Iterator[Sha
         try:
             for future in as_completed([pool.submit(build_shard, plan, ordinal) for ordinal in ordinals]):
                 yield future.result()
+        except BrokenProcessPool:
+            raise BadInput(
+                "a worker process was killed, perhaps for want of memory; run the same command again, with fewer --workers: "
+                "finished shards are kept"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
