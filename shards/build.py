@@ -149,6 +149,9 @@ def _run(plan: BuildPlan, ordinals: Sequence[int], workers: int) -> Iterator[Sha
             for future in as_completed([pool.submit(build_shard, plan, ordinal) for ordinal in ordinals]):
                 yield future.result()
         except BrokenProcessPool:
+            # The pool overlooks a worker that was starting when the other died, and would wait for it for ever.
+            for child in multiprocessing.active_children():
+                child.terminate()
             raise BadInput(
                 "a worker process was killed, perhaps for want of memory; run the same command again, with fewer --workers: "
                 "finished shards are kept"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -245,6 +246,26 @@ def test_kill_9_of_the_command_in_the_middle(built, contents, manifest, tmp_path
     got = contents(tmp_path / "s")
     got.pop("config.yaml")
     assert got == contents(built.shards.directory)
+
+
+def test_kill_9_of_a_worker_ends_with_what_to_do(manifest, tmp_path):
+    options = ["--tile-size", "64", "--stride", "48", "--images-per-shard", "1", "--device", "cpu", "--workers", "2"]
+    command = [*MAMMOSTREAM, "shards", "build", "--manifest", str(manifest), "--output-dir", str(tmp_path / "s"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("s/*.parquet")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    worker = next(p for p in children.read_text().split() if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes())
+    os.kill(int(worker), signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, errors
+    assert "error: a worker process was killed" in errors
+    assert "Traceback" not in errors
+    subprocess.run(command, capture_output=True, check=True)
+    assert verify_shards(open_shards(tmp_path / "s")) == []
 
 
 MAMMOSTREAM = [sys.executable, "-c", "from mammostream import main; main()"]
