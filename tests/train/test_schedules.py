@@ -34,7 +34,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_its_end(base, steps, warmu
 def test_learning_rate_of_a_small_run_by_hand():
     np.testing.assert_allclose(
         learning_rates(1.0, 6, 1), [0.5, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0], atol=1e-15
-    )  # noqa: E501
+    )
 
 
 @given(st.floats(0, 1), STEPS)
