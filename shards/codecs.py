@@ -1,13 +1,15 @@
 """Tile codecs: how a 2-D tile becomes the bytes of a shard member and comes back.
 
-Every codec here is lossless and is read by DALI's ``fn.decoders.image``. A codec's name is its file extension.
+A codec's name is its file extension. All but ``jpg`` are lossless; all but ``raw`` are read by DALI's ``fn.decoders.image``.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import imagecodecs
@@ -16,6 +18,7 @@ import tifffile
 
 NUMBER_EXTENSION = "num"
 META_EXTENSION = "json"
+JPEG_QUALITY = 95
 
 
 def _encode_tif(tile: np.ndarray) -> bytes:
@@ -32,20 +35,52 @@ def _encode_png(tile: np.ndarray) -> bytes:
     return imagecodecs.png_encode(tile, level=6)
 
 
-CODECS: dict[str, tuple[Callable[[np.ndarray], bytes], Callable[[bytes], np.ndarray]]] = {
-    "tif": (_encode_tif, _decode_tif),
-    "png": (_encode_png, imagecodecs.png_decode),
+def _encode_jpg(tile: np.ndarray) -> bytes:
+    return imagecodecs.jpeg8_encode(tile, level=JPEG_QUALITY)
+
+
+def _encode_raw(tile: np.ndarray) -> bytes:
+    return np.ascontiguousarray(tile, dtype=tile.dtype.newbyteorder("<")).tobytes()
+
+
+def _decode_raw(data: bytes) -> np.ndarray:
+    # n² bytes are n x n pixels of 8 bits and 2 n² bytes are as many of 16: no number is both, as √2 is irrational.
+    edge = math.isqrt(len(data))
+    if edge * edge == len(data):
+        return np.frombuffer(data, dtype="u1").reshape(edge, edge)
+    edge = math.isqrt(len(data) // 2)
+    if 2 * edge * edge != len(data):
+        raise ValueError(f"{len(data)} bytes are no square tile of 8 or 16 bits")
+    return np.frombuffer(data, dtype="<u2").reshape(edge, edge)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How tiles are encoded and decoded, whether nothing is lost, and the most bits a pixel it holds."""
+
+    encode: Callable[[np.ndarray], bytes]
+    decode: Callable[[bytes], np.ndarray]
+    lossless: bool = True
+    bits: int = 16
+
+
+CODECS: dict[str, Codec] = {
+    "tif": Codec(_encode_tif, _decode_tif),  # zstd with horizontal predictor
+    "png": Codec(_encode_png, imagecodecs.png_decode),
+    "jhc": Codec(imagecodecs.htj2k_encode, imagecodecs.htj2k_decode),  # HTJ2K codestream, reversible (ISO/IEC 15444-15)
+    "jpg": Codec(_encode_jpg, imagecodecs.jpeg8_decode, lossless=False, bits=8),  # baseline JPEG
+    "raw": Codec(_encode_raw, _decode_raw),  # little-endian pixels in row order, nothing else; square tiles only
 }
 
 
 def encode(tile: np.ndarray, codec: str) -> bytes:
-    """Encode a (H, W) uint8 or uint16 tile with a codec of :data:`CODECS`, without loss."""
-    return CODECS[codec][0](np.ascontiguousarray(tile))
+    """Encode a (H, W) uint8 or uint16 tile with a codec of :data:`CODECS`."""
+    return CODECS[codec].encode(np.ascontiguousarray(tile))
 
 
 def decode(data: bytes, codec: str) -> np.ndarray:
     """Decode the bytes of :func:`encode` to a (H, W) uint8 or uint16 array."""
-    return CODECS[codec][1](data)
+    return CODECS[codec].decode(data)
 
 
 def pixel_crc32(tile: np.ndarray) -> int:

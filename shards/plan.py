@@ -14,6 +14,7 @@ from common.errors import BadInput
 from common.files import sha256_json
 from common.options import option
 from preprocess.tiling import TilingConfig, check_spacings, preprocessing_record
+from shards.codecs import CODECS
 from shards.manifest import SPLITS
 from shards.reading import FORMAT_VERSION
 
@@ -26,7 +27,11 @@ _LIBRARIES = ("imagecodecs", "numpy", "pydicom", "scikit-image", "scipy", "tifff
 class BuildConfig(TilingConfig):
     """How films become shards: what decides the tiles, and how they are stored."""
 
-    codec: str = option("tif", "Tile codec, all lossless: tif (zstd) or png.", choices=("tif", "png"))
+    codec: str = option(
+        "tif",
+        "Tile codec: tif (zstd), png, jhc (HTJ2K) and raw are lossless, jpg is not and holds 8 bits.",
+        choices=("tif", "png", "jhc", "raw", "jpg"),
+    )
     bit_depth: str = option("auto", "Stored bits a pixel; auto = 16 if any film has more than 8.", choices=("auto", "8", "16"))
     images_per_shard: int = option(32, "Films dealt to each shard.")
     device: str = option("auto", "Where films are segmented and scored.", choices=("auto", "cpu", "cuda"))
@@ -81,6 +86,8 @@ def make_plan(manifest: pd.DataFrame, output_dir: Path, config: BuildConfig) -> 
     spacings = manifest["pixel_spacing_mm"].to_numpy(dtype=float)
     check_spacings(spacings, config)
     bits = int(config.bit_depth) if config.bit_depth != "auto" else (16 if manifest["bits"].max() > 8 else 8)
+    if bits > CODECS[config.codec].bits:
+        raise BadInput(f"--codec {config.codec} holds {CODECS[config.codec].bits} bits; give --bit-depth 8 or another --codec")
     device = resolve_device(config.device)
     preprocessing = preprocessing_record(config, spacings, bits)
     # Where the images lie is not part of a shard: a moved data set continues its build.
