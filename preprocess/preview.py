@@ -51,7 +51,7 @@ def draw_film(film: Film, tile_size: int, path: Path, title: str, boxes: Sequenc
         centres = [(np.arange(n) + 0.5) * edge for n in mask.shape]
         axes.contour(centres[1], centres[0], mask, levels=[0.5], colors="#5dff8f", linewidths=1.2)
     for rule, colour in RULE_COLOURS.items():
-        chosen = np.flatnonzero(film.tiles.rule == rule)
+        chosen = np.flatnonzero(film.selection.rule == rule)
         tiles = [Rectangle((film.tiles.x[i], film.tiles.y[i]), tile_size, tile_size) for i in chosen]
         axes.add_collection(PatchCollection(tiles, facecolor="none", edgecolor=colour, linewidth=0.5, alpha=0.7))
     for xmin, ymin, xmax, ymax in boxes:
@@ -62,7 +62,8 @@ def draw_film(film: Film, tile_size: int, path: Path, title: str, boxes: Sequenc
     handles += [Line2D([], [], color="white", label="box")] if len(boxes) else []
     axes.legend(handles=handles, fontsize=6, loc="best", facecolor="#222222", labelcolor="white")
     flags = f"  [{' '.join(film.flags)}]" if film.flags else ""
-    axes.set_title(f"{title}: {film.tiles.counts['kept']} of {film.tiles.counts['candidates']} tiles{flags}", fontsize=8)
+    counts = film.selection.counts
+    axes.set_title(f"{title}: {counts['kept']} of {counts['candidates']} tiles{flags}", fontsize=8)
     axes.set_axis_off()
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -212,7 +212,7 @@ def _likeliest(backend: Backend, labels: Any, count: int) -> int:
 
 
 def _opened(backend: Backend, mask: Any, radius: float, beyond: str) -> Any:
-    """Take away what no disc of a radius (pixels) fits into; `beyond` the sides: ``edge`` repeats them, ``constant`` is empty."""
+    """Take away what no disc of a radius (pixels) fits into; `beyond` its sides the mask goes on or ends (modes of ``pad``)."""
     margin = int(radius) + 2
     padded = backend.xp.pad(backend.xp.pad(mask, ((0, 0), (margin, margin)), mode=beyond), ((margin, margin), (0, 0)))
     core = backend.ndimage.distance_transform_edt(padded) > radius

@@ -230,7 +230,7 @@ def _spool_tiles(plan: BuildPlan, shard: ShardPlan, row: dict[str, Any], film: F
             "freq_energy": film.tiles.freq_energy[index],
             "mean_intensity": film.tiles.mean_intensity[index],
             "nonzero_ratio": film.tiles.nonzero_ratio[index],
-            "rule": film.tiles.rule[index],
+            "rule": film.selection.rule[index],
             "crc32": pixel_crc32(pixels),
             "payload_crc32": zlib.crc32(data),
         }
@@ -272,7 +272,7 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
     flags = list(film.flags)
     if row["laterality"] and segmentation.side and row["laterality"] != segmentation.side:
         flags.append("side_disagrees")
-    reason = "" if film.tiles.counts["kept"] else "no tile passed the gates and rules"
+    reason = "" if film.selection.counts["kept"] else "no tile passed the gates and rules"
     return {
         "height": header.height,
         "width": header.width,
@@ -286,7 +286,7 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
         "guide_8bit_kept": film.guide_8bit_kept,
         "flags": " ".join(flags),
         "reason": "no breast found" if "no_breast" in flags else reason,
-    } | film.tiles.counts
+    } | film.selection.counts
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

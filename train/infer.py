@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from models.classifier import MammogramClassifier
 from preprocess.backend import backend_of
 from preprocess.preview import Box
 from preprocess.reading import read_mammogram
+from preprocess.selection import SelectionConfig
 from preprocess.tiling import SPACING_TOLERANCE, Film, TilingConfig, tile_film
 from shards.archive import escape_id, tile_key
 from shards.reading import ShardSet, check_same_pixels
@@ -228,9 +229,8 @@ def _loader(predictor: Predictor, source: Sequence) -> LabelledLoader:
 
 
 def _tiling_config(record: dict[str, Any]) -> TilingConfig:
-    names = ("tile_size", "stride", "min_breast_ratio", "min_freq_energy", "min_intensity", "min_nonzero", "select")
-    limits = {name: record[name] for name in ("freq_percentile", "max_tiles_per_image")}
-    return TilingConfig(**{name: record[name] for name in names}, **limits, pixel_spacing=record["pixel_spacing_mm"])
+    names = [field.name for field in fields(SelectionConfig)]
+    return TilingConfig(**{name: record[name] for name in names}, pixel_spacing=record["pixel_spacing_mm"])
 
 
 def _check_spacing(spacing: float | None, record: dict[str, Any], path: Path) -> None:
