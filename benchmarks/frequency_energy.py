@@ -41,10 +41,10 @@ def films() -> dict[str, np.ndarray]:
     }
 
 
-def tiled(pixels: np.ndarray, config: TilingConfig = TilingConfig()) -> Film:
+def tiled(pixels: np.ndarray) -> Film:
     """Return a film's scores and selection."""
     header = Header(*pixels.shape, bits=16, spacing_mm=SPACING_MM)
-    return tile_film(Mammogram(pixels, header), config)
+    return tile_film(Mammogram(pixels, header), TilingConfig())
 
 
 def candidates(film: Film) -> dict[str, np.ndarray]:
