@@ -79,12 +79,15 @@ def draw_film(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     figure = Figure(figsize=SIZE_INCHES, dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
     _draw_titles(figure, film, title, film.flags if flags is None else flags)
+    for left, bottom, width, height in (FILM_PANEL, _RESPONSE_PANEL):  # a film's shape leaves a part of its panel free
+        figure.add_artist(Rectangle((left, bottom), width, height, transform=figure.transFigure, color="black", zorder=-1))
     draw_tiles(figure.add_axes(FILM_PANEL), film, tile_size, boxes)
     shown = draw_response(figure.add_axes(_RESPONSE_PANEL), film, tile_size)
     bar = figure.colorbar(shown, cax=figure.add_axes(_BAR_PANEL), extend="max")
@@ -194,7 +197,8 @@ def few_colours(picture: PILImage.Image) -> PILImage.Image:
 
     named = (*RULE_COLOURS.values(), *FATE_COLOURS.values(), CONTOUR_COLOUR, CLUSTER_COLOUR, BAD_COLOUR, GOOD_COLOUR)
     marks = to_rgba_array(named)[:, :3]
-    greys = np.linspace(0, 1, 100)[:, None] * np.ones(3)
+    # Pillow looks colours up in steps of 4: a grey near white would take white's place.
+    greys = np.append(np.linspace(0, 0.96, 99), 1.0)[:, None] * np.ones(3)
     response = mpl.colormaps[RESPONSE_COLOURS](np.linspace(0, 1, 56))[:, :3]
     faded = [marks * share + grey * (1 - share) for share in (0.85, 0.6, 0.3) for grey in (0.05, 0.6)]
     palette = Image.new("P", (1, 1))
@@ -235,16 +239,12 @@ def _draw_legend(figure: Figure, counts: dict[str, int], boxes: int) -> None:
 
 
 def _show_film(axes: Axes, film: Film, white: float = 1.0) -> None:
-    """Draw a film in the middle of axes, on black, whatever its shape and theirs."""
     height, width = film.image.shape
     step = max(1, max(height, width) // 900)
     thumbnail = np.sqrt(backend_of(film.image).to_host(block_mean(film.image, step)))
     extent = (0, thumbnail.shape[1] * step, thumbnail.shape[0] * step, 0)
     axes.imshow(thumbnail, cmap="gray", vmin=0, vmax=white, extent=extent, zorder=0)
-    panel = axes.get_window_extent()
-    scale = max(width / panel.width, height / panel.height)
-    x, y = (scale * panel.width - width) / 2, (scale * panel.height - height) / 2
-    axes.set(xlim=(-x, width + x), ylim=(height + y, -y), xticks=[], yticks=[], facecolor="black", aspect="auto")
+    axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], facecolor="black", aspect="equal")
 
 
 def _draw_contour(axes: Axes, film: Film, width: float) -> None:
