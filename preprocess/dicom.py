@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -156,8 +157,7 @@ def _stored_values(dataset: pydicom.Dataset, index: int, frames: int, device: st
         offsets = dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths
     frame = get_frame(dataset.PixelData, index, number_of_frames=frames, extended_offsets=offsets)
     if syntax == RLELossless:
-        values = np.frombuffer(imagecodecs.dicomrle_decode(frame, f"<u{allocated // 8}"), f"u{allocated // 8}")
-        return _to_bits(values.reshape(shape), bits, signed, patterns=True)
+        return _to_bits(_decode_rle(frame, allocated // 8).reshape(shape), bits, signed, patterns=True)
     stream = _codestream(frame)
     if stream is None:
         raise BadInput(f"has the transfer syntax {syntax.name}, which is not supported; convert it to uncompressed DICOM")
@@ -174,6 +174,18 @@ def _stored_values(dataset: pydicom.Dataset, index: int, frames: int, device: st
         raise ValueError(f"its codestream gives pixels of shape {values.shape}, not {shape}")
     patterns = stream.lossless_jpeg or signed != stream.signed
     return _to_bits(values, min(bits, stream.precision) if signed else bits, signed, patterns)
+
+
+def _decode_rle(frame: bytes, bytes_each: int) -> np.ndarray:
+    """Decode an RLE frame (PS3.5 annex G) to a flat array of `bytes_each` bytes a pixel."""
+    import imagecodecs
+
+    count, *starts = struct.unpack_from("<16I", frame)
+    starts = [*starts[:count], len(frame)]
+    # The decoder trusts them: a damaged one would end the process.
+    if count != bytes_each or starts[0] < 64 or any(a >= b for a, b in pairwise(starts)):
+        raise ValueError("its RLE header is damaged")
+    return np.frombuffer(imagecodecs.dicomrle_decode(frame, f"<u{bytes_each}"), f"u{bytes_each}")
 
 
 def _codestream(frame: bytes) -> _Codestream | None:
@@ -275,7 +287,7 @@ def _to_pixels(stored: Any, dataset: pydicom.Dataset, inverted: bool) -> tuple[A
     xp = backend_of(stored).xp
     padding = _padding(stored, dataset, inverted)
     # Padding may lie far outside the film's values: it has no say in their range.
-    film = stored if padding is None else xp.where(padding, stored[~padding][0], stored)
+    film = stored if padding is None else xp.where(padding, stored.ravel()[int((~padding).argmax())], stored)
     high = int(film.max())
     low = int(film.min()) if inverted or stored.dtype.kind == "i" else 0
     low = low if inverted else min(low, 0)
@@ -314,9 +326,8 @@ def _padding(stored: Any, dataset: pydicom.Dataset, inverted: bool) -> Any | Non
     padding = (stored >= first) & (stored <= last)
     if not padding.any() or padding.all():
         return None
-    film = stored[~padding]
-    if film.max() < first if inverted else film.min() > last:
-        return padding
+    if stored.max() <= last if inverted else stored.min() >= first:
+        return padding  # nothing is darker
     parts, _ = backend.ndimage.label(padding)
     at_border = xp.zeros(int(parts.max()) + 1, bool)
     for edge in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):

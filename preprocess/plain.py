@@ -115,9 +115,9 @@ def _pgm_header(data: bytes) -> tuple[int, int, int, int, int]:
 
 def _read_pgm(data: bytes) -> np.ndarray:
     kind, width, height, largest, start = _pgm_header(data)
+    wanted = np.uint8 if largest < 256 else np.uint16
     if kind == 5:
-        stored = np.dtype(np.uint8 if largest < 256 else ">u2")
-        pixels = np.frombuffer(data, stored, width * height, start)
+        pixels = np.frombuffer(data, np.dtype(wanted).newbyteorder(">"), width * height, start).astype(wanted, copy=False)
     else:
         pixels = np.fromstring(data[start:], dtype=np.int64, sep=" ")[: width * height]
     if pixels.max() > largest or pixels.min() < 0:
@@ -125,4 +125,4 @@ def _read_pgm(data: bytes) -> np.ndarray:
     pixels = pixels.reshape(height, width)
     if largest < 128:
         return np.rint(pixels * (255 / largest)).astype(np.uint8)  # as PNGs of few bits are
-    return pixels.astype(np.uint8 if largest < 256 else np.uint16)
+    return pixels.astype(wanted, copy=False)

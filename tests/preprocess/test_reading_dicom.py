@@ -565,7 +565,7 @@ def host_nvimagecodec():
     )
 
 
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("name", ["sv1", "jpeg2000", "htj2k"])
 def test_nvimagecodec_gives_the_stored_values(host_nvimagecodec, crop, name, bits):
     stored = at_depth(crop, bits)
