@@ -102,8 +102,8 @@ def _header(dataset: pydicom.Dataset) -> Header:
 def _spacing(dataset: pydicom.Dataset) -> tuple[float | None, str]:
     """Return the pixel size in mm and the attribute it came from.
 
-    ImagerPixelSpacing is taken as it is, at the detector: EstimatedRadiographicMagnificationFactor is left out, since the
-    datasets' own tables leave it out too and a contact view's is near 1.
+    ImagerPixelSpacing is taken as it is, at the detector. EstimatedRadiographicMagnificationFactor is left out: it is an
+    estimate, often missing, and near 1 in contact views. In magnification views sizes are thus larger than in the breast.
     """
     for name in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
         value = dataset.get(name)
