@@ -111,7 +111,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     backend = backend_of(mammogram.pixels)
     segmentation = segment_breast(mammogram.pixels, header.spacing_mm)
     breast_values = _values_inside(backend, mammogram.pixels, segmentation)
-    image, mapping = map_to_unit(mammogram.pixels, mammogram.display, breast_values)
+    image, mapping = map_to_unit(mammogram.pixels, mammogram.voi, breast_values)
     scale = 1.0
     if config.pixel_spacing is not None:
         if header.spacing_mm is None:

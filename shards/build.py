@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -198,14 +198,9 @@ def finish(plan: BuildPlan, split: str | None = None) -> dict[str, Any]:
 
 def _load(row: dict[str, Any], device: str) -> Mammogram:
     """Read a film with the manifest's spacing, onto the GPU where the build runs there."""
-    mammogram = read_mammogram(row["path"])
+    mammogram = read_mammogram(row["path"], device=device)
     if not pd.isna(row["pixel_spacing_mm"]):
         mammogram = mammogram.with_spacing(float(row["pixel_spacing_mm"]), row["spacing_source"])
-    if device == "cuda":
-        import cupy
-
-        display = None if mammogram.display is None else cupy.asarray(mammogram.display)
-        mammogram = replace(mammogram, pixels=cupy.asarray(mammogram.pixels), display=display)
     return mammogram
 
 
