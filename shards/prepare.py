@@ -299,9 +299,10 @@ def copy_films(films: pd.DataFrame, output_dir: Path, workers: int) -> tuple[pd.
     BadInput
         Two films have the same name there, or the folder cannot be written.
     """
+    # A study's UID is full of dots, which harm no file.
     names = pd.Series(
         [
-            f"{escape_id(study)}_{escape_id(image)}.png" if study else f"{escape_id(image)}.png"
+            "_".join(escape_id(part).replace("%2E", ".") for part in (study, image) if part) + ".png"
             for study, image in zip(films["study_id"], films["image_id"], strict=True)
         ],
         films.index,
@@ -311,7 +312,7 @@ def copy_films(films: pd.DataFrame, output_dir: Path, workers: int) -> tuple[pd.
     if twice.any():
         raise BadInput(f"two films would be copied to the name {names[twice].iloc[0]}; give them other image ids or study ids")
     targets = pd.Series([output_dir / split / name for split, name in zip(films["split"], names, strict=True)], films.index)
-    for split in SPLITS:
+    for split in films["split"].unique():
         make_folder(output_dir / split)
     for target in targets:
         if not target.exists():

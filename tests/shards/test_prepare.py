@@ -318,7 +318,7 @@ def test_copies_hold_what_is_read_and_keep_the_spacing(studies, tmp_path):
     made = prepare_films("folder", studies, val_fraction=0.5)
     films, problems, notes = copy_films(made.manifest, tmp_path / "out", workers=1)
     assert (problems, notes) == ([], [])
-    names = {"twelve": "1%2E2_twelve.png", "inverted": "1%2E2_inverted.png", "eight": "eight.png"}
+    names = {"twelve": "1.2_twelve.png", "inverted": "1.2_inverted.png", "eight": "eight.png"}
     for before, after in zip(made.manifest.itertuples(), films.itertuples(), strict=True):
         assert Path(after.path) == tmp_path / "out" / after.split / names[after.image_id]
         with Image.open(after.path) as image:
@@ -442,7 +442,6 @@ def test_output_that_cannot_be_written_is_refused(root, open_folder):
     output = open_folder / "out"
     for split in ("train", "val", "test"):
         (output / split).mkdir(parents=True)
-    copy_films(films.iloc[:0], output, workers=1)  # imports everything while it may
     with unprivileged(), pytest.raises(BadInput, match=r"cannot write .*\.png: Permission denied"):
         copy_films(films, output, workers=1)
     with unprivileged(), pytest.raises(BadInput, match="cannot make the folder .*: Permission denied"):
