@@ -151,7 +151,7 @@ def draw_picture(job: PictureJob, config: TilingConfig, overwrite: bool = False)
 
 
 def _draw(job: PictureJob, config: TilingConfig, source: str) -> dict[str, Any]:
-    mammogram = read_mammogram(job.image)
+    mammogram = read_mammogram(job.image, config)
     if job.spacing_mm is not None:
         mammogram = mammogram.with_spacing(job.spacing_mm, job.spacing_source)
     film = tile_film(mammogram, config)

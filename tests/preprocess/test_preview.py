@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from dicom_files import write_dicom
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -176,6 +177,16 @@ def test_some_other_picture_is_replaced(job):
     job.picture.parent.mkdir()
     Image.new("L", (9, 9)).save(job.picture)
     assert draw_picture(job, SMALL).counts["kept"] > 5
+
+
+def test_frames_are_read_where_asked_for(films, job):
+    small = np.ascontiguousarray(films[0].pixels[::2, ::2])
+    path = job.image.with_suffix(".dcm")
+    write_dicom(path, np.stack([np.zeros_like(small), small]), bits=16, NumberOfFrames=2)
+    job = replace(job, image=path)
+    assert "2 frames" in draw_picture(job, SMALL).reason
+    assert draw_picture(job, replace(SMALL, frame=1)).flags == ("no_breast",)
+    assert draw_picture(job, replace(SMALL, frame=2)).counts["kept"] > 5
 
 
 def test_several_workers_draw_the_same_in_order(job):
