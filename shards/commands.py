@@ -12,6 +12,7 @@ from common.files import write_yaml
 from common.options import Command, Group, ListOption, config_file_option, config_options, resolved
 from preprocess.simulation import ClusterConfig
 from preprocess.tiling import TilingConfig
+from shards.launch import LaunchConfig
 from shards.plan import BuildConfig
 
 if TYPE_CHECKING:
@@ -192,6 +193,20 @@ def shards() -> None:
 shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
 
 
+def _parse_range(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
+    if value is None:
+        return None
+    first, colon, last = value.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise BadInput(f"--shard-range {value!r} is not A:B with 0 <= A < B; 0:8 means the first eight shards")
+    return range(int(first), int(last))
+
+
+max_bad_option = click.option(
+    "--max-bad", default="5%", help="Most films that may fail, a number or a percentage; more end with exit code 3."
+)
+
+
 @shards.command()
 @manifest_option
 @output_option("The shard directory; a build that was stopped goes on there.")
@@ -200,41 +215,97 @@ shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
     type=click.Choice(["train", "val", "test"]),
     help="Build this split only; the others may follow into the same directory.",
 )
+@click.option(
+    "--shard-range",
+    callback=_parse_range,
+    metavar="A:B",
+    help="Build the shards A to B-1 only, as one of several jobs on one directory; 'shards finish' ends them.",
+)
 @config_options(BuildConfig)
-@click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes; each takes one shard at a time.")
-@click.option("--max-bad", default="5%", help="Most films that may fail, a number or a percentage; more end with exit code 3.")
+@config_options(LaunchConfig)
+@click.option(
+    "--check-every",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Decode every so many tiles with an independent decoder, and compare, before their shard is kept.",
+)
+@max_bad_option
 @config_file_option
 @click.pass_context
 def build(
-    ctx: click.Context, manifest: Path, output_dir: Path, split: str | None, workers: int, max_bad: str, **options: Any
+    ctx: click.Context,
+    manifest: Path,
+    output_dir: Path,
+    split: str | None,
+    shard_range: range | None,
+    workers: int | None,
+    threads: int | None,
+    dask: str | None,
+    check_every: int,
+    max_bad: str,
+    **options: Any,
 ) -> None:
     """Cut films into tiles and write WebDataset shards with a DALI index.
 
     Finished shards are skipped, so the same command goes on after an interruption; other options refuse to mix with them.
-    A film that cannot be read becomes a row of images.parquet with its reason, and the rest goes on.
+    A film that cannot be read becomes a row of images.parquet with its reason, and the rest goes on. The same films, options
+    and library versions give the same bytes, however many processes or machines build.
     """
-    from shards.build import build_all, finish
+    from shards.build import build_all
+    from shards.launch import Launcher
     from shards.manifest import read_manifest
+    from shards.merge import finish, read_images
     from shards.plan import make_plan
+
+    config, launch = BuildConfig(**options), LaunchConfig(workers, threads, dask)
+    _bad_limit(max_bad, 1)
+    # The plan is always of the whole manifest: splits and ranges may be built one after the other into one directory.
+    plan = make_plan(read_manifest(manifest), output_dir, config)
+    count = len(plan.shards)
+    plan = plan.select(split, shard_range)
+    if split and not plan.counts.get(split):
+        raise BadInput(f"manifest {manifest} has no rows of split '{split}'; it has: {', '.join(plan.counts)}")
+    if not plan.shards:
+        click.echo(f"the plan has {count} shards, none of them in this range: nothing to do")
+        return
+    launcher = Launcher.of(launch, plan.recipe["options"]["device"])
+    build_all(plan, launcher, check_every=check_every)
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
+    if shard_range is None:
+        finish(output_dir, split)
+    else:
+        built = f"{len(plan.shards)} of {count} shards"
+        click.echo(f"built {built}; when all are, run 'mammostream shards finish {output_dir}'\n")
+    _report_images(read_images(output_dir, [shard.name for shard in plan.shards]), output_dir, max_bad)
+
+
+@shards.command()
+@shards_argument
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Demand this split's shards only.")
+@max_bad_option
+def finish(directory: Path, split: str | None, max_bad: str) -> None:
+    """Merge the tables of shards that several jobs built (--shard-range) into tiles.parquet, images.parquet, shards.json.
+
+    Refuses, naming them, while shards are missing. Doing it twice changes nothing.
+    """
+    from shards.merge import finish as merge
     from shards.reading import open_shards
 
-    config = BuildConfig(**options)
-    frame = read_manifest(manifest)
-    asked = len(read_manifest(manifest, split)) if split else len(frame)
-    limit = _bad_limit(max_bad, asked)
-    # The plan is always of the whole manifest: splits may be built one after the other into one directory.
-    plan = make_plan(frame, output_dir, config)
-    build_all(plan, workers, split)
-    finish(plan, split)
-    write_yaml(output_dir / "config.yaml", resolved(ctx))
-    images = open_shards(output_dir).images()
+    _bad_limit(max_bad, 1)
+    merge(directory, split)
+    images = open_shards(directory).images()
+    _report_images(images[images["split"] == split] if split else images, directory, max_bad)
+
+
+def _report_images(images: pd.DataFrame, directory: Path, max_bad: str) -> None:
+    """Print what became of some films; too many bad ones are an error."""
     _print_images(images)
-    images = images[images["split"] == split] if split else images
     bad = int((images["reason"] != "").sum())
-    click.echo(f"{len(images)} films ({bad} gave no tiles), {images['kept'].sum()} tiles -> {output_dir}")
-    if bad > limit:
+    click.echo(f"{len(images)} films ({bad} gave no tiles), {images['kept'].sum()} tiles -> {directory}")
+    if bad > _bad_limit(max_bad, len(images)):
         raise TooManyBad(
-            f"{bad} of {len(images)} films gave no tiles, more than --max-bad {max_bad}; see {output_dir}/images.parquet"
+            f"{bad} of {len(images)} films gave no tiles, more than --max-bad {max_bad}; the reasons are above and in "
+            "images.parquet; to try films again, delete the .parquet of their shards and run the same command"
         )
 
 

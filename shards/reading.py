@@ -15,7 +15,7 @@ from preprocess.tiling import SPACING_TOLERANCE
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARDS_JSON = "shards.json"
 # Options that decide what a tile's pixels mean: a model made for one set does not fit another.
 _PIXEL_CONTRACT = ("tile_size", "pixel_spacing_mm", "mapping")

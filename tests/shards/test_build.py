@@ -23,8 +23,9 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from common.errors import BadInput
 from shards import decode_sample
 from shards.archive import read_index
-from shards.build import build_all, build_shard, finish
+from shards.build import build_all, build_shard
 from shards.manifest import read_manifest
+from shards.merge import finish
 from shards.plan import make_plan
 from shards.reading import open_shards
 from shards.verify import verify_shards
@@ -118,10 +119,10 @@ def test_resume_gives_the_same_bytes(built, copied, contents, suffixes):
         (copied.directory / name).unlink()
     untouched = copied.shards()[0].tar.stat().st_mtime_ns
     plan = rebase(built.plan, copied.directory)
-    with pytest.raises(BadInput, match=f"shard {shard.stem} is not finished"):
-        finish(plan)
-    build_all(plan, 1)
-    finish(plan)
+    with pytest.raises(BadInput, match=rf"1 shards of .* not finished: 1 \({shard.stem}\)"):
+        finish(plan.output_dir)
+    build_all(plan)
+    finish(plan.output_dir)
     assert contents(copied.directory) == contents(built.shards.directory)
     assert copied.shards()[0].tar.stat().st_mtime_ns == untouched
 
@@ -344,7 +345,7 @@ def test_a_shard_without_tiles_has_only_its_table(manifest, build_at, contents, 
         made.shards.shards()
     # Finished all the same: not built again.
     plan = make_plan(frame, tmp_path / "s", made.plan.config)
-    assert [summary.bad_images for summary in build_all(plan, 1)] == [2, 2]
+    assert [summary.bad_images for summary in build_all(plan)] == [2, 2]
 
 
 def test_unknown_split_names_those_there(built):
@@ -405,7 +406,7 @@ def test_open_shards_refuses_what_is_none(copied, tmp_path):
         (text[:-40], "is damaged"),
         ("[]", "is damaged"),
         ("{}", "is damaged"),
-        (text.replace('"format_version": 1', '"format_version": 2'), "has format 2"),
+        (text.replace('"format_version": 2', '"format_version": 3'), "has format 3"),
     ):
         path.write_text(damaged)
         with pytest.raises(BadInput, match=message):
@@ -428,13 +429,13 @@ def test_dealing_is_by_seed_and_split(manifest, built):
 
 def test_splits_may_be_built_one_after_the_other(built, manifest, tmp_path, contents):
     plan = make_plan(read_manifest(manifest), tmp_path / "shards", built.plan.config)
-    build_all(plan, 1, "train")
-    finish(plan, "train")
+    build_all(plan.select("train"))
+    finish(plan.output_dir, "train")
     assert open_shards(plan.output_dir).splits == ["train"]
-    with pytest.raises(BadInput, match="val-000000 is not finished"):
-        finish(plan)
-    build_all(plan, 1, "val")
-    finish(plan, "val")
+    with pytest.raises(BadInput, match=r"not finished: 2 \(val-000000\), 3 \(val-000001\)"):
+        finish(plan.output_dir)
+    build_all(plan.select("val"))
+    finish(plan.output_dir, "val")
     assert contents(plan.output_dir) == contents(built.shards.directory)
 
 

@@ -1,0 +1,44 @@
+"""What the benchmarks say of the machine and the versions that they ran on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+_PACKAGES = (
+    "numpy",
+    "scikit-image",
+    "imagecodecs",
+    "tifffile",
+    "pyarrow",
+    "dask",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+)
+
+
+def describe() -> str:
+    """Return one line: processor, cores, memory, GPU, and the versions of what the measured code stands on."""
+    cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = [f"Python {platform.python_version()}"]
+    for name in _PACKAGES:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, {_gpu()}; {', '.join(versions)}."
+
+
+def _gpu() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "no GPU"
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()
