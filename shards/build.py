@@ -32,7 +32,7 @@ from shards.codecs import (
     encode_number,
     pixel_crc32,
 )
-from shards.launch import Launcher
+from shards.launch import ALONE, Launcher
 from shards.lock import lock_shards
 from shards.plan import TILES_PER_SHARD_LIMIT, BuildPlan, ShardPlan, library_versions
 from shards.tables import read_shard_metadata, write_shard_table
@@ -251,7 +251,7 @@ def finished_shard(plan: BuildPlan, ordinal: int) -> ShardSummary | None:
 
 def build_all(
     plan: BuildPlan,
-    launcher: Launcher = Launcher(),
+    launcher: Launcher = ALONE,
     *,
     check_every: int = 1,
     build: Callable[..., ShardSummary] = build_shard,

@@ -138,6 +138,10 @@ class Launcher:
                 raise BadInput(f"the Dask cluster was lost ({first_line(error)}); run the same command again") from None
 
 
+ALONE = Launcher()
+"""One process with one thread: this one."""
+
+
 def visible_gpus() -> tuple[str, ...]:
     """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import cupy

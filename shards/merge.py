@@ -49,17 +49,19 @@ def merge_tables(directory: Path, split: str | None = None) -> dict[str, Any]:
     paths = finished_tables(directory, split)
     first = read_shard_metadata(paths[0])
     images, shards = [], []
-    with whole_file(directory / "tiles.parquet") as temporary:
-        # A row group a shard: a million tiles pass through little memory, and each shard's rows can be read alone.
-        with pq.ParquetWriter(temporary, TILE_SCHEMA, compression="zstd") as writer:
-            for path in paths:
-                tiles, its_images, metadata = read_shard_table(path)
-                if metadata["config_hash"] != first["config_hash"]:
-                    raise BadInput(f"{path} and {paths[0]} were built with different options; build one of them again")
-                if len(tiles):
-                    writer.write_table(tiles, row_group_size=len(tiles))
-                images.append(its_images)
-                shards.append(describe_shard(path.stem, metadata))
+    # A row group a shard: a million tiles pass through little memory, and each shard's rows can be read alone.
+    with (
+        whole_file(directory / "tiles.parquet") as temporary,
+        pq.ParquetWriter(temporary, TILE_SCHEMA, compression="zstd") as writer,
+    ):
+        for path in paths:
+            tiles, its_images, metadata = read_shard_table(path)
+            if metadata["config_hash"] != first["config_hash"]:
+                raise BadInput(f"{path} and {paths[0]} were built with different options; build one of them again")
+            if len(tiles):
+                writer.write_table(tiles, row_group_size=len(tiles))
+            images.append(its_images)
+            shards.append(describe_shard(path.stem, metadata))
     write_parquet(directory / "images.parquet", pa.concat_tables(images))
     meta = {
         "format_version": FORMAT_VERSION,
