@@ -327,17 +327,36 @@ def _print_images(images: pd.DataFrame) -> None:
 
 @shards.command()
 @shards_argument
-def verify(directory: Path) -> None:
-    """Check every byte, every index entry and every tile's pixels against the tables written with them."""
+@click.option("--workers", type=click.IntRange(min=1), help="Processes, each at one shard at a time; default: one a core.")
+@click.option("--decode/--no-decode", "decoding", default=True, help="Decode every tile; without, only bytes are compared.")
+@click.option(
+    "--quarantine", is_flag=True, help="Take damaged samples out of the indexes and tables, so that what is left can be used."
+)
+def verify(directory: Path, workers: int | None, decoding: bool, quarantine: bool) -> None:
+    """Check every byte, every index entry, every tile's pixels and every table against each other.
+
+    A check that was stopped goes on where it stopped.
+    """
+    from shards.launch import Launcher
     from shards.reading import open_shards
+    from shards.verify import quarantine as take_out
     from shards.verify import verify_shards
 
     opened = open_shards(directory)
-    faults = verify_shards(opened)
+    faults = verify_shards(opened, Launcher.of(LaunchConfig(workers)), decoding=decoding)
     for fault in faults:
         click.echo(f"fault: {fault}", err=True)
+    if faults and not quarantine:
+        raise BadInput(
+            f"{len(faults)} faults in {directory}; delete the .parquet of each shard named above and build again, or leave "
+            "the damaged samples out with --quarantine"
+        )
     if faults:
-        raise BadInput(f"{len(faults)} faults in {directory}; delete the .parquet of each shard named above and build again")
+        left_out = take_out(opened, faults)
+        for fault in left_out:
+            click.echo(f"left out: {fault}")
+        click.echo(f"{len(left_out)} samples left out of the indexes and tables of {directory}; check it again")
+        return
     click.echo(f"{len(opened.meta['shards'])} shards, {sum(s['tiles'] for s in opened.meta['shards'])} tiles: all well")
 
 

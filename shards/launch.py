@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -99,7 +99,9 @@ class Launcher:
         others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(count, context, _start_worker, (devices if self.devices else None,))
         try:
-            for future in as_completed([pool.submit(function, item) for item in items]):
+            with _no_interrupts():
+                futures = [pool.submit(function, item) for item in items]
+            for future in as_completed(futures):
                 yield future.result()
         except BaseException as error:
             # Not only the workers at work: the pool overlooks one that was starting when another died, and would wait for ever.
@@ -150,9 +152,21 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(named.split(",")) if named else tuple(str(i) for i in range(cupy.cuda.runtime.getDeviceCount()))
 
 
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C while worker processes are started, which go on ignoring it: their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may decide, and only it gets Ctrl-C
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _start_worker(devices: Any) -> None:
-    """Make a fresh worker process end with its parent, leave Ctrl-C to it, and see only its own GPU."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Make a fresh worker process end with its parent, and see only its own GPU."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices.get()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from common.errors import BadInput
 from common.files import whole_file, write_json, write_parquet
 from shards.lock import TABLES, lock_shards
+from shards.manifest import SPLITS
 from shards.plan import shard_name
 from shards.reading import FORMAT_VERSION, SHARDS_JSON
 from shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_shard_metadata, read_shard_table
@@ -38,15 +39,15 @@ def finish(directory: Path, split: str | None = None) -> dict[str, Any]:
     if not directory.is_dir():
         raise BadInput(f"{directory} does not exist; make one with 'mammostream shards build --output-dir {directory}'")
     with lock_shards(directory, TABLES, wait=True):
-        return merge_tables(directory, split)
+        return merge_tables(directory, SPLITS if split is None else (split,))
 
 
-def merge_tables(directory: Path, split: str | None = None) -> dict[str, Any]:
-    """Do what :func:`finish` does, for a caller that holds the lock already."""
+def merge_tables(directory: Path, demanded: Container[str]) -> dict[str, Any]:
+    """Do what :func:`finish` does, for a caller that holds the lock already; `demanded` are the splits that must be whole."""
     for name in MERGED:  # what a killed merge left
         for path in directory.glob(f".{name}.*.tmp"):
             path.unlink(missing_ok=True)
-    paths = finished_tables(directory, split)
+    paths = finished_tables(directory, demanded)
     first = read_shard_metadata(paths[0])
     images, shards = [], []
     # A row group a shard: a million tiles pass through little memory, and each shard's rows can be read alone.
@@ -81,13 +82,13 @@ def describe_shard(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     return {"name": name} | {key: metadata.get(key) for key in names}
 
 
-def finished_tables(directory: Path, split: str | None = None) -> list[Path]:
+def finished_tables(directory: Path, demanded: Container[str]) -> list[Path]:
     """Return the tables of a directory's finished shards, in the order of their ordinals.
 
     Raises
     ------
     BadInput
-        A shard (of the split, where one is given) is not finished.
+        A shard of the splits demanded is not finished.
     """
     some = next(iter(sorted(directory.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].parquet"))), None)
     if some is None:
@@ -97,7 +98,7 @@ def finished_tables(directory: Path, split: str | None = None) -> list[Path]:
         path = directory / f"{name}.parquet"
         if path.is_file():
             paths.append(path)
-        elif split in (None, its_split):
+        elif its_split in demanded:
             missing.append(f"{ordinal} ({name})")
     if missing:
         few = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
