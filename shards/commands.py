@@ -9,7 +9,7 @@ import click
 
 from common.errors import BadInput, TooManyBad
 from common.files import write_yaml
-from common.options import Command, Group, ListOption, config_file_option, config_options, resolved
+from common.options import Command, Group, ListOption, config_file_option, config_options, resolved, split_commas
 from preprocess.simulation import ClusterConfig
 from preprocess.tiling import TilingConfig
 from shards.launch import LaunchConfig
@@ -17,6 +17,8 @@ from shards.plan import BuildConfig
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from shards.reading import ShardSet
 
 FILE = click.Path(path_type=Path)
 manifest_option = click.option(
@@ -381,7 +383,7 @@ def info(directory: Path) -> None:
 @shards.command()
 @shards_argument
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Tiles of this split only.")
-@click.option("--findings", type=FILE, required=True, help="findings.parquet with the boxes.")
+@click.option("--findings", type=FILE, help="findings.parquet with boxes, each label of which becomes a class.")
 @click.option(
     "--min-fraction",
     type=click.FloatRange(0, 1, min_open=True),
@@ -389,26 +391,64 @@ def info(directory: Path) -> None:
     help="A tile is positive from this share "
     "of a box inside it, or of the tile inside a box; a smaller overlap leaves the cell empty (no label).",
 )
+@click.option("--manifest", type=FILE, help="manifest.parquet with the films' labels, for --image-labels.")
+@click.option(
+    "--image-labels",
+    cls=ListOption,
+    callback=split_commas,
+    help="Labels of films to copy to each of their tiles (normal benign malignant …), or 'all' of the manifest's.",
+)
 @click.option("--output", type=FILE, required=True, help="The CSV: tile_path (the tile's key) and a column a class.")
-def labels(directory: Path, split: str | None, findings: Path, min_fraction: float, output: Path) -> None:
-    """Turn boxes into tile labels: a CSV of tile_path and one 0/1 column a class, empty where the overlap is partial."""
+def labels(
+    directory: Path,
+    split: str | None,
+    findings: Path | None,
+    min_fraction: float,
+    manifest: Path | None,
+    image_labels: tuple[str, ...],
+    output: Path,
+) -> None:
+    """Label tiles by boxes or by their films: a CSV of tile_path and one 0/1 column a class, empty where unknown.
+
+    A box makes the tiles positive that hold enough of it, or lie far enough within it; those it only touches stay empty.
+    """
+    import pandas as pd
+
     from common.files import write_text
+    from shards.labels import image_labels as labels_of_films
     from shards.labels import tile_labels
-    from shards.manifest import read_findings
+    from shards.manifest import read_manifest
     from shards.reading import open_shards
 
+    if bool(manifest) != bool(image_labels) or not (findings or manifest):
+        raise BadInput("give --findings, or --manifest with --image-labels, or all three")
     opened = open_shards(directory)
     opened.shards(split)
-    boxes = read_findings(findings)
-    known = boxes["image_id"].isin(opened.images()["image_id"])
-    if not known.any():
-        example = f" (the first is of '{boxes['image_id'].iloc[0]}')" if len(boxes) else ""
-        raise BadInput(f"none of the {len(boxes)} boxes of {findings} is of a film of {directory}{example}")
-    if not known.all():
-        click.echo(f"{(~known).sum()} of {len(boxes)} boxes are of films that are not in {directory}", err=True)
-    table = tile_labels(opened.tiles(split), boxes, min_fraction)
+    tiles = opened.tiles(split)
+    table = pd.DataFrame({"tile_path": tiles["key"]})
+    if findings:
+        table = tile_labels(tiles, _boxes_of(opened, findings), min_fraction)
+    if manifest:
+        of_films = labels_of_films(tiles, read_manifest(manifest), image_labels)
+        for name in of_films.columns.intersection(table.columns):
+            raise BadInput(f"'{name}' is a label of both --findings and --image-labels; leave it out of --image-labels")
+        table = pd.concat([table, of_films], axis=1)
     write_text(output, table.to_csv(index=False))
     for name in table.columns[1:]:
         column = table[name]
         click.echo(f"{name}: {(column == 1).sum()} positive, {(column == 0).sum()} negative, {column.isna().sum()} left out")
     click.echo(f"{len(table)} tiles -> {output}")
+
+
+def _boxes_of(opened: ShardSet, findings: Path) -> pd.DataFrame:
+    """Read findings and check that they are of these shards' films."""
+    from shards.manifest import read_findings
+
+    boxes = read_findings(findings)
+    known = boxes["image_id"].isin(opened.images()["image_id"])
+    if not known.any():
+        example = f" (the first is of '{boxes['image_id'].iloc[0]}')" if len(boxes) else ""
+        raise BadInput(f"none of the {len(boxes)} boxes of {findings} is of a film of {opened.directory}{example}")
+    if not known.all():
+        click.echo(f"{(~known).sum()} of {len(boxes)} boxes are of films that are not in {opened.directory}", err=True)
+    return boxes
