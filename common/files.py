@@ -44,12 +44,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it and rename it to `path`, on failure remove it.
 
-    The folder is synced too, so that files renamed one after the other survive a power cut in that order. The process id in
-    the name keeps two writers apart; a temporary file left by a killed process is never mistaken for a finished one, since
-    nothing reads ``*.tmp``.
+    The folder is synced too, so that files renamed one after the other survive a power cut in that order; many small files
+    that are easily made again can do without (`sync`). The process id in the name keeps two writers apart; a temporary file
+    left by a killed process is never mistaken for a finished one, since nothing reads ``*.tmp``.
 
     Raises
     ------
@@ -61,9 +61,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _sync(temporary)
+            if sync:
+                _sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            if sync:
+                _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 

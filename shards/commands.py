@@ -13,7 +13,7 @@ from common.options import Command, Group, ListOption, config_file_option, confi
 from preprocess.simulation import ClusterConfig
 from preprocess.tiling import TilingConfig
 from shards.launch import LaunchConfig
-from shards.plan import BuildConfig
+from shards.plan import BuildConfig, PackConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -204,6 +204,15 @@ def _parse_range(ctx: click.Context, param: click.Parameter, value: str | None) 
     return range(int(first), int(last))
 
 
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes, each at one shard at a time; default: one a core."
+)
+check_every_option = click.option(
+    "--check-every",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Decode every so many tiles with an independent decoder, and compare, before their shard is kept.",
+)
 max_bad_option = click.option(
     "--max-bad", default="5%", help="Most films that may fail, a number or a percentage; more end with exit code 3."
 )
@@ -225,12 +234,7 @@ max_bad_option = click.option(
 )
 @config_options(BuildConfig)
 @config_options(LaunchConfig)
-@click.option(
-    "--check-every",
-    type=click.IntRange(min=1),
-    default=1,
-    help="Decode every so many tiles with an independent decoder, and compare, before their shard is kept.",
-)
+@check_every_option
 @max_bad_option
 @config_file_option
 @click.pass_context
@@ -323,13 +327,98 @@ def _print_images(images: pd.DataFrame) -> None:
     columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept"))] + ["guide_8bit_kept"]
     totals = images.groupby("split", sort=False)[columns].sum().astype(int).T
     click.echo(totals.rename(index={"guide_8bit_kept": "(the plain 8-bit scale would have kept)"}).to_string() + "\n")
+    _print_reasons(images)
+
+
+def _print_reasons(images: pd.DataFrame) -> None:
     for row in images[images["reason"] != ""].itertuples():
         click.echo(f"no tiles: {row.image_id}: {row.reason}", err=True)
 
 
 @shards.command()
+@click.option(
+    "--csv",
+    "csvs",
+    cls=ListOption,
+    type=FILE,
+    required=True,
+    help="CSVs of tile_path and any of split, image_id, patient_id; class columns may follow and stay in the CSV.",
+)
+@click.option(
+    "--split",
+    "splits",
+    cls=ListOption,
+    type=click.Choice(["train", "val", "test"]),
+    help="The split of each CSV, in their order; default: their column 'split'.",
+)
+@click.option("--tiles-dir", type=FILE, required=True, help="Folder that tile_path is relative to.")
+@output_option("The shard directory; what was stopped goes on there.")
+@config_options(PackConfig)
+@config_options(LaunchConfig)
+@check_every_option
+@max_bad_option
+@config_file_option
+@click.pass_context
+def pack(
+    ctx: click.Context,
+    csvs: tuple[Path, ...],
+    splits: tuple[str, ...],
+    tiles_dir: Path,
+    output_dir: Path,
+    workers: int | None,
+    threads: int | None,
+    dask: str | None,
+    check_every: int,
+    max_bad: str,
+    **options: Any,
+) -> None:
+    """Pack tiles that are image files already, named by CSVs, into shards.
+
+    Labels are no part of shards: each CSV is written again beside them with the tiles' keys for tile_path, as 'finetune'
+    takes it. A tile that cannot be read, or is of another size or depth than the first, is told and left out.
+    """
+    from shards.build import build_all
+    from shards.launch import Launcher
+    from shards.merge import finish
+    from shards.pack import make_pack_plan, pack_shard, read_tile_csvs, write_packed_csvs
+    from shards.reading import open_shards
+
+    config, launch = PackConfig(**options), LaunchConfig(workers, threads, dask)
+    tiles = read_tile_csvs(csvs, splits, tiles_dir)
+    limit = _bad_limit(max_bad, len(tiles))
+    plan = make_pack_plan(tiles, tiles_dir, output_dir, config)
+    build_all(plan, Launcher.of(launch), check_every=check_every, build=pack_shard)
+    finish(output_dir)
+    opened = open_shards(output_dir)
+    written = write_packed_csvs(csvs, tiles, opened.tiles(), output_dir)
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
+    _print_reasons(opened.images())
+    bad = len(tiles) - len(opened.tiles())
+    click.echo(f"{len(tiles) - bad} tiles packed, {bad} left out -> {output_dir}; labels: {', '.join(map(str, written))}")
+    if bad > limit:
+        raise TooManyBad(
+            f"{bad} of {len(tiles)} tiles were left out, more than --max-bad {max_bad}; see {output_dir}/images.parquet"
+        )
+
+
+@shards.command()
 @shards_argument
-@click.option("--workers", type=click.IntRange(min=1), help="Processes, each at one shard at a time; default: one a core.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Tiles of this split only.")
+@output_option("Folder for the tiles as <key>.png, and for tiles.csv, which names them.")
+@workers_option
+def unpack(directory: Path, split: str | None, output_dir: Path, workers: int | None) -> None:
+    """Write the tiles of shards as PNG files, without loss, for tools that read no shards; 'pack' does the reverse."""
+    from shards.launch import Launcher
+    from shards.pack import TILES_CSV, unpack_shards
+    from shards.reading import open_shards
+
+    count = unpack_shards(open_shards(directory), output_dir, split, Launcher.of(LaunchConfig(workers)))
+    click.echo(f"{count} tiles -> {output_dir}, named in {output_dir / TILES_CSV}")
+
+
+@shards.command()
+@shards_argument
+@workers_option
 @click.option("--decode/--no-decode", "decoding", default=True, help="Decode every tile; without, only bytes are compared.")
 @click.option(
     "--quarantine", is_flag=True, help="Take damaged samples out of the indexes and tables, so that what is left can be used."

@@ -36,7 +36,6 @@ class StoreConfig:
         "Tile codec: tif (zstd), png, jhc (HTJ2K) and raw are lossless, jpg is not and holds 8 bits.",
         choices=("tif", "png", "jhc", "raw", "jpg"),
     )
-    bit_depth: str = option("auto", "Stored bits a pixel; auto = 16 if any film has more than 8.", choices=("auto", "8", "16"))
     seed: int = option(0, "Seed of the dealing and of the order of tiles in a shard.")
 
 
@@ -44,6 +43,7 @@ class StoreConfig:
 class BuildConfig(StoreConfig, TilingConfig):
     """How films become shards: what decides the tiles, and how they are stored."""
 
+    bit_depth: str = option("auto", "Stored bits a pixel; auto = 16 if any film has more than 8.", choices=("auto", "8", "16"))
     images_per_shard: int = option(32, "Films dealt to each shard.")
     device: str = option("auto", "Where films are segmented and scored.", choices=("auto", "cpu", "cuda"))
 
@@ -51,6 +51,17 @@ class BuildConfig(StoreConfig, TilingConfig):
         super().__post_init__()
         if self.images_per_shard < 1:
             raise BadInput(f"--images-per-shard {self.images_per_shard} is not positive")
+
+
+@dataclass(frozen=True)
+class PackConfig(StoreConfig):
+    """How tile images are packed."""
+
+    tiles_per_shard: int = option(2048, "Tiles of a shard; those of one film stay together.")
+
+    def __post_init__(self) -> None:
+        if self.tiles_per_shard < 1:
+            raise BadInput(f"--tiles-per-shard {self.tiles_per_shard} is not positive")
 
 
 @dataclass(frozen=True)
@@ -117,10 +128,10 @@ def make_plan(manifest: pd.DataFrame, output_dir: Path, config: BuildConfig) -> 
     """
     spacings = manifest["pixel_spacing_mm"].to_numpy(dtype=float)
     check_spacings(spacings, config)
-    bits = stored_bits(config, manifest["bits"].max())
+    bits = int(config.bit_depth) if config.bit_depth != "auto" else (16 if manifest["bits"].max() > 8 else 8)
     preprocessing = preprocessing_record(config, spacings, bits)
     # Where the images lie and what their labels are is not part of a shard: a moved or relabelled data set goes on.
-    described = manifest[list(_DESCRIBING)].astype(object).where(manifest[list(_DESCRIBING)].notna(), None)
+    described = plain_records(manifest[list(_DESCRIBING)])
     dealt = []
     for split in SPLITS:
         rows = manifest.loc[manifest["split"] == split, [*_DESCRIBING, "path"]].to_dict("records")
@@ -128,21 +139,12 @@ def make_plan(manifest: pd.DataFrame, output_dir: Path, config: BuildConfig) -> 
         for start in range(0, len(rows), config.images_per_shard):
             dealt.append((split, [rows[i] for i in order[start : start + config.images_per_shard]]))
     device = resolve_device(config.device)
-    return assemble_plan(output_dir, config, bits, preprocessing, described.to_dict("records"), dealt, device)
+    return assemble_plan(output_dir, config, bits, preprocessing, described, dealt, device)
 
 
-def stored_bits(config: StoreConfig, most: int) -> int:
-    """Return the depth of the stored pixels for films of up to `most` bits.
-
-    Raises
-    ------
-    BadInput
-        The codec does not hold as much.
-    """
-    bits = int(config.bit_depth) if config.bit_depth != "auto" else (16 if most > 8 else 8)
-    if bits > CODECS[config.codec].bits:
-        raise BadInput(f"--codec {config.codec} holds {CODECS[config.codec].bits} bits; give --bit-depth 8 or another --codec")
-    return bits
+def plain_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table's rows as plain JSON-able values, None where one is missing."""
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def assemble_plan(
@@ -166,7 +168,17 @@ def assemble_plan(
         The split and the films of each shard, split by split.
     device
         ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    BadInput
+        The codec does not hold as many bits.
     """
+    if bits > CODECS[config.codec].bits:
+        raise BadInput(
+            f"--codec {config.codec} holds {CODECS[config.codec].bits} bits, the tiles have {bits}; choose another --codec, "
+            "or, where films are cut, --bit-depth 8"
+        )
     recipe = {
         "format_version": FORMAT_VERSION,
         "options": asdict(config) | {"device": device, "bit_depth": str(bits)},
