@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 import pandas as pd
 
-from common.errors import BadInput
+from common.errors import BadInput, first_line
 from common.files import make_folder, sha256_file, writing
 from common.progress import progress
 from preprocess.reading import Mammogram, read_mammogram
@@ -59,6 +59,8 @@ class _Spooled:
 
 # A film's row of images.parquet, and its tiles: their rows of tiles.parquet, and their pixels (H, W) uint8 or uint16.
 FilmTiles = tuple[dict[str, Any], list[tuple[dict[str, Any], np.ndarray]]]
+# What a film may be to blame for. Others, such as too little memory or a lost GPU, would recur with every film.
+_FILM_FAULTS = (BadInput, ArithmeticError, LookupError, OSError, TypeError, ValueError)
 Read = Callable[[dict[str, Any]], Any]
 Cut = Callable[[BuildPlan, ShardPlan, dict[str, Any], Any], FilmTiles]
 
@@ -96,11 +98,11 @@ def write_shard(plan: BuildPlan, ordinal: int, read: Read, cut: Cut, *, threads:
     plan, ordinal, threads, check_every
         As for :func:`build_shard`.
     read
-        Takes a film's row and returns what `cut` needs; may run in another thread, ahead of time. What it raises as
-        BadInput becomes the film's reason.
+        Takes a film's row and returns what `cut` needs; may run in another thread, ahead of time. What it raises becomes
+        the film's reason.
     cut
         Takes the plan, the shard, a film's row and what was read; returns the film's image row and its tiles. May raise
-        BadInput likewise.
+        likewise.
     """
     finished = finished_shard(plan, ordinal)
     if finished:
@@ -131,9 +133,10 @@ def _spool_films(
     for row, reading in _ahead(pool, read, shard.rows):
         try:
             image, cut_tiles = cut(plan, shard, row, reading.result())
-        except BadInput as error:
+        except _FILM_FAULTS as error:
+            said = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {first_line(error)}"
             # By its id, not its path: where the data lies is no part of a shard, and folders may name patients.
-            reason = str(error).replace(str(row["path"]), row["image_id"])
+            reason = said.replace(str(row["path"]), row["image_id"])
             image, cut_tiles = image_row(row, shard) | {"reason": reason}, []
         images.append(image)
         # The tiles of the film before were encoded while this one was computed.

@@ -66,10 +66,17 @@ def manifest(cropped_films: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def build_at(manifest: Path) -> Callable[..., Built]:
     """Return a function that builds the small films' shards in a directory, with some options changed."""
 
-    def build(directory: Path, workers: int = 1, films: pd.DataFrame | None = None, **options: Any) -> Built:
+    def build(
+        directory: Path,
+        workers: int = 1,
+        threads: int = 1,
+        dask: str | None = None,
+        films: pd.DataFrame | None = None,
+        **options: Any,
+    ) -> Built:
         frame = read_manifest(manifest) if films is None else films
         plan = make_plan(frame, directory, replace(CONFIG, **options))
-        build_all(plan, Launcher(workers))
+        build_all(plan, Launcher(workers, threads, dask))
         finish(plan.output_dir)
         return Built(plan, open_shards(directory))
 

@@ -19,7 +19,7 @@ from shards.manifest import read_findings, read_manifest
 from shards.reading import open_shards
 
 MAMMOSTREAM = Path(sys.executable).with_name("mammostream")
-TILING = ["--tile-size", "64", "--stride", "48", "--device", "cpu"]
+TILING = ["--tile-size", "64", "--stride", "48", "--device", "cpu", "--workers", "1"]
 
 
 @pytest.fixture
@@ -154,6 +154,7 @@ def test_bad_films_and_the_limit(call, manifest, tmp_path, limit, code):
     got, out, err = call(
         *["shards", "build", "--manifest", tmp_path / "manifest.parquet", "--output-dir", tmp_path / "s", "--max-bad", limit],
         *["--tile-size", "128", "--stride", "128", "--device", "cpu", "--min-nonzero", "0.3", "--min-intensity", "5"],
+        *["--workers", "1"],
     )
     assert got == code, err
     images = open_shards(tmp_path / "s").images().set_index("image_id")
