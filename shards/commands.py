@@ -195,7 +195,7 @@ def shards() -> None:
 shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
 
 
-def _parse_range(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
+def _parse_range(value: str | None) -> range | None:
     if value is None:
         return None
     first, colon, last = value.partition(":")
@@ -228,7 +228,6 @@ max_bad_option = click.option(
 )
 @click.option(
     "--shard-range",
-    callback=_parse_range,
     metavar="A:B",
     help="Build the shards A to B-1 only, as one of several jobs on one directory; 'shards finish' ends them.",
 )
@@ -243,7 +242,7 @@ def build(
     manifest: Path,
     output_dir: Path,
     split: str | None,
-    shard_range: range | None,
+    shard_range: str | None,
     workers: int | None,
     threads: int | None,
     dask: str | None,
@@ -264,11 +263,12 @@ def build(
     from shards.plan import make_plan
 
     config, launch = BuildConfig(**options), LaunchConfig(workers, threads, dask)
+    ordinals = _parse_range(shard_range)
     _bad_limit(max_bad, 1)
     # The plan is always of the whole manifest: splits and ranges may be built one after the other into one directory.
     plan = make_plan(read_manifest(manifest), output_dir, config)
     count = len(plan.shards)
-    plan = plan.select(split, shard_range)
+    plan = plan.select(split, ordinals)
     if split and not plan.counts.get(split):
         raise BadInput(f"manifest {manifest} has no rows of split '{split}'; it has: {', '.join(plan.counts)}")
     if not plan.shards:
@@ -277,7 +277,7 @@ def build(
     launcher = Launcher.of(launch, plan.recipe["options"]["device"])
     build_all(plan, launcher, check_every=check_every)
     write_yaml(output_dir / "config.yaml", resolved(ctx))
-    if shard_range is None:
+    if ordinals is None:
         finish(output_dir, split)
     else:
         built = f"{len(plan.shards)} of {count} shards"
