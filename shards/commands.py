@@ -261,6 +261,7 @@ def build(
     from shards.manifest import read_manifest
     from shards.merge import finish, read_images
     from shards.plan import make_plan
+    from shards.reading import open_shards
 
     config, launch = BuildConfig(**options), LaunchConfig(workers, threads, dask)
     ordinals = _parse_range(shard_range)
@@ -279,10 +280,13 @@ def build(
     write_yaml(output_dir / "config.yaml", resolved(ctx))
     if ordinals is None:
         finish(output_dir, split)
+        images = open_shards(output_dir).images()
+        images = images[images["split"] == split] if split else images
     else:
+        images = read_images(output_dir, [shard.name for shard in plan.shards])
         built = f"{len(plan.shards)} of {count} shards"
         click.echo(f"built {built}; when all are, run 'mammostream shards finish {output_dir}'\n")
-    _report_images(read_images(output_dir, [shard.name for shard in plan.shards]), output_dir, max_bad)
+    _report_images(images, output_dir, max_bad)
 
 
 @shards.command()
