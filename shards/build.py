@@ -365,7 +365,7 @@ def _cut_film(plan: BuildPlan, shard: ShardPlan, row: dict[str, Any], mammogram:
             "freq_energy": film.tiles.freq_energy[index],
             "mean_intensity": film.tiles.mean_intensity[index],
             "nonzero_ratio": film.tiles.nonzero_ratio[index],
-            "rule": film.tiles.rule[index],
+            "rule": film.selection.rule[index],
         }
         tiles.append((record, film.cut(index, size, plan.bits)))
     return image_row(row, shard) | _film_facts(row, mammogram, film), tiles
@@ -389,7 +389,7 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
     flags = list(film.flags)
     if row["laterality"] and segmentation.side and row["laterality"] != segmentation.side:
         flags.append("side_disagrees")
-    reason = "" if film.tiles.counts["kept"] else "no tile passed the gates and rules"
+    reason = "" if film.selection.counts["kept"] else "no tile passed the gates and rules"
     return {
         "height": header.height,
         "width": header.width,
@@ -403,7 +403,7 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
         "guide_8bit_kept": film.guide_8bit_kept,
         "flags": " ".join(flags),
         "reason": "no breast found" if "no_breast" in flags else reason,
-    } | film.tiles.counts
+    } | film.selection.counts
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

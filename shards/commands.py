@@ -280,7 +280,7 @@ def _bad_limit(max_bad: str, count: int) -> float:
 
 def _print_images(images: pd.DataFrame) -> None:
     """Print what happened to the candidates, rule by rule, and each film that gave nothing."""
-    columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept"))] + ["guide_8bit_kept"]
+    columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept", "clusters"))] + ["guide_8bit_kept"]
     totals = images.groupby("split", sort=False)[columns].sum().astype(int).T
     click.echo(totals.rename(index={"guide_8bit_kept": "(the plain 8-bit scale would have kept)"}).to_string() + "\n")
     _print_reasons(images)
