@@ -223,13 +223,14 @@ def _close(backend: Backend, mask: Any, radius: float) -> Any:
     """Close gaps and fill holes; the edge is repeated outwards, so that the mask keeps its contact with it."""
     margin = int(radius) + 2
     grown = _grown(backend, backend.xp.pad(mask, margin, mode="edge"), radius)
-    closed = backend.ndimage.distance_transform_edt(grown) > radius
+    closed = ~_grown(backend, ~grown, radius)
     # A margin that the closing ate away from outside was never image.
     inner = closed[margin:-margin, margin:-margin] | mask
     return backend.ndimage.binary_fill_holes(inner)
 
 
 def _grown(backend: Backend, mask: Any, radius: float) -> Any:
+    # Without a pixel to measure from, scipy's distances mean nothing and CuPy's are NaN.
     if not bool(mask.any()):
         return mask
     return backend.ndimage.distance_transform_edt(~mask) <= radius
