@@ -249,6 +249,8 @@ def select_tiles(
     threshold = config.min_freq_energy
     if config.freq_percentile is not None:
         threshold = np.percentile(scores.freq_energy[gated], config.freq_percentile) if gated.any() else math.inf
+        # Where nothing stands out in most tiles, the percentile is 0 and would keep them all.
+        threshold = max(threshold, np.nextafter(0, 1))
     by_breast = scores.breast_ratio >= config.min_breast_ratio
     by_frequency = scores.freq_energy >= threshold
     chosen = {
