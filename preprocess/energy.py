@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from preprocess.backend import Backend, backend_of
 
 SIGMA_MM = 0.1  # matches specks of about 0.3 mm
@@ -45,19 +47,38 @@ def speck_response(image: Any, mask: Any, spacing_mm: float) -> Any:
         (H, W) float32, 0 outside the breast and within 1.2 mm of its edge and the film's.
     """
     backend = backend_of(image)
-    xp, ndimage = backend.xp, backend.ndimage
+    xp = backend.xp
+    response = xp.zeros(image.shape, dtype=xp.float32)
     inside = _inside(backend, mask, image.shape, spacing_mm)
-    if not bool(inside.any()):
-        return xp.zeros(image.shape, dtype=xp.float32)
-    curvature = _weaker_curvature(backend, image, SIGMA_MM / spacing_mm)
+    # The filters see the breast only: most of a film is background.
+    box = tuple(_extent(backend.to_host(inside.any(axis=axis))) for axis in (1, 0))
+    inside = inside[box]
+    if inside.size:
+        # A margin as wide as the Gaussian reaches, so that the crop changes nothing.
+        reach = int(4 * SIGMA_MM / spacing_mm) + 2
+        wide = tuple(slice(max(part.start - reach, 0), part.stop + reach) for part in box)
+        within = tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(box, wide, strict=True))
+        curvature = _weaker_curvature(backend, image[wide], SIGMA_MM / spacing_mm)[within]
+        noise = _noise_around(backend, curvature, inside, max(3, round(NOISE_WINDOW_MM / spacing_mm)))
+        response[box] = xp.where(inside, curvature / noise, xp.float32(0))
+    return response
+
+
+def _extent(marks: np.ndarray) -> slice:
+    """Return the part of an axis from its first mark to its last."""
+    places = np.flatnonzero(marks)
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+
+
+def _noise_around(backend: Backend, curvature: Any, inside: Any, window: int) -> Any:
+    """Return the deviation of a filter's response in a window about each pixel, from its mean absolute value."""
+    xp, ndimage = backend.xp, backend.ndimage
     absolute = xp.abs(curvature)
     typical = xp.float32(_MEAN_TO_DEVIATION) * xp.mean(absolute[inside])
-    window = max(3, round(NOISE_WINDOW_MM / spacing_mm))
-    weight = ndimage.uniform_filter(inside.astype(xp.float32), window)
     capped = xp.where(inside, xp.minimum(absolute, NOISE_CAP * typical), xp.float32(0))
-    local = xp.float32(_MEAN_TO_DEVIATION) * ndimage.uniform_filter(capped, window) / xp.maximum(weight, xp.float32(1e-3))
-    noise = xp.maximum(xp.maximum(local, NOISE_FLOOR * typical), xp.float32(1e-9))
-    return xp.where(inside, curvature / noise, xp.float32(0))
+    weight = ndimage.uniform_filter(inside.astype(xp.float32), window, mode="constant")
+    local = ndimage.uniform_filter(capped, window, mode="constant") / xp.maximum(weight, xp.float32(1e-3))
+    return xp.maximum(xp.maximum(xp.float32(_MEAN_TO_DEVIATION) * local, NOISE_FLOOR * typical), xp.float32(1e-9))
 
 
 def _weaker_curvature(backend: Backend, image: Any, sigma: float) -> Any:

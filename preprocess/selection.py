@@ -154,6 +154,8 @@ class TileSelection:
         (K, 4) xmin, ymin, xmax, ymax of the speck clusters that were looked at.
     unheld
         How many of them no kept tile holds.
+    threshold
+        Least energy that the frequency rule asked for on this film; infinite where a percentile had no candidate to go by.
     """
 
     tiles: Scores
@@ -162,6 +164,7 @@ class TileSelection:
     fate: np.ndarray
     clusters: np.ndarray
     unheld: int
+    threshold: float
 
     @property
     def counts(self) -> dict[str, int]:
@@ -277,7 +280,7 @@ def select_tiles(
         fate[np.setdiff1d(on_grid, on_grid[best[best < len(on_grid)]])] = "limit"
         tiles, rule = tiles.take(best), rule[best]
     unheld = sum(not _holds(tiles, size, box).any() for box in clusters)
-    return TileSelection(tiles, rule, scores, fate, clusters, unheld)
+    return TileSelection(tiles, rule, scores, fate, clusters, unheld, float(threshold))
 
 
 def _gates(scores: Scores, config: SelectionConfig) -> tuple[np.ndarray, np.ndarray]:

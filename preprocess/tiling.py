@@ -14,7 +14,7 @@ from common.options import option
 from preprocess.backend import Backend, backend_of
 from preprocess.energy import pixel_energy, speck_response
 from preprocess.intensity import MAPPING, map_to_unit, to_stored
-from preprocess.reading import Mammogram
+from preprocess.mammogram import Mammogram, ReadingConfig
 from preprocess.resampling import block_mean, resample
 from preprocess.segmentation import Segmentation, coarse_factor, fine_factor, segment_breast
 from preprocess.selection import (
@@ -34,7 +34,7 @@ CLUSTER_MARGIN_MM = 1.0
 
 
 @dataclass(frozen=True)
-class TilingConfig(SelectionConfig):
+class TilingConfig(SelectionConfig, ReadingConfig):
     """Everything that decides which tiles a film gives and what their pixels are."""
 
     pixel_spacing: float | None = option(
@@ -42,9 +42,14 @@ class TilingConfig(SelectionConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        SelectionConfig.__post_init__(self)
+        ReadingConfig.__post_init__(self)
         if self.pixel_spacing is not None and not 0.01 <= self.pixel_spacing <= 2:
             raise BadInput(f"--pixel-spacing {self.pixel_spacing} is not between 0.01 and 2 mm")
+
+
+# Recorded with the tiles by their own names; the spacing is recorded as ``pixel_spacing_mm``.
+RECORDED = tuple(field.name for field in fields(TilingConfig) if field.name != "pixel_spacing")
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     backend = backend_of(mammogram.pixels)
     segmentation = segment_breast(mammogram.pixels, header.spacing_mm)
     breast_values = _values_inside(backend, mammogram.pixels, segmentation)
-    image, mapping = map_to_unit(mammogram.pixels, mammogram.display, breast_values)
+    image, mapping = map_to_unit(mammogram.pixels, mammogram.voi, breast_values)
     scale = 1.0
     if config.pixel_spacing is not None:
         if header.spacing_mm is None:
@@ -218,5 +223,5 @@ def preprocessing_record(config: TilingConfig, spacings: np.ndarray, bits: int) 
         "native_spacing_mm": [float(known.min()), float(known.max())] if known.size else None,
         "mapping": MAPPING,
         "bits": bits,
-        **{field.name: getattr(config, field.name) for field in fields(SelectionConfig)},
+        **{name: getattr(config, name) for name in RECORDED},
     }

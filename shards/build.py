@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from common.errors import BadInput
 from common.files import make_folder, sha256_file, write_json, write_parquet
 from common.progress import progress
-from preprocess.reading import Mammogram, read_mammogram
+from preprocess.reading import Mammogram, ReadingConfig, read_mammogram
 from preprocess.tiling import Film, tile_film
 from shards.archive import tile_key, write_archive
 from shards.codecs import META_EXTENSION, NUMBER_EXTENSION, encode, encode_number, pixel_crc32
@@ -70,7 +70,7 @@ def build_shard(plan: BuildPlan, ordinal: int) -> ShardSummary:
     with tempfile.TemporaryFile(dir=plan.output_dir) as spool:
         for row in shard.rows:
             try:
-                mammogram = _load(row, plan.recipe["options"]["device"])
+                mammogram = _load(row, plan.config, plan.recipe["options"]["device"])
                 film = tile_film(mammogram, plan.config)
             except BadInput as error:
                 # By its id, not its path: where the data lies is no part of a shard, and folders may name patients.
@@ -196,16 +196,11 @@ def finish(plan: BuildPlan, split: str | None = None) -> dict[str, Any]:
     return meta
 
 
-def _load(row: dict[str, Any], device: str) -> Mammogram:
+def _load(row: dict[str, Any], config: ReadingConfig, device: str) -> Mammogram:
     """Read a film with the manifest's spacing, onto the GPU where the build runs there."""
-    mammogram = read_mammogram(row["path"])
+    mammogram = read_mammogram(row["path"], config, device)
     if not pd.isna(row["pixel_spacing_mm"]):
         mammogram = mammogram.with_spacing(float(row["pixel_spacing_mm"]), row["spacing_source"])
-    if device == "cuda":
-        import cupy
-
-        display = None if mammogram.display is None else cupy.asarray(mammogram.display)
-        mammogram = replace(mammogram, pixels=cupy.asarray(mammogram.pixels), display=display)
     return mammogram
 
 

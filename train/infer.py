@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from models.classifier import MammogramClassifier
 from preprocess.backend import backend_of
 from preprocess.preview import Box
 from preprocess.reading import read_mammogram
-from preprocess.selection import SelectionConfig
-from preprocess.tiling import SPACING_TOLERANCE, Film, TilingConfig, tile_film
+from preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, TilingConfig, tile_film
 from shards.archive import escape_id, tile_key
 from shards.reading import ShardSet, check_same_pixels
 from train.config import InferConfig
@@ -140,7 +139,7 @@ def predict_film(predictor: Predictor, film_input: FilmInput) -> tuple[Film, pd.
     """
     record = predictor.preprocessing
     config = _tiling_config(record)
-    mammogram = read_mammogram(film_input.path)
+    mammogram = read_mammogram(film_input.path, config)
     if film_input.spacing_mm is not None:
         mammogram = mammogram.with_spacing(film_input.spacing_mm, "given")
     _check_spacing(mammogram.header.spacing_mm, record, film_input.path)
@@ -229,8 +228,7 @@ def _loader(predictor: Predictor, source: Sequence) -> LabelledLoader:
 
 
 def _tiling_config(record: dict[str, Any]) -> TilingConfig:
-    names = [field.name for field in fields(SelectionConfig)]
-    return TilingConfig(**{name: record[name] for name in names}, pixel_spacing=record["pixel_spacing_mm"])
+    return TilingConfig(**{name: record[name] for name in RECORDED}, pixel_spacing=record["pixel_spacing_mm"])
 
 
 def _check_spacing(spacing: float | None, record: dict[str, Any], path: Path) -> None:

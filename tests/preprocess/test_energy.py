@@ -73,7 +73,7 @@ def slow_response(image, mask, spacing):
     window = round(NOISE_WINDOW_MM / spacing)
     before, after = window // 2, window - window // 2 - 1
     weight, capped = (
-        np.pad(values, (before, after), mode="symmetric")
+        np.pad(values, (before, after))
         for values in (inside.astype(float), np.where(inside, np.minimum(np.abs(curvature), NOISE_CAP * typical), 0))
     )
     response = np.zeros(image.shape)

@@ -99,13 +99,12 @@ def test_thousands_of_specks_take_seconds_at_most():
 )
 def test_specks_are_the_highest_around_and_high_enough(response, spacing, least):
     found = find_specks(response, spacing, least)
-    size = max(3, round(0.5 / spacing))
-    before, after = size // 2, size - size // 2
+    reach = max(1, round(0.25 / spacing))
     expected = [
         [x + 0.5, y + 0.5]
         for y, x in np.ndindex(response.shape)
         if response[y, x] >= least
-        and response[y, x] == response[max(0, y - before) : y + after, max(0, x - before) : x + after].max()
+        and response[y, x] == response[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1].max()
     ]
     assert found.dtype == np.float64
     assert found.tolist() == expected
