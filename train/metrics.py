@@ -28,7 +28,7 @@ def evaluate_predictions(
     probabilities: np.ndarray,
     class_names: Sequence[str],
     patients: np.ndarray,
-    thresholds: np.ndarray | None = None,
+    thresholds: Sequence[float | None] | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def evaluate_predictions(
 
 
 def classification_metrics(
-    labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], thresholds: np.ndarray | None = None
+    labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], thresholds: Sequence[float | None] | None = None
 ) -> dict[str, Any]:
     """Return per-class and mean metrics of a multi-label classifier, as plain types without NaN.
 
@@ -108,7 +108,8 @@ def classification_metrics(
     class_names
         C names.
     thresholds
-        (C,): a probability of at least this is a positive; None is 0.5 for each class.
+        C, as :func:`fit_thresholds` returns them: a probability of at least this is a positive. None, for one class or for
+        all, is 0.5.
 
     Returns
     -------
@@ -129,9 +130,10 @@ def classification_metrics(
     labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
     if labels.shape != probabilities.shape or labels.ndim != 2 or labels.shape[1] != len(class_names):
         raise ValueError(f"labels {labels.shape} and probabilities {probabilities.shape} for {len(class_names)} classes")
-    thresholds = np.full(len(class_names), 0.5) if thresholds is None else np.asarray(thresholds, np.float64)
-    if thresholds.shape != (len(class_names),):
-        raise ValueError(f"thresholds {thresholds.shape} for {len(class_names)} classes")
+    thresholds = [None] * len(class_names) if thresholds is None else thresholds
+    if len(thresholds) != len(class_names):
+        raise ValueError(f"{len(thresholds)} thresholds for {len(class_names)} classes")
+    thresholds = np.array([0.5 if t is None else t for t in thresholds])
     known = ~np.isnan(labels)
     if not np.isin(labels[known], (0, 1)).all():
         raise ValueError("labels must be 0, 1 or NaN")
@@ -227,8 +229,8 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarr
     return mean_probability, share, count[held]
 
 
-def fit_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Return the thresholds with the highest balanced accuracy (Youden's J), to be fitted on validation.
+def fit_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> list[float | None]:
+    """Return the threshold of each class with the highest balanced accuracy (Youden's J), to be fitted on validation.
 
     A threshold lies halfway between the lowest probability it takes for positive and the next one below, so that rounding
     moves no row across it. Of equally good ones it is the highest.
@@ -238,24 +240,31 @@ def fit_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     labels
         (N, C) of 0, 1 and NaN for a missing label.
     probabilities
-        (N, C) in [0, 1], calibrated if those of the later use are.
+        (N, C) in [0, 1].
 
     Returns
     -------
-    numpy.ndarray
-        (C,) float64; 0.5, the unfitted one, where a class has one value only or no threshold is better than chance.
+    list
+        C thresholds; None where a class has one value only, or no threshold is better than chance.
     """
-    thresholds = np.full(np.shape(labels)[1], 0.5)
-    for c, y, p in _defined_classes(labels, probabilities):
-        fpr, tpr, cuts = roc_curve(y, p, drop_intermediate=False)
-        best = np.argmax(tpr - fpr)
-        if tpr[best] > fpr[best]:  # so it is neither the first cut (none positive) nor the last (all)
-            thresholds[c] = (cuts[best] + cuts[best + 1]) / 2
+    labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
+    if labels.shape != probabilities.shape or labels.ndim != 2:
+        raise ValueError(f"labels {labels.shape} and probabilities {probabilities.shape}")
+    thresholds: list[float | None] = []
+    for y, p in zip(labels.T, probabilities.T, strict=True):
+        y, p = y[~np.isnan(y)], p[~np.isnan(y)]
+        threshold = None
+        if 0 < y.sum() < len(y) and np.isfinite(p).all():
+            fpr, tpr, cuts = roc_curve(y, p, drop_intermediate=False)
+            best = np.argmax(tpr - fpr)
+            if tpr[best] > fpr[best]:  # then it is not the last cut, which takes all for positive
+                threshold = float((cuts[best] + cuts[best + 1]) / 2)
+        thresholds.append(threshold)
     return thresholds
 
 
-def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """Return the temperature of each class with the lowest log loss (Guo et al. 2017), to be fitted on validation.
+def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+    """Return the temperature with the lowest log loss over all classes (Guo et al. 2017), to be fitted on validation.
 
     The log loss of ``sigmoid(logit / T)`` is convex in 1 / T, and its derivative there is the sum of
     ``logit * (sigmoid(logit / T) - label)``: the temperature is that one's zero, or the end of the range towards it.
@@ -269,27 +278,29 @@ def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    numpy.ndarray
-        (C,) float64 within :data:`TEMPERATURES`; 1, which changes nothing, where a class has one value only.
+    float
+        Within :data:`TEMPERATURES`; 1, which changes nothing, where all labels have one value or a logit is not finite.
     """
-    temperatures = np.ones(np.shape(labels)[1])
-    for c, y, z in _defined_classes(labels, logits):
+    labels, logits = np.asarray(labels, np.float64), np.asarray(logits, np.float64)
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels {labels.shape} and logits {logits.shape}")
+    y, z = labels[~np.isnan(labels)], logits[~np.isnan(labels)]
+    if not 0 < y.sum() < len(y) or not np.isfinite(z).all():
+        return 1.0
 
-        def slope(log_temperature: float, y: np.ndarray = y, z: np.ndarray = z) -> float:
-            return float(z @ (expit(z * np.exp(-log_temperature)) - y))
+    def slope(log_temperature: float) -> float:
+        return float(z @ (expit(z * np.exp(-log_temperature)) - y))
 
-        low, high = np.log(TEMPERATURES)
-        # The slope falls with the temperature: the loss is least where it turns negative.
-        if slope(low) <= 0:
-            temperatures[c] = TEMPERATURES[0]
-        elif slope(high) >= 0:
-            temperatures[c] = TEMPERATURES[1]
-        else:
-            temperatures[c] = np.exp(brentq(slope, low, high))
-    return temperatures
+    # The slope falls as the temperature rises, and the loss is lowest where it turns negative.
+    low, high = TEMPERATURES
+    if slope(np.log(low)) <= 0:
+        return low
+    if slope(np.log(high)) >= 0:
+        return high
+    return float(np.exp(brentq(slope, np.log(low), np.log(high))))
 
 
-def calibrate(logits: np.ndarray, temperature: np.ndarray | float) -> np.ndarray:
+def calibrate(logits: np.ndarray, temperature: float) -> np.ndarray:
     """Return the probabilities ``sigmoid(logits / temperature)``, float64.
 
     Parameters
@@ -297,9 +308,9 @@ def calibrate(logits: np.ndarray, temperature: np.ndarray | float) -> np.ndarray
     logits
         (N, C).
     temperature
-        (C,), or one for all; 1 gives the plain probabilities.
+        Above 0; 1 gives the plain probabilities.
     """
-    return expit(np.asarray(logits, np.float64) / np.asarray(temperature, np.float64))
+    return expit(np.asarray(logits, np.float64) / temperature)
 
 
 def z_std(projections: Tensor) -> Tensor:
@@ -342,20 +353,6 @@ def _mean(values: list[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None."""
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None
-
-
-def _defined_classes(labels: np.ndarray, scores: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Return (class, known labels, their scores) of the classes with both values and finite scores."""
-    labels, scores = np.asarray(labels, np.float64), np.asarray(scores, np.float64)
-    if labels.shape != scores.shape or labels.ndim != 2:
-        raise ValueError(f"labels {labels.shape} and scores {scores.shape}")
-    columns = []
-    for c in range(labels.shape[1]):
-        known = ~np.isnan(labels[:, c])
-        y, s = labels[known, c], scores[known, c]
-        if 0 < y.sum() < len(y) and np.isfinite(s).all():
-            columns.append((c, y, s))
-    return columns
 
 
 def _bin_of(probabilities: np.ndarray) -> np.ndarray:

@@ -228,12 +228,12 @@ def test_no_threshold_is_better_balanced_than_the_fitted_one(seed, n, levels):
     known = ~np.isnan(labels[:, 0])
     y, p = labels[known, 0], probabilities[known, 0]
     if len(set(y)) < 2:
-        assert threshold == 0.5
+        assert threshold is None
         return
     scores = {t: balanced_accuracy_score(y, p >= t) for t in (*set(p), 2.0)}
     best = max(scores.values())
     if best <= 0.5:
-        assert threshold == 0.5
+        assert threshold is None
         return
     assert balanced_accuracy_score(y, p >= threshold) == pytest.approx(best)
     assert np.abs(p - threshold).min() > 0  # not on a probability, which rounding could move
@@ -245,35 +245,42 @@ def test_no_threshold_is_better_balanced_than_the_fitted_one(seed, n, levels):
 def test_thresholds_are_fitted_class_by_class():
     labels = np.array([[0, 0, 1, np.nan], [0, 1, 1, np.nan], [1, 1, 1, np.nan]], float)
     probabilities = np.array([[0.1, 0.6, 0.9, 0.5], [0.2, 0.8, 0.9, 0.5], [0.3, 0.9, 0.9, 0.5]])
-    assert fit_thresholds(labels, probabilities) == pytest.approx([0.25, 0.7, 0.5, 0.5])
+    assert fit_thresholds(labels, probabilities) == [pytest.approx(0.25), pytest.approx(0.7), None, None]
     probabilities[0, 0] = np.nan
-    assert fit_thresholds(labels, probabilities)[0] == 0.5
-    with pytest.raises(ValueError, match="scores"):
+    assert fit_thresholds(labels, probabilities)[0] is None
+    with pytest.raises(ValueError, match="probabilities"):
         fit_thresholds(labels, probabilities[:, :2])
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 2**32 - 1), st.floats(0.2, 5), st.integers(5, 200))
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 5), st.integers(1, 100))
 def test_temperature_has_the_lowest_log_loss(seed, true_temperature, n):
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 3, (n, 2))
     labels = (rng.random((n, 2)) < 1 / (1 + np.exp(-logits / true_temperature))).astype(float)
     labels[rng.random((n, 2)) < 0.1] = np.nan
     fitted = fit_temperature(labels, logits)
-    assert fitted.shape == (2,)
-    for c in range(2):
-        known = ~np.isnan(labels[:, c])
-        y, z = labels[known, c], logits[known, c]
-        if len(set(y)) < 2:
-            assert fitted[c] == 1
-            continue
+    known = ~np.isnan(labels)
+    y, z = labels[known], logits[known]
+    if len(set(y)) < 2:
+        assert fitted == 1
+        return
 
-        def loss(t, y=y, z=z):
-            return np.mean(np.logaddexp(0, z / t) - y * z / t)
+    def loss(t):
+        return np.mean(np.logaddexp(0, z / t) - y * z / t)
 
-        grid = np.geomspace(*TEMPERATURES, 2000)
-        assert TEMPERATURES[0] <= fitted[c] <= TEMPERATURES[1]
-        assert loss(fitted[c]) <= min(loss(t) for t in grid) + 1e-9
+    assert TEMPERATURES[0] <= fitted <= TEMPERATURES[1]
+    assert loss(fitted) <= min(loss(t) for t in np.geomspace(*TEMPERATURES, 1000)) + 1e-9
+
+
+def test_temperature_without_two_values_changes_nothing():
+    assert fit_temperature(np.ones((3, 2)), np.ones((3, 2))) == 1
+    assert fit_temperature(np.full((3, 1), np.nan), np.ones((3, 1))) == 1
+    assert fit_temperature(np.array([[0.0, 1.0]]), np.array([[np.nan, 2.0]])) == 1
+    assert fit_temperature(np.array([[0.0, 1.0]]), np.array([[-3.0, 3.0]])) == TEMPERATURES[0]
+    assert fit_temperature(np.array([[0.0, 1.0]]), np.array([[3.0, -3.0]])) == TEMPERATURES[1]
+    with pytest.raises(ValueError, match="logits"):
+        fit_temperature(np.ones((3, 2)), np.ones((3, 1)))
 
 
 def test_temperature_of_many_rows_is_the_true_one():
@@ -281,7 +288,7 @@ def test_temperature_of_many_rows_is_the_true_one():
     logits = rng.normal(0, 4, (20_000, 1))
     labels = (rng.random((20_000, 1)) < 1 / (1 + np.exp(-logits / 2.5))).astype(float)
     fitted = fit_temperature(labels, logits)
-    assert fitted[0] == pytest.approx(2.5, rel=0.05)
+    assert fitted == pytest.approx(2.5, rel=0.05)
     before, after = (classification_metrics(labels, calibrate(logits, t), ["a"])["per_class"]["a"] for t in (1, fitted))
     assert after["ece"] < 0.02 < before["ece"]
     assert after["brier"] < before["brier"]
@@ -292,7 +299,7 @@ def test_calibration_divides_logits():
     logits = np.array([[0.0, 2.0], [-800.0, 800.0]], np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        probabilities = calibrate(logits, np.array([1.0, 2.0]))
+        probabilities = calibrate(logits, 2)
     assert probabilities == pytest.approx(np.array([[0.5, 1 / (1 + np.exp(-1))], [0, 1]]))
     assert calibrate(logits, 1)[0] == pytest.approx(torch.sigmoid(torch.tensor(logits[0])).numpy())
 
