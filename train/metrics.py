@@ -148,7 +148,7 @@ def classification_metrics(
             figures["brier"] = float(np.mean((p - y) ** 2))
             figures["ece"] = expected_calibration_error(y, p)
             if 0 < y.sum() < len(y):
-                fpr, tpr, _ = roc_curve(y, p)
+                fpr, tpr, _ = roc_curve(y, p, drop_intermediate=False)  # a point that it drops may be the best
                 figures["auc"] = float(roc_auc_score(y, p))
                 figures["ap"] = float(average_precision_score(y, p))
                 figures["sensitivity_at_90_specificity"] = float(tpr[fpr <= _FALSE_POSITIVE_RATE].max())
@@ -256,8 +256,9 @@ def fit_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> list[float 
         threshold = None
         if 0 < y.sum() < len(y) and np.isfinite(p).all():
             fpr, tpr, cuts = roc_curve(y, p, drop_intermediate=False)
-            best = np.argmax(tpr - fpr)
-            if tpr[best] > fpr[best]:  # then it is not the last cut, which takes all for positive
+            gain = np.round(tpr - fpr, 12)  # rounding alone makes none better
+            best = np.argmax(gain)
+            if gain[best] > 0:  # then it is not the last cut, which takes all for positive
                 threshold = float((cuts[best] + cuts[best + 1]) / 2)
         thresholds.append(threshold)
     return thresholds
