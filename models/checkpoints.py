@@ -31,7 +31,7 @@ _MENDS = {
 }
 _REQUIRED = {"model_state_dict": dict, "config": dict, "arch": str}
 _MIN_SHARE = 0.9  # of a backbone's tensors that another program's file must have
-_GUIDE_TILE_SIZE = 512  # what the guides' scripts cut and resize tiles to
+_GUIDE_TILE_SIZE = 512  # the guides' scripts resize any tile to it
 _SCALARS = (type(None), bool, int, float, str, bytes)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import imagecodecs
@@ -11,11 +10,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from common.files import sha256_file
-from dali_pipelines import create_inference_transform
-from models.checkpoints import load_checkpoint, load_classifier, save_checkpoint
+from models.checkpoints import load_checkpoint, save_checkpoint
 from shards import open_shards
 from shards.archive import read_index
 from shards.codecs import decode
@@ -240,22 +237,3 @@ def test_films_of_other_or_unknown_pixels_are_refused(sharp_classifier, finetune
         if code:
             assert f"has pixels of {spacing:g} mm, the model learnt from 0.05 to 0.05 mm" in outcome.error
     assert "2 tiles of 1 images" in outcome.out  # the record's limit
-
-
-def test_a_classifier_of_another_program_takes_tiles_but_no_films(sharp_classifier, finetuned, mammostream, tmp_path):
-    checkpoint = load_checkpoint(sharp_classifier, "classifier")
-    model = tmp_path / "other.pth"
-    torch.save({"model_state_dict": checkpoint["model_state_dict"], "class_names": checkpoint["class_names"]}, model)
-    tile = np.random.default_rng(0).integers(0, 65535, (512, 512), dtype=np.uint16)
-    (tmp_path / "tile.png").write_bytes(imagecodecs.png_encode(tile))
-    outcome = mammostream(f"infer --model-path {model} --device cpu --image-path {tmp_path}/tile.png")
-    assert outcome.code == 0, outcome.err
-    loaded = load_classifier(model)[0]
-    with torch.no_grad():
-        expected = loaded.classify(create_inference_transform()(tile)[None]).sigmoid()[0]
-    for name, probability in zip(finetuned.classes, expected.tolist(), strict=True):
-        assert re.search(rf"{name} *: {probability:.2f}", outcome.out), (outcome.out, expected)
-    film = f"--image-path {finetuned.films}/1-280.dcm --assume-spacing 0.05"
-    outcome = mammostream(f"infer --model-path {model} --device cpu {film}")
-    assert outcome.code == 2
-    assert "does not say how its tiles were made" in outcome.error
