@@ -22,6 +22,7 @@ COMMANDS = {
     "pretrain": ("train.commands", "pretrain", "BYOL pre-training on shards."),
     "finetune": ("train.commands", "finetune", "Fine-tune a pre-trained backbone for multi-label classification."),
     "infer": ("train.commands", "infer", "Predict tiles of shards, or raw films with a heat map."),
+    "evaluate": ("train.commands", "evaluate", "Compare predictions with labels: figures with intervals, and plots."),
     "report": ("train.commands", "report", "One self-contained page of a run's data, curves and pictures."),
 }
 
@@ -48,7 +49,7 @@ class LazyGroup(Group):
 def cli() -> None:
     """Mammograms in, tiles out, shards on disk, a GPU that never waits.
 
-    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> report.
+    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> evaluate -> report.
     Exit codes: 0 done, 2 bad input (one line), 3 too many bad items.
     """
 

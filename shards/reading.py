@@ -106,6 +106,8 @@ def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str) 
     BadInput
         They differ; native spacings may do so by up to 1.25x.
     """
+    if "mapping" not in learnt:  # another program's checkpoint, which does not say how its tiles were made
+        return
     mend = "build shards with the options that the model's were built with"
     # Of tiles that came as image files nobody knows more than their size.
     known = learnt["mapping"] and given["mapping"]

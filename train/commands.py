@@ -1,4 +1,4 @@
-"""Commands from shards to answers: pretrain, finetune, infer, report."""
+"""Commands from shards to answers: pretrain, finetune, infer, report, evaluate."""
 
 from __future__ import annotations
 
@@ -377,3 +377,65 @@ def report(run_dir: Path, output: Path | None) -> None:
     path = output or run_dir / "report.html"
     pictures = write_report(run_dir, path)
     click.echo(f"{pictures} pictures, {path.stat().st_size / 1e6:.1f} MB -> {path}")
+
+
+@click.command(cls=Command)
+@click.option("--predictions", "predictions_path", type=FILE, required=True, help="Parquet, CSV or JSON that 'infer' wrote.")
+@click.option(
+    "--labels",
+    "labels_path",
+    type=FILE,
+    required=True,
+    help="CSV or Parquet of tile_path, image_id, or patient_id and laterality, and one 0/1 column a class; empty = no label.",
+)
+@click.option("--output-dir", type=FILE, help="Folder for metrics.json and the plots.")
+@click.option("--model-path", type=FILE, help="The classifier that predicted, for its fitted thresholds.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Probability from which each class counts as found; default: the model's, else those in the predictions, else 0.5.",
+)
+@click.option(
+    "--score",
+    type=click.Choice(["max", "top3"]),
+    default="max",
+    help="An image's or breast's probability: its highest tile's, or the mean of its three highest.",
+)
+@click.option("--patient-column", default="patient_id", help="Column of --labels, where the predictions name no patient.")
+@click.option(
+    "--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of patients for the 95 % intervals; 0 = none."
+)
+@config_file_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    predictions_path: Path,
+    labels_path: Path,
+    output_dir: Path | None,
+    model_path: Path | None,
+    threshold: float | None,
+    score: str,
+    patient_column: str,
+    bootstrap: int,
+) -> None:
+    """Compare predictions with labels: AUC, AP, balanced accuracy, sensitivity at 90 % specificity, Brier score, ECE.
+
+    Tiles, images or breasts, as both files name them; 95 % intervals over patients. Rows without a counterpart and rows that
+    stand there twice are counted. Writes metrics.json, roc.png, precision_recall.png and reliability.png.
+    """
+    from common.files import write_yaml
+    from train.evaluate import choose_thresholds, match_labels, read_predictions, table_lines
+    from train.evaluate import evaluate as run
+
+    predictions = read_predictions(predictions_path, score)
+    matched = match_labels(predictions, labels_path, patient_column, score)
+    thresholds, source = choose_thresholds(predictions, matched.class_names, threshold, model_path)
+    for note in matched.notes:
+        click.echo(note, err=True)
+    metrics = run(matched, thresholds, bootstrap, output_dir)
+    for line in table_lines(metrics):
+        click.echo(line)
+    click.echo(f"{metrics['rows']} {metrics['level']}s of {metrics['patients']} patients; thresholds: {source}")
+    if output_dir is not None:
+        write_yaml(output_dir / "config.yaml", resolved(ctx))
+        click.echo(f"metrics.json and plots -> {output_dir}")
