@@ -11,8 +11,11 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T] | None, what: str, unit: str, total: int | None = None) -> tqdm[T]:
-    """Wrap `items` in a progress bar on stderr: a live line on a terminal, one line every 30 s in a log file."""
+def progress(items: Iterable[T] | None, what: str, unit: str, total: int | None = None, silent: bool = False) -> tqdm[T]:
+    """Wrap `items` in a progress bar on stderr: a live line on a terminal, one line every 30 s in a log file.
+
+    `silent` shows nothing: of several processes one speaks.
+    """
     interactive = sys.stderr.isatty()
     return tqdm(
         items,
@@ -22,4 +25,5 @@ def progress(items: Iterable[T] | None, what: str, unit: str, total: int | None 
         dynamic_ncols=interactive,
         mininterval=0.2 if interactive else 30,
         file=sys.stderr,
+        disable=silent,
     )

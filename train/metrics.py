@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
@@ -123,6 +125,50 @@ def bootstrap_auc(
         return None
     low, high = np.percentile(aucs, (2.5, 97.5))
     return float(low), float(high)
+
+
+def fit_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> list[float | None]:
+    """Return for each class the probability from which on to call it positive: that of the highest balanced accuracy.
+
+    Parameters
+    ----------
+    labels, probabilities
+        (N, C), as for :func:`classification_metrics`.
+
+    Returns
+    -------
+    list
+        C thresholds halfway between two scores; None where the labels have one value only.
+    """
+    thresholds: list[float | None] = []
+    for y, p in zip(np.asarray(labels).T, np.asarray(probabilities, np.float64).T, strict=True):
+        y, p = y[~np.isnan(y)], p[~np.isnan(y)]
+        if not 0 < y.sum() < len(y):
+            thresholds.append(None)
+            continue
+        scores = np.unique(p)
+        edges = np.r_[scores[0], (scores[1:] + scores[:-1]) / 2]
+        sensitivity = 1 - np.searchsorted(np.sort(p[y == 1]), edges) / (y == 1).sum()
+        specificity = np.searchsorted(np.sort(p[y == 0]), edges) / (y == 0).sum()
+        thresholds.append(float(edges[np.argmax(sensitivity + specificity)]))
+    return thresholds
+
+
+def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+    """Return the temperature T in [0.05, 20] by which to divide logits for the least cross entropy (Guo et al. 2017).
+
+    Parameters
+    ----------
+    labels, logits
+        (N, C); labels of NaN do not count.
+    """
+    known = ~np.isnan(labels)
+    y, x = np.asarray(labels, np.float64)[known], np.asarray(logits, np.float64)[known]
+    bounds = (math.log(0.05), math.log(20))
+    fit = minimize_scalar(
+        lambda t: (np.logaddexp(0, x / math.exp(t)) - y * x / math.exp(t)).mean(), bounds=bounds, method="bounded"
+    )
+    return float(math.exp(fit.x))
 
 
 def z_std(projections: Tensor) -> Tensor:
