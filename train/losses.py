@@ -134,6 +134,6 @@ def mix(tiles: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
     The share is drawn from Beta(alpha, alpha), once a batch. A label that either partner lacks is missing.
     """
-    share = float(np.clip(torch.distributions.Beta(alpha, alpha).sample(), 0, 1))
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
     partner = torch.randperm(len(tiles)).to(tiles.device)
     return tiles.lerp(tiles[partner], 1 - share), labels.lerp(labels[partner], 1 - share)
