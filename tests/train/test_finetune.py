@@ -657,3 +657,25 @@ def test_two_processes_report_what_one_finds(pretrained, run_cli, single_thread_
     assert len(final["resume"]["processes"]) == 2
     with pytest.raises(BadInput, match="trained by 2 processes; resume with as many"):
         run_cli(f"{options} --resume auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("lr_head", -1.0),
+        ("freeze_backbone_epochs", -1),
+        ("unfreeze_every", -1),
+        ("label_smoothing", 1.0),
+        ("dropout", 1.0),
+        ("ema_decay", 1.0),
+        ("mixup_alpha", -0.1),
+        ("focal_gamma", -1.0),
+        ("asymmetric_margin", 1.0),
+        ("early_stopping", -1),
+        ("max_samples", 0),
+    ],
+)
+def test_options_out_of_range_are_refused(name, value):
+    with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} {value}"):
+        FinetuneConfig(**{name: value})
