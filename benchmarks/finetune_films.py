@@ -6,10 +6,9 @@ Plants simulated calcification clusters into the films of the PyPI package `mamm
 trains on one patient, validates on the other, then the other way round, all through the commands that a user types: prepare,
 simulate, shards build, shards labels, pretrain, finetune. All networks (ResNet-18, 128-pixel tiles of 0.1 mm) see the same
 tiles for as many epochs: with the backbone frozen all the time, so that the head alone learns, and trained whole. Then BYOL's
-weights
-stay frozen for the first two epochs; random ones have nothing to keep.
-The statistics (mean, deviation, least, largest, percentiles of a tile's pixels) go into a logistic regression and into gradient
-boosting. AUC over the other patient's tiles after the last epoch, mean ± standard deviation over seeds. Prints Markdown.
+weights stay frozen for the first two epochs; random ones have nothing to keep. The statistics (mean, deviation, least, largest,
+percentiles of a tile's pixels) go into a logistic regression and into gradient boosting. AUC over the other patient's tiles
+after the last epoch, mean ± standard deviation over seeds (and each seed's). Prints Markdown.
 """
 
 from __future__ import annotations
