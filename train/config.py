@@ -121,7 +121,7 @@ class FinetuneConfig(TrainingConfig):
         "Stop after so many epochs without a better validation AUC, counted once nothing is left to unfreeze (0 = never).",
     )
     gradient_checkpointing: bool = option(
-        False, "Compute activations twice instead of keeping them: less memory, about a third more time, the same result."
+        False, "Compute activations twice instead of keeping them: less memory for a second forward pass, the same result."
     )
     max_samples: int | None = option(None, "Use at most this many tiles of each CSV, for a quick trial.")
 
