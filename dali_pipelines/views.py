@@ -69,6 +69,11 @@ def draw_homography(view: View, tile_size: int, size: int) -> Any:
     return fn.stack(affine[0] + offset_x * weight, affine[1] + offset_y * weight, weight)
 
 
+def _to_float(tile: Any) -> Any:
+    # On the CPU the normalisation is twice as fast as the cast.
+    return fn.cast(tile, dtype=types.FLOAT) if tile.device == "gpu" else _times_plus(tile, 1.0, 0.0)
+
+
 def _gaussian_blur(tile: Any, sigma: Any, radius: int) -> Any:
     """Blur with a Gaussian kernel of ``2 * radius + 1`` pixels a side, mirrored at the border: to float32 (H, W, 1)."""
     if tile.device == "gpu":
@@ -77,7 +82,7 @@ def _gaussian_blur(tile: Any, sigma: Any, radius: int) -> Any:
     offsets = np.arange(-radius, radius + 1, dtype=np.float32)
     kernel = math.exp(types.Constant(-(offsets**2) / 2) / (sigma * sigma))
     kernel = kernel / fn.reductions.sum(kernel)
-    tile = fn.cast(tile, dtype=types.FLOAT)
+    tile = _to_float(tile)
     for shape in ([1, 2 * radius + 1], [2 * radius + 1, 1]):
         tile = fn.filter(tile, fn.reshape(kernel, shape=shape), border="reflect_101")
     return tile
@@ -139,7 +144,7 @@ def apply_view(tile: Any, view: View, tile_size: int, form: ImageFormat) -> Any:
         if chosen:
             tile = _gaussian_blur(tile, _uniform(*view.blur_sigma), ceil(3 * view.blur_sigma[1]))
         else:
-            tile = fn.cast(tile, dtype=types.FLOAT)
+            tile = _to_float(tile)
 
     # Brightness b and contrast c about the tile's mean m, ((x b - m b) c + m b), and the normalisation are all linear:
     # one gain and one offset a tile, so the pixels are walked through once.
