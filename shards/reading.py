@@ -15,7 +15,7 @@ from preprocess.tiling import SPACING_TOLERANCE
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARDS_JSON = "shards.json"
 # Options that decide what a tile's pixels mean: a model made for one set does not fit another.
 _PIXEL_CONTRACT = ("tile_size", "pixel_spacing_mm", "mapping")
@@ -107,7 +107,9 @@ def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str) 
         They differ; native spacings may do so by up to 1.25x.
     """
     mend = "build shards with the options that the model's were built with"
-    for name in _PIXEL_CONTRACT:
+    # Of tiles that came as image files nobody knows more than their size.
+    known = learnt["mapping"] and given["mapping"]
+    for name in _PIXEL_CONTRACT if known else ("tile_size",):
         if given[name] != learnt[name]:
             raise BadInput(f"the model learnt from tiles with {name} {learnt[name]}, {what} has {given[name]}; {mend}")
     native = [record["native_spacing_mm"] for record in (learnt, given) if record["native_spacing_mm"]]

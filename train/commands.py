@@ -107,7 +107,8 @@ def finetune(
         click.echo("tile images name no patients: that none is in both CSVs is for you to check", err=True)
     from train.finetune import finetune as run
 
-    record = shards.preprocessing if shards else None
+    # Nobody knows how tiles were made that came as image files, packed or not: then as the checkpoint's were.
+    record = shards.preprocessing if shards and shards.preprocessing["mapping"] else None
     metrics = run(byol_checkpoint, *sides, class_names, record, output_dir, config, resolved(ctx))
     for name, figures in metrics["per_class"].items():
         click.echo(f"{name}: {auc_line(figures, metrics['films'])}")

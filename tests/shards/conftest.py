@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from preprocess.reading import read_header
-from shards.build import build_all, finish
+from shards.build import build_all
+from shards.launch import Launcher
 from shards.manifest import read_manifest, write_manifest
+from shards.merge import finish
 from shards.plan import BuildConfig, BuildPlan, make_plan
 from shards.reading import ShardSet, open_shards
 
@@ -44,6 +47,36 @@ def manifest_frame(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@pytest.fixture(scope="session")
+def write_dicom() -> Callable[..., Path]:
+    """Return a function that writes a (H, W) array as DICOM, making folders on the way; None writes no pixels."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+
+    def write(path: Path, pixels: np.ndarray | None, rle: bool = False, **elements: Any) -> Path:
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.2"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
+        bits = 16 if pixels is None else 8 * pixels.dtype.itemsize
+        dataset.Rows, dataset.Columns = (60, 40) if pixels is None else pixels.shape
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+        dataset.PixelRepresentation, dataset.SamplesPerPixel = 0, 1
+        dataset.PhotometricInterpretation = "MONOCHROME2"
+        if pixels is not None:
+            dataset.PixelData = pixels.tobytes()
+        for name, value in elements.items():
+            setattr(dataset, name, value)
+        if rle:
+            dataset.compress(RLELossless)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dataset.save_as(path, enforce_file_format=True)
+        return path
+
+    return write
+
+
 @dataclass(frozen=True)
 class Built:
     """A finished directory and the plan that it was built by."""
@@ -64,11 +97,18 @@ def manifest(cropped_films: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def build_at(manifest: Path) -> Callable[..., Built]:
     """Return a function that builds the small films' shards in a directory, with some options changed."""
 
-    def build(directory: Path, workers: int = 1, films: pd.DataFrame | None = None, **options: Any) -> Built:
+    def build(
+        directory: Path,
+        workers: int = 1,
+        threads: int = 1,
+        dask: str | None = None,
+        films: pd.DataFrame | None = None,
+        **options: Any,
+    ) -> Built:
         frame = read_manifest(manifest) if films is None else films
         plan = make_plan(frame, directory, replace(CONFIG, **options))
-        build_all(plan, workers)
-        finish(plan)
+        build_all(plan, Launcher(workers, threads, dask))
+        finish(plan.output_dir)
         return Built(plan, open_shards(directory))
 
     return build
