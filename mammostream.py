@@ -22,7 +22,7 @@ COMMANDS = {
     "prepare": ("shards.prepare_command", "prepare", "Annotations and images -> manifest.parquet, split by patient."),
     "simulate": ("shards.commands", "simulate", "Plant simulated micro-calcification clusters into copies of films."),
     "preview": ("shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
-    "shards": ("shards.commands", "shards", "Build, verify, describe and label WebDataset shards of tiles."),
+    "shards": ("shards.commands", "shards", "Build, verify, label, pack and unpack WebDataset shards of tiles."),
     "pretrain": ("train.commands", "pretrain", "BYOL pre-training on shards."),
     "finetune": ("train.commands", "finetune", "Fine-tune a pre-trained backbone for multi-label classification."),
     "infer": ("train.commands", "infer", "Predict tiles of shards, or raw films with a heat map."),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 # How a disk says that it cannot take a file: the place is wrong or forbidden, or the room is used up.
-_WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS}
+_WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
