@@ -15,7 +15,7 @@ from common.options import Group
 COMMANDS = {
     "demo": ("demo", "demo", "The whole road on 8 real films, on the CPU, in minutes."),
     "doctor": ("doctor", "doctor", "What this machine has and what will be used."),
-    "prepare": ("shards.commands", "prepare", "Annotations and images -> manifest.parquet, split by patient."),
+    "prepare": ("shards.prepare_command", "prepare", "Annotations and images -> manifest.parquet, split by patient."),
     "simulate": ("shards.commands", "simulate", "Plant simulated micro-calcification clusters into copies of films."),
     "preview": ("shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
     "shards": ("shards.commands", "shards", "Build, verify, label, pack and unpack WebDataset shards of tiles."),

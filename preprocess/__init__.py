@@ -17,7 +17,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "reading": ["read_header", "read_mammogram"],
+        "reading": ["ReadingConfig", "read_header", "read_mammogram"],
         "segmentation": ["segment_breast"],
         "selection": ["select_tiles"],
         "simulation": ["plant_clusters"],

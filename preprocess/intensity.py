@@ -12,15 +12,15 @@ LOW_PERCENTILE, HIGH_PERCENTILE = 0.1, 99.9
 HEADROOM = 0.25
 
 
-def map_to_unit(pixels: Any, display: Any | None, breast_values: Any) -> tuple[Any, str]:
+def map_to_unit(pixels: Any, voi: Any | None, breast_values: Any) -> tuple[Any, str]:
     """Map stored pixels to float32 in [0, 1].
 
     Parameters
     ----------
     pixels
         (H, W) stored values, brighter = denser.
-    display
-        (H, W) float32 in [0, 1] by the file's VOI LUT, or None.
+    voi
+        (N,) float32 in [0, 1]: the display of each stored value by the file's VOI LUT or window, or None.
     breast_values
         (N,) stored values inside the breast, from which the percentiles are taken; empty falls back to all pixels.
 
@@ -30,8 +30,8 @@ def map_to_unit(pixels: Any, display: Any | None, breast_values: Any) -> tuple[A
         (H, W) float32 in [0, 1], and the mapping in words, as ``images.parquet`` records it.
     """
     xp = backend_of(pixels).xp
-    if display is not None:
-        return xp.asarray(display, dtype=xp.float32), "voi"
+    if voi is not None:
+        return xp.asarray(voi)[pixels], "voi"
     values = breast_values if breast_values.size else pixels.ravel()
     low, high = (float(v) for v in xp.percentile(values.astype(xp.float32), xp.asarray([LOW_PERCENTILE, HIGH_PERCENTILE])))
     high = max(high + HEADROOM * (high - low), low + 1)

@@ -20,17 +20,23 @@ def block_mean(image: Any, factor: int) -> Any:
     Returns
     -------
     Any
-        (ceil(H / factor), ceil(W / factor)) float32.
+        (ceil(H / factor), ceil(W / factor)) float32; integers of up to 16 bits are summed exactly.
     """
     xp = backend_of(image).xp
     if factor == 1:
         return image.astype(xp.float32)
-    height, width = image.shape
-    pad = ((0, -height % factor), (0, -width % factor))
-    padded = xp.pad(image, pad, mode="edge") if any(p[1] for p in pad) else image
-    blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor)
-    # The short axis first: the long one then runs over contiguous rows.
-    return blocks.mean(axis=1, dtype=xp.float32).mean(axis=2, dtype=xp.float32)
+    pad = [(0, -n % factor) for n in image.shape]
+    if any(after for _, after in pad):
+        image = xp.pad(image, pad, mode="edge")
+    exact = image.dtype.kind in "bu" and image.dtype.itemsize <= 2
+    # Whole lines are added to each other: several times faster than a reduction over short axes.
+    rows = image[0::factor].astype(xp.uint32 if exact else xp.float32)
+    for offset in range(1, factor):
+        rows += image[offset::factor]
+    total = rows[:, 0::factor].copy()
+    for offset in range(1, factor):
+        total += rows[:, offset::factor]
+    return total.astype(xp.float32) / xp.float32(factor**2)
 
 
 def resample(image: Any, ratio: float) -> Any:

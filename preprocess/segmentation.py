@@ -1,8 +1,9 @@
 """Breast segmentation at a fixed physical scale.
 
-Thresholds with hysteresis on log-compressed intensity find the tissue down to the faint skin line; an opening detaches
-labels and tape; the component is chosen by area and contact with the chest-wall side. The pectoral muscle stays in.
-Methods are tried in order until one passes the sanity checks; an image that none suits is flagged, never dropped silently.
+Film borders are trimmed. Thresholds with hysteresis on log-compressed intensity find the tissue down to the faint skin line;
+an opening detaches labels, letters, scratches and dust; the component is chosen by area, contact with the chest-wall side and
+shape, and the strip of film fog along the chest wall is cut off. The pectoral muscle stays in. Methods are tried in order
+until one passes the sanity checks; an image that none suits is flagged, never dropped silently.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ from preprocess.backend import Backend, backend_of
 from preprocess.resampling import block_mean
 
 TARGET_SPACING_MM = 0.4
+FINE_SPACING_MM = 0.1
 ASSUMED_HEIGHT_MM = 240.0
-OPENING_RADIUS_MM = 2.0
+OPENING_RADIUS_MM = 2.0  # letters, scratches, dust are thinner
+DETACHING_RADIUS_MM = 8.0  # labels, tape and most fog are thinner
+REGROWTH_MM = 8.0
 CLOSING_RADIUS_MM = 4.0
 MIN_AREA_SHARE, MAX_AREA_SHARE = 0.03, 0.92
 MAX_BORDER_STRIP_SHARE = 0.1
+STRIP_EDGE_MM = 1.0  # a strip fades out over this width
+MIN_STRIP_STEP = 0.1  # of the brightest value
+# Fog along the chest wall: a strip of even width above or below the breast.
+MAX_FOG_WIDTH_MM, MIN_FOG_LENGTH_MM = 20.0, 5.0
+# A breast fills about three quarters of the box around it; labels and tape fill theirs.
+MAX_BREAST_EXTENT = 0.92
 
 
 @dataclass(frozen=True)
@@ -75,50 +85,71 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
     xp = backend.xp
     flags = () if spacing_mm else ("no_spacing",)
     spacing = spacing_mm or ASSUMED_HEIGHT_MM / pixels.shape[0]
-    factor = max(1, round(TARGET_SPACING_MM / spacing))
+    factor = coarse_factor(spacing)
     coarse = xp.nan_to_num(block_mean(pixels, factor), posinf=0, neginf=0)
     spacing *= factor
-    valid = _inside_border_strips(xp, coarse)
-    compressed = _compress(xp, coarse, valid)
+    inside = _inside_border_strips(xp, coarse, spacing)
+    inner = coarse[inside]
 
     best: tuple[float, Any, str] | None = None
     for method, threshold in _METHODS.items():
-        mask = _mask_from(backend, compressed, valid, threshold, spacing)
+        mask = _mask_from(backend, inner, threshold, spacing)
         score = _plausibility(xp, mask)
         if best is None or score > best[0]:
             best = (score, mask, method)
         if score >= 1:
             break
-    score, mask, method = best
+    score, found, method = best
+    mask = xp.zeros(coarse.shape, dtype=bool)
+    mask[inside] = found
     if not bool(mask.any()):
         return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"))
     if score < 1:
         flags = (*flags, "doubtful_mask")
-    return Segmentation(mask, factor, spacing, _side(xp, mask), method, flags)
+    return Segmentation(mask, factor, spacing, _side(xp, found), method, flags)
 
 
-def _inside_border_strips(xp: Any, coarse: Any) -> Any:
-    """Return a mask without the bright strips that scanned films have along their edges."""
-    valid = xp.ones(coarse.shape, dtype=bool)
-    bright = coarse > 0.9 * coarse.max()
-    for axis in (0, 1):
-        share = bright.mean(axis=1 - axis)
-        limit = int(MAX_BORDER_STRIP_SHARE * coarse.shape[axis])
-        # A strip is a run of bright lines that starts at the edge.
-        leading = int(xp.cumprod(share[:limit] > 0.5).sum())
-        trailing = int(xp.cumprod(share[::-1][:limit] > 0.5).sum())
-        lines = xp.arange(coarse.shape[axis])
-        keep = (lines >= leading) & (lines < coarse.shape[axis] - trailing)
-        valid &= keep[:, None] if axis == 0 else keep[None, :]
-    return valid
+def coarse_factor(spacing_mm: float) -> int:
+    """Return how many pixels make an edge of a mask pixel: about 0.4 mm, and a multiple of what makes about 0.1 mm."""
+    fine = fine_factor(spacing_mm)
+    return fine * max(1, round(TARGET_SPACING_MM / (fine * spacing_mm)))
 
 
-def _compress(xp: Any, coarse: Any, valid: Any) -> Any:
-    """Scale the image to [0, 1] from its background to its 99.5th percentile and compress it by a logarithm."""
-    values = coarse[valid] if bool(valid.any()) else coarse.ravel()
-    low, high = (float(v) for v in xp.percentile(values, xp.asarray([1.0, 99.5])))
-    scaled = xp.clip((coarse - low) / max(high - low, 1e-6), 0, 1)
-    return xp.where(valid, xp.log1p(20 * scaled) / xp.log1p(xp.asarray(20.0)), 0).astype(xp.float32)
+def fine_factor(spacing_mm: float) -> int:
+    """Return how many pixels make an edge of about 0.1 mm, the scale at which specks are looked for."""
+    return max(1, round(FINE_SPACING_MM / spacing_mm))
+
+
+def _inside_border_strips(xp: Any, coarse: Any, spacing: float) -> tuple[slice, slice]:
+    """Return the part of an image within the bright strips that scanned films have along their edges.
+
+    A strip is a run of lines from the edge that are as bright as the image gets, or, above and below the breast, bright where
+    the film further in is dark. (At the chest wall, that would be the fog beside the breast.)
+    """
+    top = float(coarse.max())
+    soft = round(STRIP_EDGE_MM / spacing)
+    inside = []
+    for axis, lines in ((0, coarse), (1, coarse.T)):
+        limit = int(MAX_BORDER_STRIP_SHARE * len(lines))
+        widths = []
+        for seen in (lines, lines[::-1]):
+            bright = seen[:limit] > 0.9 * top
+            if axis == 0:
+                bright |= (seen[:limit] - seen[limit] > MIN_STRIP_STEP * top) & (seen[limit] < MIN_STRIP_STEP * top)
+            # CuPy takes no empty array without an axis.
+            width = int(xp.cumprod(bright.mean(axis=1) > 0.5, axis=0).sum())
+            widths.append(width + soft if width else 0)
+        start, stop = widths[0], len(lines) - widths[1]
+        inside.append(slice(start, max(stop, start + 1)))
+    return tuple(inside)
+
+
+def _compress(xp: Any, image: Any, tissue: Any) -> Any:
+    """Scale an image to [0, 1] from its background to the 99.5th percentile of tissue and compress it by a logarithm."""
+    low = float(xp.percentile(image, 1.0))
+    high = float(xp.percentile(tissue, 99.5))
+    scaled = xp.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    return (xp.log1p(20 * scaled) / xp.log1p(xp.asarray(20.0))).astype(xp.float32)
 
 
 def _otsu(backend: Backend, image: Any) -> float:
@@ -136,43 +167,101 @@ def _nonzero(backend: Backend, image: Any) -> float:
 _METHODS: dict[str, Callable[[Backend, Any], float]] = {"otsu": _otsu, "triangle": _triangle, "nonzero": _nonzero}
 
 
-def _mask_from(backend: Backend, image: Any, valid: Any, threshold: Callable, spacing: float) -> Any:
-    xp, ndimage = backend.xp, backend.ndimage
+def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float) -> Any:
+    """Return the breast by one method, or an empty mask."""
+    xp = backend.xp
     if float(image.max()) - float(image.min()) < 1e-6:
         return xp.zeros(image.shape, dtype=bool)
+    tissue = _largest_tissue(backend, _compress(xp, image, image), threshold, spacing)
+    # Once more on the scale of the tissue alone, which labels and borders have no part in.
+    if bool(tissue.any()):
+        tissue = _largest_tissue(backend, _compress(xp, image, image[tissue]), threshold, spacing)
+    tissue = _without_attachments(backend, _without_fog(xp, tissue, spacing), spacing)
+    return _close(backend, tissue, CLOSING_RADIUS_MM / spacing)
+
+
+def _largest_tissue(backend: Backend, image: Any, threshold: Callable, spacing: float) -> Any:
+    """Return the component of a compressed image that is most likely the breast."""
+    xp, ndimage = backend.xp, backend.ndimage
     high = threshold(backend, image)
-    background = image[valid & (image < high)]
+    background = image[image < high]
     if background.size == 0:
         return xp.zeros(image.shape, dtype=bool)
     centre = xp.median(background)
     sigma = 1.4826 * xp.median(xp.abs(background - centre))
     low = min(max(float(centre + 4 * sigma), 0.05), high)
-    tissue = backend.filters.apply_hysteresis_threshold(image, low, high) & valid
-    tissue = ndimage.binary_opening(tissue, structure=_disk(xp, OPENING_RADIUS_MM / spacing))
+    tissue = backend.filters.apply_hysteresis_threshold(image, low, high)
+    # Tissue goes on beyond the sides of the image, not beyond its ends, where borders leave thin lines.
+    tissue = _opened(backend, tissue, OPENING_RADIUS_MM / spacing, "edge") & tissue
     labels, count = ndimage.label(tissue)
-    if count == 0:
+    return labels == _likeliest(backend, labels, count) if count else tissue
+
+
+def _without_attachments(backend: Backend, tissue: Any, spacing: float) -> Any:
+    """Cut off labels and tape that touch the breast: what is narrow, and too long to be the nipple."""
+    core = _opened(backend, tissue, DETACHING_RADIUS_MM / spacing, "constant")
+    if not bool(core.any()):
         return tissue
-    area = xp.bincount(labels.ravel(), minlength=count + 1)[1:]
+    labels, count = backend.ndimage.label(core)
+    core = labels == _likeliest(backend, labels, count)
+    labels, _ = backend.ndimage.label(_grown(backend, core, REGROWTH_MM / spacing) & tissue)
+    return labels == labels[core].max()
+
+
+def _likeliest(backend: Backend, labels: Any, count: int) -> int:
+    """Return the label of the component that is most likely the breast: large, at a side of the image, no rectangle."""
+    xp = backend.xp
+    area = backend.to_host(xp.bincount(labels.ravel(), minlength=count + 1))[1:]
     edges = xp.concatenate([labels[:, :3].ravel(), labels[:, -3:].ravel()])
-    contact = xp.bincount(edges, minlength=count + 1)[1:] / (3 * image.shape[0])
-    chosen = int(xp.argmax(area * (0.2 + contact))) + 1
-    return _close(backend, labels == chosen, CLOSING_RADIUS_MM / spacing)
+    contact = backend.to_host(xp.bincount(edges, minlength=count + 1))[1:] / (3 * labels.shape[0])
+    boxes = backend.ndimage.find_objects(labels)
+    extent = area / [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in boxes]
+    return int((area * (0.2 + contact) * (1.0 - 0.8 * (extent > MAX_BREAST_EXTENT))).argmax()) + 1
+
+
+def _opened(backend: Backend, mask: Any, radius: float, beyond: str) -> Any:
+    """Take away what no disc of a radius (pixels) fits into; `beyond` its sides the mask goes on or ends (modes of ``pad``)."""
+    margin = int(radius) + 2
+    padded = backend.xp.pad(backend.xp.pad(mask, ((0, 0), (margin, margin)), mode=beyond), ((margin, margin), (0, 0)))
+    core = backend.ndimage.distance_transform_edt(padded) > radius
+    return _grown(backend, core, radius)[margin:-margin, margin:-margin]
 
 
 def _close(backend: Backend, mask: Any, radius: float) -> Any:
     """Close gaps and fill holes; the edge is repeated outwards, so that the mask keeps its contact with it."""
-    xp, ndimage = backend.xp, backend.ndimage
-    margin = int(radius) + 1
-    padded = xp.pad(mask, margin, mode="edge")
-    closed = ndimage.binary_closing(padded, structure=_disk(xp, radius))
-    inner = closed[margin:-margin, margin:-margin]
-    return ndimage.binary_fill_holes(inner)
+    margin = int(radius) + 2
+    grown = _grown(backend, backend.xp.pad(mask, margin, mode="edge"), radius)
+    closed = ~_grown(backend, ~grown, radius)
+    # A margin that the closing ate away from outside was never image.
+    inner = closed[margin:-margin, margin:-margin] | mask
+    return backend.ndimage.binary_fill_holes(inner)
 
 
-def _disk(xp: Any, radius: float) -> Any:
-    reach = max(1, int(radius))
-    offsets = xp.arange(-reach, reach + 1)
-    return offsets[:, None] ** 2 + offsets[None, :] ** 2 <= max(radius, 1.0) ** 2
+def _grown(backend: Backend, mask: Any, radius: float) -> Any:
+    # Without a pixel to measure from, scipy's distances mean nothing and CuPy's are NaN.
+    if not bool(mask.any()):
+        return mask
+    return backend.ndimage.distance_transform_edt(~mask) <= radius
+
+
+def _without_fog(xp: Any, mask: Any, spacing: float) -> Any:
+    """Cut off the strip of film fog that runs along the chest wall above and below the breast.
+
+    Seen from each end of the image, fog is a run of lines whose width from the wall stays about the same; the breast widens.
+    """
+    if not bool(mask.any()):
+        return mask
+    from_left = mask if _side(xp, mask) == "L" else mask[:, ::-1]
+    width = xp.cumprod(from_left, axis=1).sum(axis=1) * spacing
+    lines = max(1, round(MIN_FOG_LENGTH_MM / spacing))
+    fog = xp.zeros(mask.shape[0], dtype=bool)
+    for seen, cut in ((width, fog), (width[::-1], fog[::-1])):
+        even = float(xp.median(seen[:lines]))
+        if 0 < even <= MAX_FOG_WIDTH_MM:
+            run = xp.cumprod(seen <= 1.25 * even + 1).astype(bool)
+            if int(run.sum()) >= lines and not bool(run.all()):
+                cut |= run
+    return mask & ~fog[:, None]
 
 
 def _plausibility(xp: Any, mask: Any) -> float:

@@ -1,9 +1,14 @@
-"""Which tiles of a film are kept: background gates, then the breast and the frequency rule."""
+"""Which tiles of a film are kept: background gates, then the breast and the frequency rule, then rescue tiles.
+
+The grid alone would lose clusters of specks near the skin line, where its tiles are mostly background and the gates reject
+them. A cluster that no kept tile holds gets a **rescue tile**: one off the grid, shifted inwards just as far as the gates ask.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,6 +18,8 @@ from common.options import option
 from preprocess.backend import backend_of
 
 NONZERO_ABOVE = 15 / 255
+# Positions that are tried along each axis for a rescue tile.
+RESCUE_POSITIONS = 16
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,9 @@ class SelectionConfig:
     tile_size: int = option(512, "Edge length of a tile in stored pixels.")
     stride: int = option(256, "Distance between tiles in stored pixels; the last tile is flush with the border.")
     min_breast_ratio: float = option(0.15, "Breast rule: least share of breast in a tile, 0-1.")
-    min_freq_energy: float = option(0.5, "Frequency rule: least energy of bright specks, in noise deviations.")
+    min_freq_energy: float = option(
+        7.5, "Frequency rule: least energy of bright specks per cm²; 1 tile in 20 without calcifications has more."
+    )
     min_intensity: float = option(40.0, "Gate: least mean intensity; above 1 on the 8-bit scale, else on 0-1.")
     min_nonzero: float = option(0.7, "Gate: least share of pixels brighter than 15/255, 0-1.")
     select: str = option(
@@ -32,6 +41,9 @@ class SelectionConfig:
         None, "Frequency threshold as a percentile (0-100) of each film's candidates, instead of --min-freq-energy."
     )
     max_tiles_per_image: int | None = option(None, "Keep at most this many tiles a film, those of highest energy.")
+    min_speck: float = option(4.0, "Rescue tiles: least response of a speck, in deviations of the noise around.")
+    cluster_specks: int = option(5, "Rescue tiles: least number of specks of a cluster; 0 makes no rescue tiles.")
+    cluster_mm: float = option(10.0, "Rescue tiles: diameter of a cluster in mm.")
 
     def __post_init__(self) -> None:
         for name in ("tile_size", "stride"):
@@ -46,6 +58,8 @@ class SelectionConfig:
             raise BadInput(f"--freq-percentile {self.freq_percentile} is not between 0 and 100")
         if self.max_tiles_per_image is not None and self.max_tiles_per_image < 1:
             raise BadInput(f"--max-tiles-per-image {self.max_tiles_per_image} is not positive")
+        if self.cluster_specks < 0 or self.cluster_mm <= 0 or self.min_speck <= 0:
+            raise BadInput("--cluster-specks must not be negative; --cluster-mm and --min-speck must be above 0")
 
     @property
     def intensity_gate(self) -> float:
@@ -54,20 +68,57 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True)
-class TileSelection:
-    """The kept tiles of a film as columns of equal length (NumPy), and why the others went.
+class ScoreMaps:
+    """What tiles are scored by: maps on coarser grids that cover the image, so that any box is measured fast.
+
+    Attributes
+    ----------
+    intensity, nonzero
+        (h, w) mean intensity in [0, 1], and share of pixels above 15/255.
+    energy
+        (h, w) pixel energy of :func:`preprocess.energy.pixel_energy`.
+    mask
+        (h', w') bool breast mask.
+    scale, mask_scale
+        Pixels of the image an edge of a pixel of the maps, and of the mask.
+    """
+
+    intensity: Any
+    nonzero: Any
+    energy: Any
+    mask: Any
+    scale: float
+    mask_scale: float
+
+    def measure(self, x: np.ndarray, y: np.ndarray, size: int) -> Scores:
+        """Return the scores of tiles of `size` pixels whose left and top edges are `x` and `y`."""
+        to_host = backend_of(self.intensity).to_host
+
+        def means(values: Any, scale: float) -> np.ndarray:
+            return to_host(box_means(values, y / scale, x / scale, size / scale, size / scale))
+
+        return Scores(
+            x=x,
+            y=y,
+            breast_ratio=np.clip(means(self.mask, self.mask_scale), 0, 1),
+            freq_energy=np.maximum(means(self.energy, self.scale), 0),
+            mean_intensity=np.clip(means(self.intensity, self.scale), 0, 1),
+            nonzero_ratio=np.clip(means(self.nonzero, self.scale), 0, 1),
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Tiles as columns of equal length (NumPy).
 
     Attributes
     ----------
     x, y
         Left and top edge in pixels of the image that was given.
-    breast_ratio, freq_energy, mean_intensity, nonzero_ratio
-        Scores, float32.
-    rule
-        ``breast``, ``frequency`` or ``both``: the rules that each tile meets.
-    counts
-        candidates, rejected_intensity, rejected_nonzero, rejected_rules, rejected_limit (each candidate is counted
-        once, at the first thing that rejects it), kept, kept_breast_only, kept_frequency_only, kept_both_rules.
+    breast_ratio, mean_intensity, nonzero_ratio
+        In [0, 1].
+    freq_energy
+        Energy of bright specks per cm², 0 to 20,000.
     """
 
     x: np.ndarray
@@ -76,8 +127,59 @@ class TileSelection:
     freq_energy: np.ndarray
     mean_intensity: np.ndarray
     nonzero_ratio: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> Scores:
+        """Return the rows that an index or a mask chooses."""
+        return Scores(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+    def append(self, other: Scores) -> Scores:
+        """Return these rows and then those of `other`."""
+        return Scores(*(np.append(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class TileSelection:
+    """The kept tiles of a film, and what became of the others.
+
+    Attributes
+    ----------
+    tiles
+        The kept tiles: those of the grid in row order, then rescue tiles.
+    rule
+        ``breast``, ``frequency`` or ``both``: the rules that each tile meets; or ``rescue``.
+    candidates, fate
+        All tiles of the grid in row order, and for each ``kept`` or what rejected it first: ``intensity``, ``nonzero``,
+        ``rules``, ``limit``.
+    clusters
+        (K, 4) xmin, ymin, xmax, ymax of the speck clusters that were looked at.
+    unheld
+        How many of them no kept tile holds.
+    threshold
+        Least energy that the frequency rule asked for on this film; infinite where a percentile had no candidate to go by.
+    """
+
+    tiles: Scores
     rule: np.ndarray
-    counts: dict[str, int]
+    candidates: Scores
+    fate: np.ndarray
+    clusters: np.ndarray
+    unheld: int
+    threshold: float
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counts for ``images.parquet``: candidates, ``rejected_*`` (each candidate once), kept, ``kept_*``, clusters."""
+        return {
+            "candidates": len(self.fate),
+            **{f"rejected_{why}": int((self.fate == why).sum()) for why in ("intensity", "nonzero", "rules", "limit")},
+            "kept": len(self.rule),
+            "kept_breast_only": int((self.rule == "breast").sum()),
+            "kept_frequency_only": int((self.rule == "frequency").sum()),
+            "kept_both_rules": int((self.rule == "both").sum()),
+            "kept_rescue": int((self.rule == "rescue").sum()),
+            "clusters": len(self.clusters),
+            "clusters_unheld": self.unheld,
+        }
 
 
 def grid_positions(length: int, size: int, stride: int, min_step: int = 1) -> np.ndarray:
@@ -109,9 +211,7 @@ def box_means(values: Any, top: Any, left: Any, height: float, width: float) -> 
     """
     backend = backend_of(values)
     xp = backend.xp
-    integral = xp.zeros((values.shape[0] + 1, values.shape[1] + 1), dtype=xp.float64)
-    xp.cumsum(values, axis=0, dtype=xp.float64, out=integral[1:, 1:])
-    xp.cumsum(integral[1:, 1:], axis=1, out=integral[1:, 1:])
+    integral = xp.pad(xp.cumsum(xp.cumsum(values, axis=0, dtype=xp.float64), axis=1), ((1, 0), (1, 0)))
     top, left = xp.asarray(top, dtype=xp.float64), xp.asarray(left, dtype=xp.float64)
     bottom = xp.minimum(top + height, values.shape[0])
     right = xp.minimum(left + width, values.shape[1])
@@ -125,72 +225,96 @@ def box_means(values: Any, top: Any, left: Any, height: float, width: float) -> 
 
 
 def select_tiles(
-    image: Any, mask: Any, energy: Any, config: SelectionConfig, mask_scale: float, energy_scale: float, min_step: int = 1
+    shape: tuple[int, int], maps: ScoreMaps, config: SelectionConfig, clusters: np.ndarray | None = None, min_step: int = 1
 ) -> TileSelection:
-    """Score every tile of the grid and keep those that pass the gates and the rules.
+    """Score every tile of the grid, keep those that pass the gates and the rules, and add rescue tiles.
 
     Parameters
     ----------
-    image
-        (H, W) float in [0, 1], at least one tile large (pad before).
-    mask
-        (h, w) bool breast mask; one of its pixels is `mask_scale` pixels of `image` wide.
-    energy
-        (h', w') pixel energy of :func:`preprocess.energy.excess_energy`; a pixel is `energy_scale` pixels wide.
+    shape
+        Height and width of the image in pixels, at least one tile each (pad before).
+    maps
+        What tiles are scored by.
     config
         Tile size, stride, thresholds.
+    clusters
+        (K, 4) xmin, ymin, xmax, ymax of speck clusters in pixels of the image. Those that no kept tile holds get a rescue
+        tile, unless the frequency rule has no say (``--select breast``).
     min_step
-        Least distance of tiles in pixels of `image`: that of a native pixel, so that no two share a native corner.
-
-    Returns
-    -------
-    TileSelection
-        Tiles in row order.
+        Least distance of tiles in pixels: that of a native pixel, so that no two share a native corner.
     """
-    backend = backend_of(image)
     size = config.tile_size
-    rows, columns = (grid_positions(n, size, config.stride, min_step) for n in image.shape)
+    rows, columns = (grid_positions(n, size, config.stride, min_step) for n in shape)
     y, x = (grid.ravel() for grid in np.meshgrid(rows, columns, indexing="ij"))
-
-    def means(values: Any, scale: float) -> np.ndarray:
-        return backend.to_host(box_means(values, y / scale, x / scale, size / scale, size / scale))
-
-    mean_intensity = means(image, 1)
-    nonzero_ratio = means(image > NONZERO_ABOVE, 1)
-    breast_ratio = np.clip(means(mask, mask_scale), 0, 1)
-    freq_energy = np.sqrt(np.maximum(means(energy, energy_scale), 0))
-
-    bright = mean_intensity >= config.intensity_gate
-    full = nonzero_ratio >= config.min_nonzero
+    scores = maps.measure(x, y, size)
+    bright, full = _gates(scores, config)
     gated = bright & full
-    frequency_threshold = config.min_freq_energy
+    threshold = config.min_freq_energy
     if config.freq_percentile is not None:
-        frequency_threshold = np.percentile(freq_energy[gated], config.freq_percentile) if gated.any() else math.inf
-    by_breast = breast_ratio >= config.min_breast_ratio
-    by_frequency = freq_energy >= frequency_threshold
+        threshold = np.percentile(scores.freq_energy[gated], config.freq_percentile) if gated.any() else math.inf
+        # Where nothing stands out in most tiles, the percentile is 0 and would keep them all.
+        threshold = max(threshold, np.nextafter(0, 1))
+    by_breast = scores.breast_ratio >= config.min_breast_ratio
+    by_frequency = scores.freq_energy >= threshold
     chosen = {
         "either": by_breast | by_frequency,
         "both": by_breast & by_frequency,
         "breast": by_breast,
         "frequency": by_frequency,
     }[config.select]
-    kept = np.flatnonzero(gated & chosen)
+    fate = np.select([~bright, ~full, ~chosen], ["intensity", "nonzero", "rules"], "kept").astype(object)
+    rule = np.select([by_breast & by_frequency, by_breast], ["both", "breast"], "frequency").astype(object)
+
+    on_grid = np.flatnonzero(fate == "kept")
+    tiles, rule = scores.take(on_grid), rule[on_grid]
+    clusters = np.zeros((0, 4)) if clusters is None or config.select == "breast" else clusters
+    for box in clusters:
+        if not _holds(tiles, size, box).any():
+            rescue = _rescue_tile(shape, maps, config, box, tiles, min_step)
+            if rescue is not None:
+                tiles, rule = tiles.append(rescue), np.append(rule, "rescue")
     limit = config.max_tiles_per_image
-    over_limit = max(0, len(kept) - limit) if limit else 0
-    if over_limit:
-        # Stable sort: equal energies keep their row order.
-        kept = np.sort(kept[np.argsort(-freq_energy[kept], kind="stable")[:limit]])
-    rule = np.where(by_breast & by_frequency, "both", np.where(by_breast, "breast", "frequency"))[kept]
-    counts = {
-        "candidates": len(x),
-        "rejected_intensity": int((~bright).sum()),
-        "rejected_nonzero": int((bright & ~full).sum()),
-        "rejected_rules": int((gated & ~chosen).sum()),
-        "rejected_limit": over_limit,
-        "kept": len(kept),
-        "kept_breast_only": int((rule == "breast").sum()),
-        "kept_frequency_only": int((rule == "frequency").sum()),
-        "kept_both_rules": int((rule == "both").sum()),
-    }
-    scores = (breast_ratio, freq_energy, mean_intensity, nonzero_ratio)
-    return TileSelection(x[kept], y[kept], *(s[kept].astype(np.float32) for s in scores), rule, counts)
+    if limit and len(rule) > limit:
+        # Stable sort: equal energies keep their order.
+        best = np.sort(np.argsort(-tiles.freq_energy, kind="stable")[:limit])
+        fate[np.setdiff1d(on_grid, on_grid[best[best < len(on_grid)]])] = "limit"
+        tiles, rule = tiles.take(best), rule[best]
+    unheld = sum(not _holds(tiles, size, box).any() for box in clusters)
+    return TileSelection(tiles, rule, scores, fate, clusters, unheld, float(threshold))
+
+
+def _gates(scores: Scores, config: SelectionConfig) -> tuple[np.ndarray, np.ndarray]:
+    return scores.mean_intensity >= config.intensity_gate, scores.nonzero_ratio >= config.min_nonzero
+
+
+def _holds(tiles: Scores, size: int, box: Sequence[float]) -> np.ndarray:
+    """Tell for each tile whether a box lies in it."""
+    xmin, ymin, xmax, ymax = box
+    return (tiles.x <= xmin) & (tiles.y <= ymin) & (tiles.x + size >= xmax) & (tiles.y + size >= ymax)
+
+
+def _rescue_tile(
+    shape: tuple[int, int], maps: ScoreMaps, config: SelectionConfig, box: np.ndarray, kept: Scores, min_step: int
+) -> Scores | None:
+    """Return the tile that holds a box and passes the gates with the box nearest to its middle, or None."""
+    size = config.tile_size
+    step = max(min_step, size // RESCUE_POSITIONS)
+    axes = []
+    for low, high, length in ((box[1], box[3], shape[0]), (box[0], box[2], shape[1])):
+        first, last = max(math.ceil(high) - size, 0), min(math.floor(low), length - size)
+        axes.append(np.unique(np.append(np.arange(first, last, step), last)) if first <= last else np.zeros(0, int))
+    y, x = (grid.ravel() for grid in np.meshgrid(*axes, indexing="ij"))
+    if not len(x):
+        return None
+    # No two tiles may share a native corner.
+    apart = np.abs(x[:, None] - kept.x) >= min_step
+    apart |= np.abs(y[:, None] - kept.y) >= min_step
+    scores = maps.measure(x, y, size)
+    bright, full = _gates(scores, config)
+    fits = bright & full & apart.all(axis=1)
+    if config.select == "both":
+        fits &= scores.breast_ratio >= config.min_breast_ratio
+    if not fits.any():
+        return None
+    off_centre = np.hypot(x + size / 2 - (box[0] + box[2]) / 2, y + size / 2 - (box[1] + box[3]) / 2)
+    return scores.take(np.array([np.where(fits, off_centre, np.inf).argmin()]))

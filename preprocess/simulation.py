@@ -28,6 +28,9 @@ class ClusterConfig:
     min_cluster_mm: float = option(5.0, "Smallest cluster diameter in mm.")
     max_cluster_mm: float = option(10.0, "Largest cluster diameter in mm.")
     skin_distance_mm: float = option(8.0, "Least distance of a cluster's centre from the skin line in mm.")
+    max_skin_distance_mm: float | None = option(
+        None, "Greatest distance of a cluster's centre from the skin line in mm; default: anywhere in the breast."
+    )
 
     def __post_init__(self) -> None:
         for low, high in (
@@ -69,6 +72,10 @@ def plant_clusters(
     # The image's edge counts as outside here: a cluster must lie in the film whole.
     depth = ndimage.distance_transform_edt(np.pad(segmentation.mask, 1))[1:-1, 1:-1] * coarse
     free = depth >= max(config.skin_distance_mm, config.max_cluster_mm / 2 + config.max_speck_mm)
+    if config.max_skin_distance_mm is not None:
+        free &= ndimage.distance_transform_edt(np.pad(segmentation.mask, 1, mode="edge"))[1:-1, 1:-1] * coarse <= (
+            config.max_skin_distance_mm
+        )
     planted = pixels.astype(np.float32)
     boxes = []
     for _ in range(config.clusters_per_image):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,29 @@ import numpy as np
 from common.errors import BadInput
 from common.options import option
 from preprocess.backend import Backend, backend_of
-from preprocess.energy import bright_response, excess_energy
+from preprocess.energy import pixel_energy, speck_response
 from preprocess.intensity import MAPPING, map_to_unit, to_stored
-from preprocess.reading import Mammogram
+from preprocess.mammogram import Mammogram, ReadingConfig
 from preprocess.resampling import block_mean, resample
-from preprocess.segmentation import Segmentation, segment_breast
-from preprocess.selection import NONZERO_ABOVE, SelectionConfig, TileSelection, box_means, grid_positions, select_tiles
+from preprocess.segmentation import Segmentation, coarse_factor, fine_factor, segment_breast
+from preprocess.selection import (
+    NONZERO_ABOVE,
+    ScoreMaps,
+    Scores,
+    SelectionConfig,
+    TileSelection,
+    box_means,
+    grid_positions,
+    select_tiles,
+)
+from preprocess.specks import find_clusters, find_specks
 
 SPACING_TOLERANCE = 1.25
+CLUSTER_MARGIN_MM = 1.0
 
 
 @dataclass(frozen=True)
-class TilingConfig(SelectionConfig):
+class TilingConfig(SelectionConfig, ReadingConfig):
     """Everything that decides which tiles a film gives and what their pixels are."""
 
     pixel_spacing: float | None = option(
@@ -30,9 +42,14 @@ class TilingConfig(SelectionConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        SelectionConfig.__post_init__(self)
+        ReadingConfig.__post_init__(self)
         if self.pixel_spacing is not None and not 0.01 <= self.pixel_spacing <= 2:
             raise BadInput(f"--pixel-spacing {self.pixel_spacing} is not between 0.01 and 2 mm")
+
+
+# Recorded with the tiles by their own names; the spacing is recorded as ``pixel_spacing_mm``.
+RECORDED = tuple(field.name for field in fields(TilingConfig) if field.name != "pixel_spacing")
 
 
 @dataclass(frozen=True)
@@ -45,12 +62,15 @@ class Film:
         (H, W) float32 in [0, 1] at the stored pixel spacing, padded to one tile where it was smaller.
     scale
         Native pixels an edge of a pixel of `image`.
-    segmentation, tiles
-        The breast, and the kept tiles in pixels of `image`.
+    segmentation, selection
+        The breast, and the selection of tiles in pixels of `image`.
+    response, response_scale
+        Speck response in noise deviations, and how many pixels of `image` make an edge of its pixels.
     mapping
         How stored values became [0, 1].
     flags
-        The segmentation's and ``padded``.
+        The segmentation's, ``padded`` (the film is smaller than a tile), ``cluster_not_held`` (a cluster of specks lies where
+        no tile passes the gates).
     guide_8bit_kept
         Tiles that the same gates and the breast rule keep on the plain 8-bit scale (no mapping), measured at ~0.4 mm.
     """
@@ -58,10 +78,17 @@ class Film:
     image: Any
     scale: float
     segmentation: Segmentation
-    tiles: TileSelection
+    selection: TileSelection
+    response: Any
+    response_scale: int
     mapping: str
     flags: tuple[str, ...]
     guide_8bit_kept: int
+
+    @property
+    def tiles(self) -> Scores:
+        """The kept tiles."""
+        return self.selection.tiles
 
     def cut(self, index: int, size: int, bits: int) -> np.ndarray:
         """Return kept tile `index` as (size, size) uint8 or uint16."""
@@ -89,7 +116,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     backend = backend_of(mammogram.pixels)
     segmentation = segment_breast(mammogram.pixels, header.spacing_mm)
     breast_values = _values_inside(backend, mammogram.pixels, segmentation)
-    image, mapping = map_to_unit(mammogram.pixels, mammogram.display, breast_values)
+    image, mapping = map_to_unit(mammogram.pixels, mammogram.voi, breast_values)
     scale = 1.0
     if config.pixel_spacing is not None:
         if header.spacing_mm is None:
@@ -98,23 +125,44 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
         image = resample(image, scale) if abs(scale - 1) > 1e-3 else image
     # Millimetres matter to the filter; without a spacing the segmentation's assumption (240 mm high) serves here too.
     spacing = segmentation.spacing_mm / segmentation.factor * scale
+    fine, coarse = fine_factor(spacing), coarse_factor(spacing)
     # Before padding, whose edge would be a bright step.
-    response, response_spacing = bright_response(image, segmentation.mask, spacing, segmentation.spacing_mm)
+    small = block_mean(image, fine)
+    response = speck_response(small, segmentation.mask, spacing * fine)
     flags = segmentation.flags
+    mask = segmentation.mask
     if min(image.shape) < config.tile_size:
-        image = backend.xp.pad(image, [(0, max(0, config.tile_size - n)) for n in image.shape])
         flags = (*flags, "padded")
-    tiles = select_tiles(
-        image,
-        segmentation.mask,
-        excess_energy(response),
-        config,
+        image = _padded(image, [max(n, config.tile_size) for n in image.shape])
+        small, energies = (_padded(a, [-(-n // fine) for n in image.shape]) for a in (small, pixel_energy(response)))
+        mask = _padded(mask, [math.ceil(n * scale / segmentation.factor) for n in image.shape])
+    else:
+        energies = pixel_energy(response)
+    maps = ScoreMaps(
+        intensity=block_mean(small, coarse // fine),
+        nonzero=block_mean(small > NONZERO_ABOVE, coarse // fine),
+        energy=block_mean(energies, coarse // fine),
+        mask=mask,
+        scale=coarse,
         mask_scale=segmentation.factor / scale,
-        energy_scale=response_spacing / spacing,
-        min_step=math.ceil(1 / scale),
     )
+    clusters = None
+    if config.cluster_specks and config.select != "breast":
+        specks = find_specks(response, spacing * fine, config.min_speck) * fine
+        clusters = find_clusters(specks, config.cluster_mm / spacing, config.cluster_specks)
+        # Specks have a size, and the faintest of a cluster may have been missed at its rim.
+        margin = CLUSTER_MARGIN_MM / spacing * np.array([-1, -1, 1, 1])
+        clusters = np.clip(clusters + margin, 0, [*image.shape[::-1]] * 2)
+    selection = select_tiles(image.shape, maps, config, clusters, min_step=math.ceil(1 / scale))
+    if selection.unheld:
+        flags = (*flags, "cluster_not_held")
     guide = _guide_8bit_kept(mammogram, segmentation, config, scale)
-    return Film(image, scale, segmentation, tiles, mapping, flags, guide)
+    return Film(image, scale, segmentation, selection, response, fine, mapping, flags, guide)
+
+
+def _padded(values: Any, shape: Sequence[int]) -> Any:
+    """Fill up with zeros, right and below, to at least a shape."""
+    return backend_of(values).xp.pad(values, [(0, max(0, n - m)) for n, m in zip(shape, values.shape, strict=True)])
 
 
 def _values_inside(backend: Backend, pixels: Any, segmentation: Segmentation) -> Any:
@@ -171,17 +219,9 @@ def preprocessing_record(config: TilingConfig, spacings: np.ndarray, bits: int) 
     """Return how tiles were made, as plain types, for ``shards.json`` and checkpoints."""
     known = spacings[~np.isnan(spacings)]
     return {
-        "tile_size": config.tile_size,
-        "stride": config.stride,
         "pixel_spacing_mm": config.pixel_spacing,
         "native_spacing_mm": [float(known.min()), float(known.max())] if known.size else None,
         "mapping": MAPPING,
         "bits": bits,
-        "min_breast_ratio": config.min_breast_ratio,
-        "min_freq_energy": config.min_freq_energy,
-        "min_intensity": config.min_intensity,
-        "min_nonzero": config.min_nonzero,
-        "select": config.select,
-        "freq_percentile": config.freq_percentile,
-        "max_tiles_per_image": config.max_tiles_per_image,
+        **{name: getattr(config, name) for name in RECORDED},
     }

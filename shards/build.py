@@ -9,7 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
@@ -87,7 +87,7 @@ def build_shard(plan: BuildPlan, ordinal: int, *, threads: int = 1, check_every:
         The directory cannot be written, or holds this shard built with other options (the option is named); this process
         has other library versions than the plan.
     """
-    return write_shard(plan, ordinal, _read_film, _cut_film, threads=threads, check_every=check_every)
+    return write_shard(plan, ordinal, partial(_read_film, plan=plan), _cut_film, threads=threads, check_every=check_every)
 
 
 def write_shard(plan: BuildPlan, ordinal: int, read: Read, cut: Cut, *, threads: int = 1, check_every: int = 1) -> ShardSummary:
@@ -337,21 +337,16 @@ def encode_meta(row: dict[str, Any]) -> bytes:
     return json.dumps({name: row[name] for name in ("tile", "key", "image_id", "x", "y", "size")}, sort_keys=True).encode()
 
 
-def _read_film(row: dict[str, Any]) -> Mammogram:
-    """Read a film with the manifest's spacing."""
-    mammogram = read_mammogram(row["path"])
+def _read_film(row: dict[str, Any], plan: BuildPlan) -> Mammogram:
+    """Read a film with the manifest's spacing, onto the GPU where the build runs there."""
+    mammogram = read_mammogram(row["path"], plan.config, plan.recipe["options"]["device"])
     if pd.isna(row["pixel_spacing_mm"]):
         return mammogram
     return mammogram.with_spacing(float(row["pixel_spacing_mm"]), row["spacing_source"])
 
 
 def _cut_film(plan: BuildPlan, shard: ShardPlan, row: dict[str, Any], mammogram: Mammogram) -> FilmTiles:
-    """Segment a film, on the GPU where the build runs there, and cut its tiles."""
-    if plan.recipe["options"]["device"] == "cuda":
-        import cupy
-
-        display = None if mammogram.display is None else cupy.asarray(mammogram.display)
-        mammogram = replace(mammogram, pixels=cupy.asarray(mammogram.pixels), display=display)
+    """Segment a film and cut its tiles."""
     film = tile_film(mammogram, plan.config)
     size = plan.config.tile_size
     tiles = []
@@ -370,7 +365,7 @@ def _cut_film(plan: BuildPlan, shard: ShardPlan, row: dict[str, Any], mammogram:
             "freq_energy": film.tiles.freq_energy[index],
             "mean_intensity": film.tiles.mean_intensity[index],
             "nonzero_ratio": film.tiles.nonzero_ratio[index],
-            "rule": film.tiles.rule[index],
+            "rule": film.selection.rule[index],
         }
         tiles.append((record, film.cut(index, size, plan.bits)))
     return image_row(row, shard) | _film_facts(row, mammogram, film), tiles
@@ -394,7 +389,7 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
     flags = list(film.flags)
     if row["laterality"] and segmentation.side and row["laterality"] != segmentation.side:
         flags.append("side_disagrees")
-    reason = "" if film.tiles.counts["kept"] else "no tile passed the gates and rules"
+    reason = "" if film.selection.counts["kept"] else "no tile passed the gates and rules"
     return {
         "height": header.height,
         "width": header.width,
@@ -408,7 +403,7 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
         "guide_8bit_kept": film.guide_8bit_kept,
         "flags": " ".join(flags),
         "reason": "no breast found" if "no_breast" in flags else reason,
-    } | film.tiles.counts
+    } | film.selection.counts
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""Commands from films to shards: prepare, simulate, preview, shards build|finish|verify|info|labels|pack|unpack."""
+"""Commands from films to shards: simulate, preview, shards build|finish|verify|info|labels|pack|unpack."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,77 +33,6 @@ def output_option(help: str) -> Any:
 
 
 @click.command(cls=Command)
-@click.option("--dataset", type=click.Choice(["folder"]), default="folder", help="Layout of the annotations.")
-@click.option(
-    "--csv-path",
-    "csv_paths",
-    cls=ListOption,
-    type=FILE,
-    help="CSV with image_id and any of patient_id, study_id, "
-    "laterality, view, split, pixel_spacing_mm; further 0/1 columns become labels. Several may follow.",
-)
-@click.option("--images-root", type=FILE, required=True, help="Folder of mammograms (DICOM, PNG, TIFF, PGM), searched deeply.")
-@output_option("Folder for manifest.parquet.")
-@click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm for images whose own is unknown.")
-@click.option("--patient-regex", help="What part of the DICOM PatientID (or the path) names the patient, e.g. 'P_\\d+'.")
-@click.option(
-    "--val-fraction",
-    type=click.FloatRange(0, 1),
-    default=0.1,
-    help="Share of patients for validation, where the CSV has no split.",
-)
-@click.option("--seed", default=0, help="Seed of the split.")
-@config_file_option
-@click.pass_context
-def prepare(
-    ctx: click.Context,
-    dataset: str,
-    csv_paths: tuple[Path, ...],
-    images_root: Path,
-    output_dir: Path,
-    assume_spacing: float | None,
-    patient_regex: str | None,
-    val_fraction: float,
-    seed: int,
-) -> None:
-    """Describe a folder of mammograms in one table, split by patient.
-
-    Writes manifest.parquet: a row an image with its patient, side, view, split, pixel spacing and labels. No patient is ever
-    in two splits. Images that cannot be read are listed; they stay in the table where their patient is known, and the build
-    records why they gave nothing.
-    """
-    from shards.annotations.folder import folder_rows
-    from shards.manifest import split_by_patient, write_manifest
-
-    frame, unreadable = folder_rows(images_root, csv_paths, patient_regex)
-    unknown = frame["pixel_spacing_mm"].isna()
-    if assume_spacing is not None:
-        frame.loc[unknown, ["pixel_spacing_mm", "spacing_source"]] = [assume_spacing, "assumed"]
-    if (frame["split"] == "").all():
-        frame["split"] = frame["patient_id"].map(split_by_patient(frame["patient_id"], val_fraction, seed))
-    path = output_dir / "manifest.parquet"
-    write_manifest(frame, path)
-    write_yaml(output_dir / "config.yaml", resolved(ctx))
-
-    for line in unreadable:
-        click.echo(f"unreadable: {line}", err=True)
-    _print_summary(frame)
-    if unknown.any() and assume_spacing is None:
-        click.echo(f"{int(unknown.sum())} images have no pixel spacing; give --assume-spacing MM if you know it", err=True)
-    click.echo(f"{len(frame)} images of {frame['patient_id'].nunique()} patients -> {path}")
-
-
-def _print_summary(frame: pd.DataFrame) -> None:
-    from shards.manifest import LABEL_PREFIX
-
-    for column in ("view", "laterality", "spacing_source"):
-        click.echo(frame.groupby(["split", column]).size().unstack(fill_value=0).to_string() + "\n")
-    labels = [c for c in frame.columns if c.startswith(LABEL_PREFIX)]
-    if labels:
-        click.echo(frame.groupby("split")[labels].sum().to_string() + "\n")
-
-
-@click.command(cls=Command)
 @manifest_option
 @output_option("Folder for the copies (images/), manifest.parquet and findings.parquet.")
 @click.option("--copies", type=click.IntRange(min=1), default=1, help="Copies of each film, each with clusters of its own.")
@@ -128,11 +58,17 @@ def simulate(ctx: click.Context, manifest: Path, output_dir: Path, copies: int, 
 
 
 @click.command(cls=Command)
-@click.option("--manifest", type=FILE, help="manifest.parquet: a picture for each of its films.")
+@click.option("--manifest", type=FILE, help="manifest.parquet: a picture for each of its films, and contact sheets.")
 @click.option("--image-path", type=FILE, help="One film, instead of a manifest.")
-@output_option("Folder for the pictures, <image_id>.png.")
+@output_option("Folder for the pictures: <image_id>.png, contact_sheet*.png, energies.png.")
 @click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm where --image-path has none.")
 @click.option("--findings", type=FILE, help="findings.parquet, whose boxes are drawn.")
+@click.option("--sample", type=click.IntRange(min=1), help="Draw only this many of the manifest's films, chosen at random.")
+@click.option("--seed", default=0, help="Seed of --sample.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes; each draws one film at a time.")
+@click.option(
+    "--overwrite", is_flag=True, help="Draw every picture again, also those drawn from the same film with the same options."
+)
 @config_options(TilingConfig)
 @config_file_option
 @click.pass_context
@@ -143,48 +79,64 @@ def preview(
     output_dir: Path,
     assume_spacing: float | None,
     findings: Path | None,
+    sample: int | None,
+    seed: int,
+    workers: int,
+    overwrite: bool,
     **options: Any,
 ) -> None:
-    """Draw the breast's contour and the kept tiles of each film, coloured by the rule that keeps them.
+    """Draw what 'shards build' would keep of each film: mask, tiles by rule, rejected tiles, response to specks.
 
-    Takes the options of 'shards build', so that thresholds can be tried out before hours are spent. A film that cannot be read
-    is named and the rest goes on.
+    Takes the options of 'shards build', so that thresholds can be tried out before hours are spent: contact sheets show a
+    manifest's films side by side, energies.png the energies of all tiles with the threshold. A film that cannot be read is
+    named and the rest goes on. A picture is drawn again only where its film or an option has changed.
     """
     from common.progress import progress
-    from preprocess.preview import draw_film
-    from preprocess.reading import read_mammogram
-    from preprocess.tiling import tile_film
+    from preprocess.overview import PictureJob, draw_pictures, summary_lines, write_contact_sheets, write_energies
+    from preprocess.reading import read_header
     from shards.archive import escape_id
     from shards.manifest import read_findings, read_manifest
 
     if (manifest is None) == (image_path is None):
         raise BadInput("give either --manifest or --image-path")
     config = TilingConfig(**options)
-    boxes = read_findings(findings) if findings else None
     if manifest:
-        rows = read_manifest(manifest)[["image_id", "path", "pixel_spacing_mm", "spacing_source"]].to_dict("records")
+        frame = read_manifest(manifest)
+        frame = frame.sample(sample, random_state=seed).sort_index() if sample and sample < len(frame) else frame
+        rows = frame.to_dict("records")
     else:
-        mammogram = read_mammogram(image_path)
-        spacing = mammogram.header.spacing_mm or assume_spacing
-        rows = [{"image_id": image_path.stem, "path": image_path, "pixel_spacing_mm": spacing, "spacing_source": "assumed"}]
-    bad = 0
-    for row in progress(rows, "drawing", "film"):
-        spacing = row["pixel_spacing_mm"]
-        try:
-            mammogram = read_mammogram(row["path"]).with_spacing(None if spacing != spacing else spacing, row["spacing_source"])
-            film = tile_film(mammogram, config)
-        except BadInput as error:
-            bad += 1
-            click.echo(f"no picture: {error}", err=True)
-            continue
-        chosen = (
-            () if boxes is None else boxes[boxes["image_id"] == row["image_id"]][["xmin", "ymin", "xmax", "ymax"]].to_numpy()
+        header = read_header(image_path)
+        spacing = math.nan if header.spacing_mm or assume_spacing is None else assume_spacing
+        rows = [{"image_id": image_path.stem, "path": image_path, "laterality": header.laterality}]
+        rows[0] |= {"pixel_spacing_mm": spacing, "spacing_source": "assumed"}
+    boxes = read_findings(findings).dropna() if findings else None
+    found = {} if boxes is None else dict(tuple(boxes.groupby("image_id")[["xmin", "ymin", "xmax", "ymax"]]))
+    jobs = [
+        PictureJob(
+            image_id=row["image_id"],
+            image=Path(row["path"]),
+            picture=output_dir / f"{escape_id(row['image_id'])}.png",
+            # Unknown here: the file may know.
+            spacing_mm=None if math.isnan(row["pixel_spacing_mm"]) else row["pixel_spacing_mm"],
+            spacing_source=row["spacing_source"],
+            laterality=row["laterality"],
+            boxes=tuple(map(tuple, found[row["image_id"]].to_numpy().tolist())) if row["image_id"] in found else (),
         )
-        draw_film(film, config.tile_size, output_dir / f"{escape_id(row['image_id'])}.png", row["image_id"], chosen)
-    if bad == len(rows):
-        raise BadInput(f"none of the {bad} films could be drawn; the lines above say why")
+        for row in rows
+    ]
+    pictures = list(progress(draw_pictures(jobs, config, workers, overwrite), "drawing", "film", total=len(jobs)))
+    bad = [picture for picture in pictures if picture.reason]
+    for picture in bad:
+        click.echo(f"no picture: {picture.image_id}: {picture.reason}", err=True)
+    if len(bad) == len(jobs):
+        raise BadInput(f"none of the {len(bad)} films could be drawn; the lines above say why")
+    if manifest:
+        write_contact_sheets(pictures, output_dir)
+        write_energies(pictures, config, output_dir)
     write_yaml(output_dir / "config.yaml", resolved(ctx))
-    click.echo(f"{len(rows) - bad} pictures, {bad} films without -> {output_dir}")
+    for line in summary_lines(pictures):
+        click.echo(line)
+    click.echo(f"{len(jobs) - len(bad)} pictures, {len(bad)} films without -> {output_dir}")
 
 
 @click.group(cls=Group)
@@ -328,7 +280,7 @@ def _bad_limit(max_bad: str, count: int) -> float:
 
 def _print_images(images: pd.DataFrame) -> None:
     """Print what happened to the candidates, rule by rule, and each film that gave nothing."""
-    columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept"))] + ["guide_8bit_kept"]
+    columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept", "clusters"))] + ["guide_8bit_kept"]
     totals = images.groupby("split", sort=False)[columns].sum().astype(int).T
     click.echo(totals.rename(index={"guide_8bit_kept": "(the plain 8-bit scale would have kept)"}).to_string() + "\n")
     _print_reasons(images)

@@ -27,7 +27,7 @@ MANIFEST_COLUMNS = {
     "view": "string",
     "split": "string",  # train | val | test
     "pixel_spacing_mm": "float64",  # NaN if unknown
-    "spacing_source": "string",  # dicom:… | csv | assumed | empty
+    "spacing_source": "string",  # dicom:… | csv | dataset | assumed | empty
     "bits": "int32",  # stored bits a pixel, 0 if the file could not be read
 }
 FINDING_COLUMNS = {
@@ -104,11 +104,13 @@ def check_manifest(frame: pd.DataFrame, what: str) -> None:
         raise BadInput(
             f"{what}: image '{nameless.iloc[0].image_id}' has no patient_id; without one, splits may share a patient"
         )
-    splits = frame.groupby("patient_id")["split"].unique()
-    torn = splits[splits.map(len) > 1]
+    pairs = frame[["patient_id", "split"]].drop_duplicates()
+    torn = pairs[pairs["patient_id"].duplicated(keep=False)]
     if len(torn):
+        patient = torn["patient_id"].iloc[0]
+        splits = " and ".join(torn.loc[torn["patient_id"] == patient, "split"])
         raise BadInput(
-            f"{what}: patient '{torn.index[0]}' is in the splits {' and '.join(torn.iloc[0])} ({len(torn)} such patients); "
+            f"{what}: patient '{patient}' is in the splits {splits} ({torn['patient_id'].nunique()} such patients); "
             "put all films of a patient into one split"
         )
 

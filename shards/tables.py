@@ -37,7 +37,7 @@ TILE_SCHEMA = pa.schema(
         ("freq_energy", pa.float32()),
         ("mean_intensity", pa.float32()),
         ("nonzero_ratio", pa.float32()),
-        ("rule", pa.string()),  # breast | frequency | both
+        ("rule", pa.string()),  # breast | frequency | both | rescue
         ("crc32", pa.uint32()),  # of the decoded pixels
         ("payload_crc32", pa.uint32()),  # of the encoded bytes
     ]
@@ -71,6 +71,9 @@ IMAGE_SCHEMA = pa.schema(
         ("kept_breast_only", pa.int32()),
         ("kept_frequency_only", pa.int32()),
         ("kept_both_rules", pa.int32()),
+        ("kept_rescue", pa.int32()),  # off the grid, for clusters of specks that no other kept tile holds
+        ("clusters", pa.int32()),  # of specks
+        ("clusters_unheld", pa.int32()),  # that no kept tile holds
         ("guide_8bit_kept", pa.int32()),  # tiles that the guide's plain 8-bit scale would have kept
     ]
 )

@@ -75,7 +75,7 @@ def test_from_films_to_report(tmp_path):
         f"preview --manifest {simulated} --findings {findings_path} --output-dir {out}/preview {TILING}",
         f"shards build --manifest {simulated} --output-dir {out}/shards {TILING} --device cpu",
     )
-    assert len(list((out / "preview").glob("*.png"))) == 2
+    assert len(list((out / "preview").glob("*.png"))) == 4  # and a contact sheet, and the energies of all tiles
     tiles = pd.read_parquet(out / "shards/tiles.parquet")
     assert len(tiles) > 60
     assert tiles["tile"].is_unique

@@ -19,7 +19,7 @@ from models.classifier import MammogramClassifier
 from preprocess.backend import backend_of
 from preprocess.preview import Box
 from preprocess.reading import read_mammogram
-from preprocess.tiling import SPACING_TOLERANCE, Film, TilingConfig, tile_film
+from preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, TilingConfig, tile_film
 from shards.archive import escape_id, tile_key
 from shards.reading import ShardSet, check_same_pixels
 from train.config import InferConfig
@@ -139,7 +139,7 @@ def predict_film(predictor: Predictor, film_input: FilmInput) -> tuple[Film, pd.
     """
     record = predictor.preprocessing
     config = _tiling_config(record)
-    mammogram = read_mammogram(film_input.path)
+    mammogram = read_mammogram(film_input.path, config)
     if film_input.spacing_mm is not None:
         mammogram = mammogram.with_spacing(film_input.spacing_mm, "given")
     _check_spacing(mammogram.header.spacing_mm, record, film_input.path)
@@ -228,9 +228,7 @@ def _loader(predictor: Predictor, source: Sequence) -> LabelledLoader:
 
 
 def _tiling_config(record: dict[str, Any]) -> TilingConfig:
-    names = ("tile_size", "stride", "min_breast_ratio", "min_freq_energy", "min_intensity", "min_nonzero", "select")
-    limits = {name: record[name] for name in ("freq_percentile", "max_tiles_per_image")}
-    return TilingConfig(**{name: record[name] for name in names}, **limits, pixel_spacing=record["pixel_spacing_mm"])
+    return TilingConfig(**{name: record[name] for name in RECORDED}, pixel_spacing=record["pixel_spacing_mm"])
 
 
 def _check_spacing(spacing: float | None, record: dict[str, Any], path: Path) -> None:

@@ -1,25 +1,23 @@
-"""A plain folder of mammograms, with or without a CSV that describes them.
+"""A plain folder of mammograms, with or without CSVs that describe them.
 
-The CSV has a column ``image_id`` (the file's name without its ending, or its path below the folder without it) and any of
+A CSV has a column ``image_id`` (the file's name without its ending, or its path below the folder without it) and any of
 ``patient_id, study_id, laterality, view, split, pixel_spacing_mm``; every further column of 0, 1 and empty cells becomes a
-label.
+label. Boxes come from a CSV of ``image_id, label, xmin, ymin, xmax, ymax`` in native pixels.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 
 import pandas as pd
 
 from common.errors import BadInput, nearest
-from common.files import read_csv
-from common.progress import progress
-from preprocess.reading import IMAGE_SUFFIXES, Header, is_dicom, read_header
-from shards.manifest import LABEL_PREFIX
+from shards.annotations.annotations import Annotations, Problem
+from shards.annotations.csv_rows import binary, filled, numbers, read_rows, refuse, refuse_duplicates
+from shards.annotations.tree import ImageTree, name_without_ending
+from shards.manifest import FINDING_COLUMNS, LABEL_PREFIX
 
-_DESCRIPTION = ("patient_id", "study_id", "laterality", "view", "split", "pixel_spacing_mm")
+_TEXTS = ("patient_id", "study_id", "laterality", "view", "split")
 
 
 def find_images(root: Path) -> dict[str, Path]:
@@ -28,148 +26,102 @@ def find_images(root: Path) -> dict[str, Path]:
     Raises
     ------
     BadInput
-        The folder is missing or holds no image, or two files differ only in their ending.
+        The folder is missing, cannot be read or holds no image, or two files differ only in their ending.
     """
-    if not root.is_dir():
-        raise BadInput(f"images folder {root} does not exist; check --images-root")
-    paths = sorted(
-        Path(folder) / name
-        for folder, _, names in os.walk(root)
-        for name in names
-        if not name.startswith(".") and _may_be_image(Path(folder) / name)
-    )
-    if not paths:
-        raise BadInput(
-            f"images folder {root} holds no images; put files of one of these endings there: {' '.join(IMAGE_SUFFIXES)}"
-        )
-    for path in paths:
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:
-            raise BadInput(f"the file name {str(path)!r} is not UTF-8, so no table can hold it; rename the file") from None
-    images = {path.stem: path for path in paths}
-    if len(images) < len(paths):
-        images = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
-    if len(images) < len(paths):
-        seen = set(images.values())
-        twin = next(path for path in paths if path not in seen)
+    return image_ids(ImageTree.scan(root))
+
+
+def image_ids(tree: ImageTree) -> dict[str, Path]:
+    """Return a tree's images by id, as :func:`find_images` does."""
+    images = {name_without_ending(path): path for path in tree.paths}
+    if len(images) < len(tree.paths):
+        images = {key: path for path, key in tree.keys.items()}
+    if len(images) < len(tree.paths):
+        kept = set(images.values())
+        twin = next(path for path in tree.paths if path not in kept)
         raise BadInput(f"{twin} has a namesake with another ending in its folder; keep one of them")
     return images
 
 
-def _may_be_image(path: Path) -> bool:
-    """Tell by the file's ending; a file without one, as archives export DICOM, by its first bytes."""
-    if path.suffix:
-        return path.suffix.lower() in IMAGE_SUFFIXES
-    try:
-        return is_dicom(path)
-    except OSError:
-        return False
-
-
-def folder_rows(root: Path, csv_paths: tuple[Path, ...], patient_regex: str | None) -> tuple[pd.DataFrame, list[str]]:
-    """Return manifest rows (``split`` empty where the CSV gives none) and a line for each file that could not be read.
-
-    Parameters
-    ----------
-    root
-        The folder.
-    csv_paths
-        CSVs to describe its images, may be empty.
-    patient_regex
-        What part of the patient id, or of the path where there is none, names the patient: the first group, else the
-        whole match.
+def folder_films(tree: ImageTree, csv_paths: tuple[Path, ...], findings_csv: Path | None) -> Annotations:
+    """Return every image of a folder with what the CSVs say of it; a row of an image that is not there is a problem.
 
     Raises
     ------
     BadInput
-        No images; a CSV without ``image_id``, with an unknown image or a label that is not 0, 1 or empty; an image
-        whose patient is unknown.
+        A CSV without ``image_id``, with an image twice, a label that is not 0, 1 or empty, or a path out of the folder; two
+        CSVs that contradict each other; a CSV none of whose images is there.
     """
-    images = find_images(root)
-    described = _read_descriptions(csv_paths, images)
-    pattern = _compile(patient_regex)
-    rows, unreadable = [], []
-    for image_id, path in progress(images.items(), "reading headers", "file", total=len(images)):
-        try:
-            header = read_header(path)
-        except BadInput as error:
-            unreadable.append(str(error))
-            if pattern is None and "patient_id" not in described.get(image_id, {}):
-                continue  # its patient would have stood in its header
-            header = Header(0, 0, bits=0)
-        row = {
-            "image_id": image_id,
-            "path": str(path),
-            "patient_id": header.patient_id,
-            "study_id": header.study_id,
-            "laterality": header.laterality,
-            "view": header.view,
-            "split": "",
-            "pixel_spacing_mm": header.spacing_mm,
-            "spacing_source": header.spacing_source,
-            "bits": header.bits,
-        }
-        given = described.get(image_id, {})
-        if "pixel_spacing_mm" in given:
-            row["spacing_source"] = "csv"
-        row |= given
-        side = str(row["laterality"]).strip().upper()[:1]
-        row["laterality"] = side if side in ("L", "R") else ""
-        row["patient_id"] = _patient(row["patient_id"], path.relative_to(root), pattern)
-        rows.append(row)
-    if not rows:
-        raise BadInput(f"none of the {len(images)} images below {root} can be read; the first: {unreadable[0]}")
-    return pd.DataFrame(rows), unreadable
-
-
-def _compile(patient_regex: str | None) -> re.Pattern[str] | None:
-    try:
-        return re.compile(patient_regex) if patient_regex else None
-    except re.error as error:
-        raise BadInput(f"--patient-regex {patient_regex!r} is no regular expression: {error}") from error
-
-
-def _patient(patient_id: str, path: Path, pattern: re.Pattern[str] | None) -> str:
-    if pattern is None:
-        if not patient_id:
-            raise BadInput(f"{path} names no patient; give --patient-regex, or a CSV with image_id and patient_id")
-        return patient_id
-    source = patient_id or path.as_posix()
-    match = pattern.search(source)
-    if not match:
-        raise BadInput(f"--patient-regex {pattern.pattern!r} does not match '{source}' of {path}; correct it")
-    return match.group(1) if pattern.groups else match.group(0)
-
-
-def _read_descriptions(csv_paths: tuple[Path, ...], images: dict[str, Path]) -> dict[str, dict]:
-    """Return the non-empty cells of the CSVs by image id."""
-    described: dict[str, dict] = {}
+    images = image_ids(tree)
+    ids = {path: image_id for image_id, path in images.items()}
+    films = pd.DataFrame({"path": list(images.values())}, index=list(images), dtype=object)
+    problems: list[Problem] = []
+    said: dict[str, pd.Series] = {}
     for csv_path in csv_paths:
-        frame = read_csv(csv_path, "CSV", ["image_id"])
-        labels = [c for c in frame.columns if c not in (*_DESCRIPTION, "image_id")]
-        for label in labels:
-            wrong = frame[~(frame[label].isin([0, 1]) | frame[label].isna())]
-            if len(wrong):
-                line = wrong.index[0] + 2
-                raise BadInput(
-                    f"CSV {csv_path} line {line}, column '{label}': '{wrong[label].iloc[0]}' is not 0, 1 or empty; "
-                    "correct it or drop the column"
-                )
-        if "pixel_spacing_mm" in frame.columns:
-            given = frame["pixel_spacing_mm"]
-            wrong = given[given.notna() & ~(pd.to_numeric(given, errors="coerce") > 0)]
-            if len(wrong):
-                raise BadInput(
-                    f"CSV {csv_path} line {wrong.index[0] + 2}, column 'pixel_spacing_mm': '{wrong.iloc[0]}' is no size in mm; "
-                    "correct it or leave it empty"
-                )
-        frame = frame.rename(columns={label: LABEL_PREFIX + label for label in labels})
-        for number, row in enumerate(frame.to_dict("records"), start=2):
-            image_id = str(row.pop("image_id"))
-            if image_id not in images:
-                raise BadInput(
-                    f"CSV {csv_path} line {number}: no image '{image_id}'{nearest(image_id, images)} below the folder"
-                )
-            described.setdefault(image_id, {}).update({k: v for k, v in row.items() if not pd.isna(v)})
-    return described
+        frame = _known(tree, ids, read_rows(csv_path, ["image_id"]), problems)
+        refuse_duplicates(frame, "image_id")
+        for name, column in _cells(frame).items():
+            column = column.set_axis(frame["image_id"]).dropna()
+            if name in said:
+                _refuse_contradiction(said[name], column, name, frame)
+                column = column.combine_first(said[name])
+            said[name] = column
+    for name, column in said.items():
+        films[name] = column.reindex(films.index)
+    films = films.rename_axis("image_id").reset_index()
+    if "pixel_spacing_mm" in films:
+        films["spacing_source"] = films["pixel_spacing_mm"].map(lambda spacing: "" if pd.isna(spacing) else "csv")
+    findings = None
+    if findings_csv is not None:
+        boxes = _known(tree, ids, read_rows(findings_csv, FINDING_COLUMNS), problems)
+        for side in ("xmin", "ymin", "xmax", "ymax"):
+            filled(boxes, side)
+            boxes[side] = numbers(boxes, side)
+        filled(boxes, "label")
+        findings = boxes[list(FINDING_COLUMNS)].reset_index(drop=True)
+    return Annotations(films, findings, problems=problems)
+
+
+def _known(tree: ImageTree, ids: dict[Path, str], frame: pd.DataFrame, problems: list[Problem]) -> pd.DataFrame:
+    """Return the rows whose image is there, by its id in the folder; the others become problems."""
+    paths = [tree.find((name,), where) for name, where in zip(filled(frame, "image_id"), frame["where"], strict=True)]
+    found = pd.Series([path is not None for path in paths], frame.index)
+    problems += [
+        Problem("missing", f"{where}: no image '{name}' below {tree.root}")
+        for name, where in frame.loc[~found, ["image_id", "where"]].to_numpy()
+    ]
+    if not found.any():
+        row = frame.iloc[0]
+        guess = nearest(row["image_id"], ids.values())
+        raise BadInput(
+            f"{row['where']}: no image '{row['image_id']}'{guess} below {tree.root}, nor any of the other {len(frame) - 1} "
+            "rows; image_id is the file's name without its ending"
+        )
+    return frame[found].assign(image_id=[ids[path] for path in paths if path is not None])
+
+
+def _cells(frame: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return the columns of a manifest that a CSV gives, missing where a cell is empty."""
+    cells = {}
+    for column in frame.columns:
+        if column in _TEXTS:
+            cells[column] = frame[column].where(frame[column] != "")
+        elif column == "pixel_spacing_mm":
+            cells[column] = numbers(frame, column, "is no size in mm; correct it or leave it empty")
+            refuse(frame, cells[column] <= 0, column, "is no size in mm; correct it or leave it empty")
+        elif column not in ("image_id", "where"):
+            cells[LABEL_PREFIX + column] = binary(frame, column)
+    return cells
+
+
+def _refuse_contradiction(first: pd.Series, second: pd.Series, name: str, frame: pd.DataFrame) -> None:
+    both = first.index.intersection(second.index)
+    differ = both[(first[both] != second[both]).to_numpy(bool)]
+    if len(differ):
+        image_id = differ[0]
+        where = frame.loc[frame["image_id"] == image_id, "where"].iloc[0]
+        column = name.removeprefix(LABEL_PREFIX)
+        raise BadInput(
+            f"{where}, column '{column}': '{second[image_id]}' of image '{image_id}' contradicts '{first[image_id]}' in "
+            "another CSV; correct one of them"
+        )

@@ -1,135 +1,25 @@
-"""Reading: DICOM as pydicom writes it, PNG, TIFF and PGM as others write them, damaged files."""
+"""Reading: PNG, TIFF and PGM as others write them, DICOM by its mark, damaged files of every kind."""
 
 from __future__ import annotations
+
+import io
+import struct
+import zlib
 
 import imagecodecs
 import numpy as np
 import pydicom
 import pytest
 import tifffile
-from hypothesis import given
+from dicom_files import RAMP, jpeg2000, write_dicom
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless
 
 from common.errors import BadInput
 from preprocess.reading import read_header, read_mammogram
-
-RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
-
-
-def write_dicom(path, pixels, bits=12, photometric="MONOCHROME2", rle=False, **elements):
-    """Write a DICOM film: `pixels` as they are stored."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.2"
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
-    dataset.Modality = "MG"
-    dataset.Rows, dataset.Columns = pixels.shape[-2:]
-    dataset.BitsAllocated = 8 * pixels.dtype.itemsize
-    dataset.BitsStored, dataset.HighBit = bits, bits - 1
-    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-    dataset.SamplesPerPixel = 1
-    dataset.PhotometricInterpretation = photometric
-    dataset.PixelData = pixels.tobytes()
-    for name, value in elements.items():
-        setattr(dataset, name, value)
-    if rle:
-        dataset.compress(RLELossless)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
-@pytest.mark.parametrize("rle", [False, True])
-@pytest.mark.parametrize(("dtype", "bits"), [(np.uint8, 8), (np.uint16, 12), (np.uint16, 16)])
-def test_dicom_gives_the_stored_pixels(tmp_path, rle, dtype, bits):
-    pixels = np.random.default_rng(0).integers(0, 2**bits, (33, 47)).astype(dtype)
-    mammogram = read_mammogram(write_dicom(tmp_path / "f.dcm", pixels, bits, rle=rle))
-    assert mammogram.pixels.dtype == dtype
-    np.testing.assert_array_equal(mammogram.pixels, pixels)
-    assert mammogram.display is None
-    assert (mammogram.header.height, mammogram.header.width, mammogram.header.bits) == (33, 47, bits)
-
-
-@pytest.mark.parametrize("rle", [False, True])
-def test_monochrome1_is_turned_over(tmp_path, rle):
-    mammogram = read_mammogram(write_dicom(tmp_path / "f.dcm", RAMP, photometric="MONOCHROME1", rle=rle))
-    np.testing.assert_array_equal(mammogram.pixels, RAMP.max() - RAMP)
-
-
-def test_signed_pixels_keep_their_differences(tmp_path):
-    stored = (RAMP.astype(np.int16) - 2048).astype(np.int16)
-    mammogram = read_mammogram(write_dicom(tmp_path / "f.dcm", stored))
-    assert mammogram.pixels.dtype == np.uint16
-    np.testing.assert_array_equal(mammogram.pixels, RAMP)
-
-
-@pytest.mark.parametrize("function", ["LINEAR", "SIGMOID"])
-@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-def test_window_gives_the_display(tmp_path, function, photometric):
-    centre, width = 1500.0, 1000.0
-    path = write_dicom(
-        tmp_path / "f.dcm", RAMP, photometric=photometric, WindowCenter=centre, WindowWidth=width, VOILUTFunction=function
-    )
-    display = read_mammogram(path).display
-    x = RAMP.astype(float)
-    # DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3, output range [0, 1].
-    if function == "LINEAR":
-        expected = np.clip((x - (centre - 0.5)) / (width - 1) + 0.5, 0, 1)
-    else:
-        expected = 1 / (1 + np.exp(-4 * (x - centre) / width))
-    expected = 1 - expected if photometric == "MONOCHROME1" else expected
-    assert display.dtype == np.float32
-    assert display.min() >= 0
-    assert display.max() <= 1
-    np.testing.assert_allclose(display, expected, atol=2e-6)
-
-
-def test_window_counts_in_rescaled_units(tmp_path):
-    path = write_dicom(
-        tmp_path / "f.dcm", RAMP, RescaleSlope=2.0, RescaleIntercept=-1000.0, WindowCenter=2000.0, WindowWidth=2000.0
-    )
-    expected = np.clip((2.0 * RAMP - 1000 - 1999.5) / 1999 + 0.5, 0, 1)
-    np.testing.assert_allclose(read_mammogram(path).display, expected, atol=2e-6)
-
-
-@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-def test_voi_lut_gives_the_display(tmp_path, photometric):
-    table = (np.sqrt(np.linspace(0, 1, 4096)) * 1023).astype(np.uint16)
-    lut = Dataset()
-    lut.add_new("LUTDescriptor", "US", [4096, 0, 10])
-    lut.add_new("LUTData", "US", table.tolist())
-    path = write_dicom(tmp_path / "f.dcm", RAMP, photometric=photometric, VOILUTSequence=Sequence([lut]))
-    expected = table[RAMP] / 1023
-    expected = 1 - expected if photometric == "MONOCHROME1" else expected
-    np.testing.assert_allclose(read_mammogram(path).display, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("elements", [{"WindowWidth": None, "WindowCenter": None}, {"VOILUTSequence": Sequence([])}])
-def test_elements_without_a_value_are_no_display(tmp_path, elements):
-    assert read_mammogram(write_dicom(tmp_path / "f.dcm", RAMP, **elements)).display is None
-
-
-@pytest.mark.parametrize(
-    ("elements", "spacing", "source"),
-    [
-        ({"PixelSpacing": [0.07, 0.07]}, 0.07, "dicom:PixelSpacing"),
-        ({"ImagerPixelSpacing": [0.1, 0.1]}, 0.1, "dicom:ImagerPixelSpacing"),
-        ({"PixelSpacing": [0.07, 0.07], "ImagerPixelSpacing": [0.1, 0.1]}, 0.07, "dicom:PixelSpacing"),
-        ({"PixelSpacing": [0, 0], "ImagerPixelSpacing": [0.1, 0.1]}, 0.1, "dicom:ImagerPixelSpacing"),
-        ({"PixelSpacing": None}, None, ""),
-        ({}, None, ""),
-    ],
-)
-def test_spacing_and_where_it_came_from(tmp_path, elements, spacing, source):
-    path = write_dicom(tmp_path / "f.dcm", RAMP, **elements)
-    for header in (read_header(path), read_mammogram(path).header):
-        assert header.spacing_mm == (None if spacing is None else pytest.approx(spacing))
-        assert header.spacing_source == source
 
 
 def test_header_facts(tmp_path):
@@ -141,21 +31,11 @@ def test_header_facts(tmp_path):
     assert (header.patient_id, header.study_id, header.laterality, header.view) == ("P1", "1.2.3", "R", "MLO")
 
 
-@pytest.mark.parametrize(
-    ("pixels", "elements", "message"),
-    [
-        (np.stack([RAMP, RAMP]), {"NumberOfFrames": 2}, "has 2 frames"),
-        (RAMP, {"PresentationIntentType": "FOR PROCESSING"}, "FOR PROCESSING"),
-        (
-            np.zeros((5, 3, 7), np.uint8),
-            {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "photometric": "RGB", "Rows": 5, "Columns": 7, "bits": 8},
-            "not one grey plane",
-        ),
-    ],
-)
-def test_dicom_that_is_no_single_film_is_refused(tmp_path, pixels, elements, message):
+def test_colour_dicom_is_refused(tmp_path):
+    pixels = np.zeros((5, 3, 7), np.uint8)
+    elements = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "photometric": "RGB", "Rows": 5, "Columns": 7, "bits": 8}
     path = write_dicom(tmp_path / "f.dcm", pixels, **elements)
-    with pytest.raises(BadInput, match=message) as caught:
+    with pytest.raises(BadInput, match="is RGB, not one grey plane") as caught:
         read_mammogram(path)
     assert str(path) in str(caught.value)
 
@@ -183,7 +63,7 @@ def test_plain_files_round_trip(tmp_path_factory, pixels, suffix):
     np.testing.assert_array_equal(mammogram.pixels, pixels)
     assert mammogram.header == read_header(path)
     assert mammogram.header.bits == 8 * pixels.dtype.itemsize
-    assert mammogram.display is None
+    assert mammogram.voi is None
 
 
 @pytest.mark.parametrize("compression", [None, "zlib", "lzw", "zstd"])
@@ -227,6 +107,148 @@ def test_unsuitable_pixels_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "f.tif", RAMP.astype(np.float32))
     with pytest.raises(BadInput, match="float32 pixels"):
         read_mammogram(tmp_path / "f.tif")
+
+
+# PNG
+
+
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def write_png(path, width, height, depth, colour, rows, *chunks, interlaced=False):
+    """Write a PNG chunk by chunk, for what PNG writers do not offer."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    parts = [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+def check_plain(path, expected, bits):
+    mammogram = read_mammogram(path)
+    np.testing.assert_array_equal(mammogram.pixels, expected)
+    assert mammogram.pixels.dtype == (np.uint8 if bits == 8 else np.uint16)
+    assert mammogram.header == read_header(path)
+    assert mammogram.header.bits == bits
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_png_of_few_bits_is_stretched_to_eight(tmp_path, depth):
+    pixels = np.random.default_rng(0).integers(0, 2**depth, (6, 16)).astype(np.uint8)
+    bits = np.unpackbits(pixels[..., None], axis=-1)[..., 8 - depth :].reshape(6, -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+    path = write_png(tmp_path / "f.png", 16, 6, depth, 0, rows)
+    check_plain(path, pixels * (255 // (2**depth - 1)), 8)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_interlaced_png(tmp_path, dtype):
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (19, 21)).astype(dtype)
+    rows = b""
+    for y, x, dy, dx in (
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ):  # Adam7
+        rows += b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in pixels[y::dy, x::dx])
+    path = write_png(tmp_path / "f.png", 21, 19, 8 * pixels.itemsize, 0, rows, interlaced=True)
+    check_plain(path, pixels, 8 * pixels.itemsize)
+
+
+@pytest.mark.parametrize("colours", [256, 16])
+def test_grey_palette_png_counts_as_grey_and_a_coloured_one_is_refused(tmp_path, colours):
+    grey = np.random.default_rng(0).integers(0, colours, (20, 30)).astype(np.uint8)
+    image = Image.fromarray(grey, mode="P")
+    image.putpalette(np.repeat(np.arange(colours, dtype=np.uint8)[::-1], 3).tobytes())
+    image.save(tmp_path / "f.png")
+    check_plain(tmp_path / "f.png", colours - 1 - grey, 8)
+    image.putpalette(bytes([3, 2, 1] * colours))
+    image.save(tmp_path / "g.png")
+    with pytest.raises(BadInput, match="is in colour"):
+        read_mammogram(tmp_path / "g.png")
+
+
+def test_grey_png_with_alpha(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 2)).astype(np.uint8)
+    (tmp_path / "f.png").write_bytes(imagecodecs.png_encode(pixels))
+    check_plain(tmp_path / "f.png", pixels[..., 0], 8)
+
+
+# TIFF
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_tiff_of_packed_bits(tmp_path, bits, photometric):
+    pixels = (RAMP >> (12 - bits)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "f.tif", pixels, bitspersample=bits, photometric=photometric)
+    check_plain(tmp_path / "f.tif", pixels if photometric == "minisblack" else 2**bits - 1 - pixels, bits)
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_tiff_of_one_bit(tmp_path, photometric):
+    mask = RAMP % 3 > 0
+    tifffile.imwrite(tmp_path / "f.tif", mask, photometric=photometric)
+    check_plain(tmp_path / "f.tif", np.where(mask ^ (photometric == "miniswhite"), 255, 0), 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tile": (32, 32)},
+        {"tile": (48, 16), "compression": "zlib"},
+        {"rowsperstrip": 7, "compression": "lzw", "predictor": True},
+        {"byteorder": ">"},
+        {"byteorder": ">", "tile": (32, 32), "compression": "zlib"},
+        {"compression": "jpeg2000"},
+        {"bigtiff": True},
+    ],
+)
+def test_tiff_layouts(tmp_path, options):
+    tifffile.imwrite(tmp_path / "f.tif", RAMP, photometric="minisblack", **options)
+    check_plain(tmp_path / "f.tif", RAMP, 16)
+
+
+def test_grey_tiff_of_separate_planes_and_of_a_palette(tmp_path):
+    grey = (RAMP % 251).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "f.tif", np.stack([grey] * 3), photometric="rgb", planarconfig="separate")
+    check_plain(tmp_path / "f.tif", grey, 8)
+    levels = np.repeat((np.arange(256, dtype=np.uint16) * 257)[None, ::-1], 3, axis=0)
+    tifffile.imwrite(tmp_path / "g.tif", grey, photometric="palette", colormap=levels)
+    check_plain(tmp_path / "g.tif", 255 - grey, 8)
+
+
+# PGM
+
+
+@pytest.mark.parametrize("kind", [2, 5])
+@pytest.mark.parametrize(("largest", "bits"), [(255, 8), (200, 8), (1023, 10), (4095, 12), (3000, 12), (65535, 16)])
+def test_pgm_keeps_its_values(tmp_path, kind, largest, bits):
+    pixels = np.random.default_rng(0).integers(0, largest + 1, (7, 9))
+    text = f"P{kind}\n# made by hand\n9 7 # width height\n{largest}\n".encode()
+    data = pixels.astype(np.uint8 if largest < 256 else ">u2").tobytes()
+    (tmp_path / "f.pgm").write_bytes(text + (data if kind == 5 else b" ".join(b"%d" % v for v in pixels.ravel())))
+    check_plain(tmp_path / "f.pgm", pixels, bits)
+
+
+def test_pgm_of_few_levels_is_stretched_to_eight_bits(tmp_path):
+    (tmp_path / "f.pgm").write_bytes(b"P5 3 1 15 \x00\x07\x0f")
+    check_plain(tmp_path / "f.pgm", [[0, 119, 255]], 8)
+
+
+@pytest.mark.parametrize(
+    "data", [b"P6 1 1 255 abc", b"P5 2 2 100 aaaa\xff", b"P2 2 2 9 1 2 3 10", b"P2 2 2 9 1 2 x 4", b"P5 2 2 70000 aaaa", b"P5"]
+)
+def test_pgm_that_breaks_its_own_rules_is_refused(tmp_path, data):
+    (tmp_path / "f.pgm").write_bytes(data.replace(b"aaaa\xff", b"aaa\xff"))
+    assert_refused(tmp_path / "f.pgm")
+
+
+# Damage
 
 
 def write_any(path):
@@ -298,3 +320,74 @@ def test_the_header_tells_the_depth_of_grey_rgb_files(tmp_path, suffix, dtype):
     else:
         tifffile.imwrite(path, pixels, photometric="rgb")
     assert read_header(path).bits == read_mammogram(path).header.bits == 8 * pixels.dtype.itemsize
+
+
+def damaged_kinds():
+    """Small files of every kind that is read, as bytes by name."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (24, 20)).astype(np.uint16)
+    kinds = {}
+    for name, options in {"plain": {}, "zip": {"compression": "zlib"}, "tiled": {"tile": (16, 16)}}.items():
+        file = io.BytesIO()
+        tifffile.imwrite(file, pixels, photometric="minisblack", **options)
+        kinds[f"{name}.tif"] = file.getvalue()
+    kinds["f.png"] = imagecodecs.png_encode(pixels)
+    kinds["binary.pgm"] = b"P5 20 24 4095\n" + pixels.astype(">u2").tobytes()
+    kinds["text.pgm"] = b"P2 20 24 4095\n" + b" ".join(b"%d" % v for v in pixels.ravel())
+    window = {"WindowCenter": 2000.0, "WindowWidth": 3000.0, "PixelSpacing": [0.07, 0.07], "PixelPaddingValue": 0}
+    for name, options in {
+        "plain": {},
+        "rle": {"rle": True},
+        "jpeg": {"syntax": JPEGLosslessSV1, "frames": [imagecodecs.jpeg8_encode(pixels, lossless=True)]},
+        "jpeg-ls": {"syntax": JPEGLSLossless, "frames": [imagecodecs.jpegls_encode(pixels)]},
+        "jpeg2000": {"syntax": JPEG2000Lossless, "frames": [jpeg2000(pixels, 12)]},
+        "htj2k": {"syntax": JPEG2000Lossless, "frames": [imagecodecs.htj2k_encode(pixels, reversible=True)]},
+    }.items():
+        file = io.BytesIO()
+        write_dicom(file, pixels, 12, "MONOCHROME1", **options, **window)
+        kinds[f"{name}.dcm"] = file.getvalue()
+    return kinds
+
+
+DAMAGED = damaged_kinds()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DAMAGED)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_damage_is_refused_by_name_or_read_whole(tmp_path_factory, name, data):
+    """Whatever the bytes are: an image that keeps its promises, or BadInput."""
+    content = bytearray(DAMAGED[name])
+    if data.draw(st.booleans(), "cut off"):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    # Headers are short beside pixels: they get half of the damage.
+    places = st.one_of(st.integers(0, max(len(content) - 1, 0)), st.integers(0, min(700, max(len(content) - 1, 0))))
+    for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=4), "bytes changed"):
+        if content:
+            content[place] = value
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    for read in (read_header, read_mammogram):
+        try:
+            found = read(path)
+        except BadInput as error:
+            assert str(path) in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            continue
+        if read is read_mammogram:
+            assert found.pixels.shape == (found.header.height, found.header.width)
+            assert found.pixels.dtype in (np.uint8, np.uint16)
+            assert found.voi is None or len(found.voi) > found.pixels.max()
+
+
+def test_sizes_beyond_any_mammogram_are_refused_before_they_are_decoded(tmp_path):
+    pixels = np.zeros((24, 20), np.uint16)
+    (tmp_path / "f.pgm").write_bytes(b"P5 60000 60000 255 ")
+    write_png(tmp_path / "f.png", 60000, 60000, 8, 0, b"")
+    write_dicom(tmp_path / "f.dcm", pixels, 12, Rows=60000, Columns=60000)
+    file = bytearray(DAMAGED["jpeg2000.dcm"])
+    at = file.index(b"\xff\x4f\xff\x51") + 8
+    file[at : at + 4] = (2**30).to_bytes(4)  # the codestream's width alone
+    (tmp_path / "g.dcm").write_bytes(file)
+    for name in ("f.pgm", "f.png", "f.dcm", "g.dcm"):
+        assert_refused(tmp_path / name)

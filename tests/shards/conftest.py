@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -44,6 +45,36 @@ def manifest_frame(folder: Path) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="session")
+def write_dicom() -> Callable[..., Path]:
+    """Return a function that writes a (H, W) array as DICOM, making folders on the way; None writes no pixels."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+
+    def write(path: Path, pixels: np.ndarray | None, rle: bool = False, **elements: Any) -> Path:
+        dataset = Dataset()
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.1.2"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
+        bits = 16 if pixels is None else 8 * pixels.dtype.itemsize
+        dataset.Rows, dataset.Columns = (60, 40) if pixels is None else pixels.shape
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
+        dataset.PixelRepresentation, dataset.SamplesPerPixel = 0, 1
+        dataset.PhotometricInterpretation = "MONOCHROME2"
+        if pixels is not None:
+            dataset.PixelData = pixels.tobytes()
+        for name, value in elements.items():
+            setattr(dataset, name, value)
+        if rle:
+            dataset.compress(RLELossless)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dataset.save_as(path, enforce_file_format=True)
+        return path
+
+    return write
 
 
 @dataclass(frozen=True)

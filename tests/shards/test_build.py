@@ -329,16 +329,15 @@ def identified_dicom(path, pixels):
 
 
 def test_no_identity_in_the_tars(films, build_at, tmp_path):
-    from shards.annotations.folder import folder_rows
+    from shards.prepare import prepare_films
 
     (tmp_path / "images").mkdir()
     identified_dicom(tmp_path / "images" / "film.dcm", np.ascontiguousarray(films[1].pixels[::2, ::2]))
     names = [b"Doe", b"Jane", b"MRN-4711", b"19560203", b"Hospital", b"1.2.3.4711"]
     source = (tmp_path / "images" / "film.dcm").read_bytes()
     assert all(name in source for name in names)
-    frame, _ = folder_rows(tmp_path / "images", (), None)
+    frame = prepare_films("folder", tmp_path / "images").manifest
     assert frame["patient_id"].tolist() == ["MRN-4711-X"]
-    frame["split"] = "train"
     made = build_at(tmp_path / "s", films=frame)
     assert len(made.shards.tiles()) > 10
     for shard in made.shards.shards():
@@ -431,12 +430,12 @@ def test_the_webdataset_library_iterates_the_shards(built, decoding):
 def test_eight_bit_films_give_eight_bit_tiles(films, build_at, tmp_path):
     from PIL import Image
 
-    from shards.annotations.folder import folder_rows
+    from shards.prepare import prepare_films
 
     (tmp_path / "images").mkdir()
     for film in films[:2]:
         Image.fromarray((film.pixels[::2, ::2] >> 8).astype(np.uint8)).save(tmp_path / "images" / f"{film.name}.png")
-    frame, _ = folder_rows(tmp_path / "images", (), r"P\d")
+    frame = prepare_films("folder", tmp_path / "images", patient_regex=r"P\d").manifest
     made = build_at(tmp_path / "s", films=frame.assign(split="train", pixel_spacing_mm=0.4, spacing_source="assumed"))
     assert made.shards.meta["bits"] == 8
     sample = next(iter(wds.WebDataset(str(made.shards.shards()[0].tar), shardshuffle=False).decode(decode_sample)))

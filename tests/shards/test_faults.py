@@ -393,12 +393,12 @@ def test_every_codec_is_checked(built, build_at, tmp_path, monkeypatch, codec):
 def test_lossy_tiles_are_checked_against_what_is_decoded(films, build_at, tmp_path):
     from PIL import Image
 
-    from shards.annotations.folder import folder_rows
+    from shards.prepare import prepare_films
 
     (tmp_path / "images").mkdir()
     film = films[1]
     Image.fromarray((film.pixels[::2, ::2] >> 8).astype(np.uint8)).save(tmp_path / "images" / f"{film.name}.png")
-    frame, _ = folder_rows(tmp_path / "images", (), r"P\d")
+    frame = prepare_films("folder", tmp_path / "images", patient_regex=r"P\d").manifest
     frame = frame.assign(split="train", pixel_spacing_mm=0.4, spacing_source="assumed")
     made = build_at(tmp_path / "s", films=frame, codec="jpg")
     assert len(made.shards.tiles()) > 10

@@ -129,6 +129,42 @@ def test_road_from_films_to_labels(call, cropped_films, tmp_path):
         assert len(set(picture.convert("RGB").resize((60, 60)).get_flattened_data())) > 100
 
 
+def test_preview_of_a_manifest(call, manifest, tmp_path):
+    frame = read_manifest(manifest)
+    (tmp_path / "cut.png").write_bytes(b"no image")
+    frame.loc[1, "path"] = str(tmp_path / "cut.png")
+    frame.to_parquet(tmp_path / "manifest.parquet")
+    command = ["preview", "--manifest", tmp_path / "manifest.parquet", "--tile-size", "64", "--stride", "48"]
+    command += ["--output-dir", tmp_path / "out"]
+    code, out, err = call(*command, "--workers", "2")
+    assert code == 0, err
+    assert f"no picture: {frame.loc[1, 'image_id']}: image {tmp_path / 'cut.png'} cannot be read" in err
+    assert f"7 pictures, 1 films without -> {tmp_path / 'out'}" in out
+    films = {f"{name}.png" for name in frame["image_id"].drop(1)}
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == films | {"contact_sheet.png", "energies.png"}
+    kept = next(int(line.split()[1]) for line in out.splitlines() if line.startswith("kept "))
+
+    # The numbers are those of the build.
+    code, built, _ = call("shards", "build", "--manifest", manifest, "--output-dir", tmp_path / "s", *TILING)
+    assert code == 0
+    images = open_shards(tmp_path / "s").images().set_index("image_id").drop(frame.loc[1, "image_id"])
+    assert kept == images["kept"].sum() > 50
+
+    # Again: nothing is drawn, and the same is said. Two films by chance: the same two for the same seed.
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in films}
+    code, again, _ = call(*command)
+    assert (code, again) == (0, out)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    command[-1] = tmp_path / "some"
+    chosen = []
+    for seed in (1, 1, 2):
+        assert call(*command, "--sample", "2", "--seed", seed, "--overwrite")[0] == 0
+        chosen.append({p.name for p in (tmp_path / "some").glob("P*.png")})
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) <= 2
+    assert chosen[2] > chosen[1]
+
+
 def test_build_again_does_nothing_and_says_the_same(call, manifest, tmp_path):
     command = ["shards", "build", "--manifest", manifest, "--output-dir", tmp_path / "s", "--split", "train", *TILING]
     first = call(*command)
