@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -12,45 +13,59 @@ from common.errors import BadInput
 from common.options import Group
 
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
+BENCHMARKS = {
+    "loader": ("dali_pipelines.commands", "loader", "Tiles a second of the loader and of other libraries' loaders."),
+}
 COMMANDS = {
     "demo": ("demo", "demo", "The whole road on 8 real films, on the CPU, in minutes."),
     "doctor": ("doctor", "doctor", "What this machine has and what will be used."),
     "prepare": ("shards.prepare_command", "prepare", "Annotations and images -> manifest.parquet, split by patient."),
     "simulate": ("shards.commands", "simulate", "Plant simulated micro-calcification clusters into copies of films."),
     "preview": ("shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
-    "shards": ("shards.commands", "shards", "Build, verify, describe and label WebDataset shards of tiles."),
+    "shards": ("shards.commands", "shards", "Build, verify, label, pack and unpack WebDataset shards of tiles."),
     "pretrain": ("train.commands", "pretrain", "BYOL pre-training on shards."),
     "finetune": ("train.commands", "finetune", "Fine-tune a pre-trained backbone for multi-label classification."),
     "infer": ("train.commands", "infer", "Predict tiles of shards, or raw films with a heat map."),
+    "evaluate": ("train.commands", "evaluate", "Compare predictions with labels: figures with intervals, and plots."),
     "report": ("train.commands", "report", "One self-contained page of a run's data, curves and pictures."),
+    "bench": ("mammostream", "bench", "Measurements, side by side with what others do."),
 }
 
 
 class LazyGroup(Group):
     """A group that knows its commands by name and imports them when called."""
 
+    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = lazy
+
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self._lazy)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self._lazy:
             return None
-        module, attribute, _ = COMMANDS[cmd_name]
+        module, attribute, _ = self._lazy[cmd_name]
         return getattr(importlib.import_module(module), attribute)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+            formatter.write_dl([(name, line) for name, (_, _, line) in self._lazy.items()])
 
 
-@click.group(cls=LazyGroup)
+@click.group(cls=LazyGroup, lazy=COMMANDS)
 @click.version_option(package_name="mammostream")
 def cli() -> None:
     """Mammograms in, tiles out, shards on disk, a GPU that never waits.
 
-    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> report.
+    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> evaluate -> report.
     Exit codes: 0 done, 2 bad input (one line), 3 too many bad items.
     """
+
+
+@click.group(cls=LazyGroup, lazy=BENCHMARKS)
+def bench() -> None:
+    """Measure a part of mammostream beside what others do, and print a Markdown table."""
 
 
 def main() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from threading import Thread
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from common.errors import BadInput
 from common.progress import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+KILLED = "a worker process was killed, perhaps for want of memory; run the same command again, with fewer --workers"
 
 
 def available_cpus() -> int:
@@ -22,14 +25,66 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def end_with_parent() -> None:
-    """End this worker when the process that started it ends, however it ends; a pool's ``initializer``.
+@contextmanager
+def process_pool(workers: int, gpus: Sequence[str] = ()) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool of fresh processes that end with this one, however it ends; an error stops what is under way.
 
-    A worker of a killed parent would wait for ever for its next item: it holds the other end of its own queue.
+    Parameters
+    ----------
+    workers
+        Processes.
+    gpus
+        Dealt to the processes in turn, as CUDA_VISIBLE_DEVICES names them; empty leaves them what this process has.
+
+    Raises
+    ------
+    BadInput
+        A worker was killed.
     """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    # Fresh interpreters: a forked child of a process with threads or a CUDA context may hang.
+    context = multiprocessing.get_context("spawn")
+    dealt = context.SimpleQueue()
+    for number in range(workers if gpus else 0):
+        dealt.put(gpus[number % len(gpus)])
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (dealt if gpus else None,))
+    try:
+        yield pool
+    except BaseException as error:
+        # Not only the workers at work: the pool overlooks one that was starting when another died, and would wait for ever.
+        for child in set(multiprocessing.active_children()) - others:
+            child.kill()
+        # A worker that dies while it is being started breaks the pipe that it is started through.
+        if isinstance(error, (BrokenProcessPool, BrokenPipeError, ConnectionResetError)):
+            raise BadInput(KILLED) from None
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Ignore Ctrl-C while a pool is given work, which starts its workers; they go on ignoring it: this process ends them."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may decide, and only it gets Ctrl-C
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(gpus: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+
+
+def _end_with_parent() -> None:
+    # A worker of a killed parent would wait for ever for its next item: it holds the other end of its own queue.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def map_processes(
@@ -58,19 +113,8 @@ def map_processes(
     if workers <= 1 or len(items) <= 1:
         with progress(items, what, unit) as bar:  # closed before an error is printed
             return [function(item) for item in bar]
-    # Fresh interpreters: a forked child of a process with threads or a CUDA context may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=end_with_parent) as pool:
-        try:
-            with progress(pool.map(function, items, chunksize=chunk), what, unit, total=len(items)) as bar:
-                return list(bar)
-        except BrokenProcessPool:
-            # The pool overlooks a worker that was starting when the other died, and would wait for it for ever.
-            for child in multiprocessing.active_children():
-                child.terminate()
-            raise BadInput(
-                "a worker process was killed, perhaps for want of memory; run the same command again, with fewer --workers"
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with process_pool(min(workers, len(items))) as pool:
+        with starting_workers():
+            results = pool.map(function, items, chunksize=chunk)
+        with progress(results, what, unit, total=len(items)) as bar:
+            return list(bar)

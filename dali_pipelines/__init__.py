@@ -20,7 +20,12 @@ One tile for a model, normalised as the evaluation pipeline does it:
 ((1, 64, 64), 2.0)
 """
 
+import os
+
 import lazy_loader
+
+# The decoder of HTJ2K would warn of each single tile that it has no colour space. It looks here when it is loaded.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 
 # Names are imported when first asked for, so that `mammostream --help` stays fast.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
@@ -28,6 +33,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "inference": ["create_inference_transform"],
         "loaders": ["LabelledLoader", "PretrainLoader"],
-        "views": ["RECIPES", "TRAIN_VIEW", "View"],
+        "recipes": ["RECIPES", "TRAIN_VIEW", "View", "views_from_yaml", "views_to_dict"],
     },
 )

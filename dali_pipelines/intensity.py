@@ -1,11 +1,46 @@
-"""The one normalisation of tiles: full scale to [0, 1], then mean and standard deviation."""
+"""What a loader hands over: size, normalisation and type of the images."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from common.errors import BadInput
 from common.normalisation import MEAN, STD
 
 FULL_SCALE = 65535  # every tile is decoded to uint16; an 8-bit tile is multiplied by 257, so that 255 becomes 65535
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """Images as a model wants them.
+
+    Parameters
+    ----------
+    size
+        Edge in pixels.
+    mean, std
+        Normalisation in units of full scale: black is 0, white is 1.
+    dtype
+        One of :data:`DTYPES`. Torch casts to bfloat16, which DALI does not know.
+
+    Raises
+    ------
+    BadInput
+        A field is outside its range.
+    """
+
+    size: int
+    mean: float
+    std: float
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise BadInput(f"images of {self.size} pixels a side cannot be; give at least 1")
+        if self.dtype not in DTYPES:
+            raise BadInput(f"dtype '{self.dtype}' is neither {' nor '.join(DTYPES)}")
+        scale_and_shift(self.mean, self.std)
 
 
 def scale_and_shift(mean: float, std: float) -> tuple[float, float]:

@@ -1,9 +1,18 @@
-"""Loaders: DALI batches as torch tensors, epochs of a known length, and a state to resume from."""
+"""Loaders: DALI batches as torch tensors, epochs of a known length, and a state to resume from.
+
+How well tiles are mixed: ``shards build`` deals films to shards at random and shuffles the tiles within each shard. Here the
+order of the tars is new each epoch, and samples pass through a buffer of `initial_fill`, from which each batch is drawn. So
+a batch mixes the tiles of the tars that the buffer spans: choose `initial_fill` at least as large as a few tars' tiles. Rank r
+of W reads a contiguous r-th part of that epoch's order, another part each epoch.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +23,10 @@ from nvidia.dali import Pipeline
 
 from common.errors import BadInput, first_line
 from common.files import sha256_json
-from dali_pipelines.pipelines import evaluation_pipeline, labelled_pipeline, pretrain_pipeline
-from dali_pipelines.readers import open_source
-from dali_pipelines.views import RECIPES, View
+from dali_pipelines.intensity import ImageFormat
+from dali_pipelines.pipelines import evaluation_pipeline, view_pipeline
+from dali_pipelines.readers import allow_open_files, open_source
+from dali_pipelines.recipes import RECIPES, View
 from shards.reading import Shard
 
 
@@ -28,17 +38,19 @@ class _Loader:
     what is padding follows from the slice's size.
 
     Iterating goes on where the last iteration stopped: after ``break``, the next ``for`` gives the rest of the epoch.
+
+    On a GPU, a batch belongs to the stream that was torch's current one when it was taken: its memory is used again when the
+    batch is dropped and that stream has come so far. Work on another stream must be waited for before.
     """
 
     def __init__(
         self,
         source: Sequence[Shard] | Sequence[str | Path],
-        graph: Callable[..., Pipeline],
-        *graph_args: Any,
+        views: tuple[View, ...],
+        form: ImageFormat,
+        *,
         batch_size: int,
         tile_size: int,
-        mean: float,
-        std: float,
         shuffle: bool,
         initial_fill: int,
         drop_tail: bool,
@@ -46,20 +58,28 @@ class _Loader:
         device: str,
         num_threads: int,
         tiles: Iterable[int] | None,
-        rank: int,
-        world_size: int,
+        rank: int | None,
+        world_size: int | None,
+        mmap: bool,
     ) -> None:
+        default_rank, default_world_size = _rank_and_world_size()
+        rank = default_rank if rank is None else rank
+        world_size = default_world_size if world_size is None else world_size
         if device not in ("cpu", "gpu"):
             raise BadInput(f"device '{device}' is neither 'cpu' nor 'gpu'")
         if device == "gpu" and not torch.cuda.is_available():
             raise BadInput("there is no usable GPU; choose --device cpu or see 'mammostream doctor'")
-        if batch_size < 1 or num_threads < 1 or not 0 <= rank < world_size:
+        if batch_size < 1 or num_threads < 1 or initial_fill < 1 or not 0 <= rank < world_size:
             raise BadInput(
-                f"batch size {batch_size}, {num_threads} threads, rank {rank} of {world_size}: the first two must be at "
-                "least 1, and ranks run from 0"
+                f"batch size {batch_size}, {num_threads} threads, a buffer of {initial_fill}, rank {rank} of {world_size}: the "
+                "first three must be at least 1, and ranks run from 0"
             )
         self._source = open_source(source, tile_size=tile_size, tiles=tiles)
         self._device_id = torch.cuda.current_device() if device == "gpu" else None
+        if not mmap:
+            allow_open_files(self._source.count if self._source.resizes else len(self._source.tars))
+        if device == "cpu":
+            _keep_freed_memory()
 
         self.tiles = self._source.count
         """Number of tiles, all ranks together."""
@@ -82,42 +102,38 @@ class _Loader:
         self._done = 0  # batches of this epoch that were read
         self._setting = {
             "tiles": self.tiles,
-            "batch_size": batch_size,
             "seed": seed,  # DALI's checkpoint has its random states, but not the seed of the tars' order
-            "rank": rank,
+            "views": sha256_json(repr((views, form, tile_size)))[:8],
+            # What another number of processes may change.
             "world_size": world_size,
-            "views": sha256_json(repr(graph_args))[:8],
+            "rank": rank,
+            "batch_size": batch_size,
+            "initial_fill": initial_fill,
         }
         self._pipeline: Pipeline | None = None
         self._checkpoint: bytes | None = None  # where to start the pipeline
+        self._origin = 0  # the epoch at whose start the order and the draws began anew
         self._failure: Exception | None = None  # why the pipeline ended
 
-        # The reader's order must be the same on all ranks, so that their slices are disjoint; the draws must not.
-        reader = {
+        self._reader = {
             "shuffle": shuffle,
             "initial_fill": initial_fill,
-            **({"shuffle_after_epoch_seed": seed} if shuffle else {}),
             # Without a shuffle DALI would move every rank to the next slice each epoch.
             "stick_to_shard": not shuffle,
             "pad_last_batch": True,
             "num_shards": world_size,
             "shard_id": rank,
+            "dont_use_mmap": not mmap,
         }
-        draws = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0] >> 1)
-
         self._build = partial(
-            graph,
+            partial(view_pipeline, views=views) if views else evaluation_pipeline,
             self._source,
-            *graph_args,
+            form=form,
             tile_size=tile_size,
-            mean=mean,
-            std=std,
             device=device,
-            reader=reader,
             batch_size=batch_size,
             num_threads=num_threads,
             device_id=self._device_id,
-            seed=draws,
             enable_checkpointing=True,
         )
 
@@ -145,11 +161,11 @@ class _Loader:
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
         try:
             if self._pipeline is None:
-                self._pipeline = self._build(checkpoint=self._checkpoint)
-                self._pipeline.schedule_run()
+                self._start()
             outputs = self._pipeline.outputs(stream)
             self._pipeline.schedule_run()  # the next batches are made while this one is used
-            *images, numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+            images = [torch.from_dlpack(output.as_tensor()) for output in outputs[: -self._source.label_count]]
+            numbers = self._source.numbers(*outputs[-self._source.label_count :])
         except RuntimeError as error:
             # DALI cannot go on after a failure: let go of its memory and threads, and fail again if asked again.
             self._pipeline, self._failure = None, self._explain(error)
@@ -160,6 +176,15 @@ class _Loader:
         # (N, H, W, 1) seen as (N, 1, H, W) is channels_last already: nothing is copied.
         return (*(image.permute(0, 3, 1, 2) for image in images), numbers)
 
+    def _start(self) -> None:
+        """Build the pipeline where the checkpoint says, or at the start of an epoch."""
+        seed, rank = self._setting["seed"], self._setting["rank"]
+        # The reader's order must be the same on all ranks, so that their slices are disjoint; the draws must not.
+        order = {"shuffle_after_epoch_seed": seed + self._origin} if self._reader["shuffle"] else {}
+        draws = int(np.random.SeedSequence([seed, rank, self._origin]).generate_state(1)[0] >> 1)
+        self._pipeline = self._build(reader=self._reader | order, seed=draws, checkpoint=self._checkpoint)
+        self._pipeline.schedule_run()
+
     def _explain(self, error: RuntimeError) -> Exception:
         """Return BadInput where the data or the state are at fault, else the error itself."""
         text = str(error)
@@ -167,8 +192,8 @@ class _Loader:
         reason = first_line(RuntimeError(text.rpartition("encountered:")[2]))
         if "CUDA" in text or "out of memory" in text:
             return error
-        if "fn.readers." in text or "fn.decoders." in text:
-            return BadInput(f"{self._source.blame()} ({reason})")
+        if any(name in text for name in ("fn.readers.", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
+            return BadInput(self._source.blame(text, reason))
         if self._checkpoint is not None and "checkpoint" in text:
             return BadInput(
                 f"the saved loader's state does not fit this loader ({reason}); resume with the same device and views"
@@ -191,50 +216,84 @@ class _Loader:
             **self._setting,
             "epoch": self.epoch,
             "batch": self._done,
+            "origin": self._origin,
             "pipeline": None if checkpoint is None else torch.frombuffer(bytearray(checkpoint), dtype=torch.uint8),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken: the next batches are the same, bit for bit.
 
-        The loader must be made with the same arguments; only `num_threads` may differ.
+        The loader must be made with the same arguments; only `num_threads` and `mmap` may differ. With another number of
+        processes, for which any rank's state will do, the epoch that was going on starts again in an order of its own and a
+        warning says so; `batch_size` and `initial_fill` may then differ too.
 
         Raises
         ------
         BadInput
-            The number of tiles, the batch size, the seed, the rank, the number of processes or the views differ. While
-            iterating: the state is of another kind of pipeline or damaged.
+            The tiles, the seed, the views, or with the same number of processes the rank, the batch size or the buffer
+            differ. While iterating: the state is of another kind of pipeline or damaged.
         """
-        for name, value in self._setting.items():
-            if state[name] != value:
+        moved = state["world_size"] != self._setting["world_size"]
+        for name in ("tiles", "seed", "views") if moved else self._setting:
+            if state[name] != self._setting[name]:
                 raise BadInput(
-                    f"the saved loader had {name.replace('_', ' ')} {state[name]}, this one has {value}: resume with the same "
-                    "shards, views, --batch-size, --seed and number of processes"
+                    f"the saved loader had {name.replace('_', ' ')} {state[name]}, this one has {self._setting[name]}: resume "
+                    "with the same shards, views, --batch-size and --seed"
                 )
-        self.epoch, self._done = state["epoch"], state["batch"]
+        self.epoch, self._done, self._origin = state["epoch"], state["batch"], state["origin"]
         self._checkpoint = None if state["pipeline"] is None else state["pipeline"].cpu().numpy().tobytes()
         self._pipeline = self._failure = None
+        if moved:
+            warnings.warn(
+                f"the state was saved by {state['world_size']} processes and {self._setting['world_size']} read it: epoch "
+                f"{self.epoch + 1} starts anew, {self._done} batches of it were taken before",
+                stacklevel=2,
+            )
+            self._done, self._origin, self._checkpoint = 0, self.epoch, None
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let malloc keep what is freed: batches of tens of MB would else go back to the system and come again as new pages,
+    which took an eighth of all CPU time. It concerns the whole process, and the CPU only: for a GPU, DALI has pools.
+    """
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_arena_max, 1)  # arenas of single threads cannot hold blocks of more than 64 MB
 
 
 class PretrainLoader(_Loader):
     """Two views of each tile, shuffled anew each epoch; the tail that fills no batch is dropped.
 
-    Yields ``(view1, view2, numbers)``: float32 tensors (batch_size, 1, tile_size, tile_size) on the device, in
-    ``channels_last`` strides, and int64 tile numbers (batch_size,) on the CPU. Every rank yields the same number of
-    batches.
+    Yields ``(view1, view2, numbers)``: tensors (batch_size, 1, view_size, view_size) on the device, in ``channels_last``
+    strides, and int64 tile numbers (batch_size,) on the CPU. Every rank yields the same number of batches.
 
     Parameters
     ----------
     shards
-        The shards to read.
+        The shards to read, of one directory or of several; for the numbers see :mod:`dali_pipelines.readers`.
     batch_size
         Tiles a batch and rank.
     views
         What may vary in each view.
     tile_size
         Edge of the tiles in pixels.
+    view_size
+        Edge of the views in pixels; None: the tiles'. A smaller view shows the whole tile, resampled once without an
+        antialiasing filter: meant for recipes that crop.
     mean, std
         Normalisation in units of full scale.
+    dtype
+        ``float32`` or ``float16``.
     seed
         Decides the order and all draws; ranks draw differently.
     device
@@ -242,11 +301,14 @@ class PretrainLoader(_Loader):
     num_threads
         CPU threads of the pipeline; they change nothing but speed.
     rank, world_size
-        This process, and how many share the tiles.
+        This process, and how many share the tiles; by default torch.distributed's where it is initialised, else 0 of 1.
     tiles
         The numbers of the only tiles to read; None reads all.
     initial_fill
         Samples in the shuffle buffer; the order of the tars changes each epoch besides.
+    mmap
+        Whether tars are mapped into memory, which is fastest on local disks. False reads them instead, as network file
+        systems (NFS, Lustre) want it; every tar is then held open.
 
     Raises
     ------
@@ -263,22 +325,23 @@ class PretrainLoader(_Loader):
         mean: float,
         std: float,
         views: tuple[View, View] = RECIPES["guide"],
+        view_size: int | None = None,
+        dtype: str = "float32",
         seed: int = 0,
         device: str = "cpu",
         num_threads: int = 2,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         tiles: Iterable[int] | None = None,
         initial_fill: int = 1024,
+        mmap: bool = True,
     ) -> None:
         super().__init__(
             shards,
-            pretrain_pipeline,
             tuple(views),
+            ImageFormat(tile_size if view_size is None else view_size, mean, std, dtype),
             batch_size=batch_size,
             tile_size=tile_size,
-            mean=mean,
-            std=std,
             shuffle=True,
             initial_fill=initial_fill,
             drop_tail=True,
@@ -288,20 +351,22 @@ class PretrainLoader(_Loader):
             tiles=tiles,
             rank=rank,
             world_size=world_size,
+            mmap=mmap,
         )
         if not len(self):
+            processes = self._setting["world_size"]
             raise BadInput(
-                f"{self.tiles} tiles over {world_size} processes fill no batch of {batch_size}; lower --batch-size to "
-                f"{self.tiles // world_size} or less"
+                f"{self.tiles} tiles over {processes} processes fill no batch of {batch_size}; lower --batch-size to "
+                f"{self.tiles // processes} or less"
             )
 
 
 class LabelledLoader(_Loader):
     """One view of each tile, or the tile as it is; every tile exactly once an epoch, so the last batch may be smaller.
 
-    Yields ``(tiles, numbers)``: a float32 tensor (N, 1, tile_size, tile_size) on the device, in ``channels_last`` strides,
-    and int64 numbers (N,) on the CPU, ``N <= batch_size``. Labels join by number. With several ranks, each yields its
-    share, and the numbers of batches may differ by one.
+    Yields ``(tiles, numbers)``: a tensor (N, 1, tile_size, tile_size) on the device, in ``channels_last`` strides, and int64
+    numbers (N,) on the CPU, ``N <= batch_size``. Labels join by number. With several ranks, each yields its share, and the
+    numbers of batches may differ by one.
 
     Parameters
     ----------
@@ -318,7 +383,7 @@ class LabelledLoader(_Loader):
         What may vary; None is the evaluation pipeline, which draws nothing.
     shuffle
         Whether the order changes each epoch; otherwise it is the source's.
-    seed, device, num_threads, rank, world_size, tiles, initial_fill
+    dtype, seed, device, num_threads, rank, world_size, tiles, initial_fill, mmap
         As for :class:`PretrainLoader`; `tiles` are positions where the source is files.
 
     Raises
@@ -337,23 +402,22 @@ class LabelledLoader(_Loader):
         std: float,
         view: View | None = None,
         shuffle: bool = False,
+        dtype: str = "float32",
         seed: int = 0,
         device: str = "cpu",
         num_threads: int = 2,
         tiles: Iterable[int] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         initial_fill: int = 1024,
+        mmap: bool = True,
     ) -> None:
-        graph, graph_args = (evaluation_pipeline, ()) if view is None else (labelled_pipeline, (view,))
         super().__init__(
             source,
-            graph,
-            *graph_args,
+            () if view is None else (view,),
+            ImageFormat(tile_size, mean, std, dtype),
             batch_size=batch_size,
             tile_size=tile_size,
-            mean=mean,
-            std=std,
             shuffle=shuffle,
             initial_fill=initial_fill,
             drop_tail=False,
@@ -363,4 +427,5 @@ class LabelledLoader(_Loader):
             tiles=tiles,
             rank=rank,
             world_size=world_size,
+            mmap=mmap,
         )

@@ -1,21 +1,25 @@
 """The DALI graphs: two views for pre-training, one for training with labels, none for evaluation.
 
-Every graph decodes a tile once and gives float32 (tile_size, tile_size, 1) images on its device, followed by the tile's
-number on the CPU. The device decides where decoding and augmentation run; the graph is the same.
+Every graph decodes a tile once and gives (H, W, 1) images on its device, followed on the CPU by what the source says of the
+tile: its number, and where it came from if that takes more than a number. The device decides where decoding and augmentation
+run; the graph is the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from nvidia.dali import fn, pipeline_def, types
 
+from dali_pipelines.intensity import ImageFormat
 from dali_pipelines.readers import FileSource, ShardSource
-from dali_pipelines.views import View, apply_view, normalise
+from dali_pipelines.recipes import View
+from dali_pipelines.views import apply_view, normalise
 
 
-def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **options: Any) -> tuple[Any, Any]:
-    """Return DALI nodes ``(tile, number)``.
+def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **options: Any) -> tuple[Any, list[Any]]:
+    """Return DALI nodes ``(tile, labels)``.
 
     Parameters
     ----------
@@ -30,75 +34,59 @@ def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **
 
     Returns
     -------
-    tuple of DataNode
-        uint16 (tile_size, tile_size, 1) on `device`, full scale 65535 whatever the stored depth; int64 () on the CPU.
+    tile, labels
+        uint16 (tile_size, tile_size, 1) on `device`, full scale 65535 whatever the stored depth; the source's labels.
     """
-    raw, number = source.nodes(**options)
+    data, labels = source.nodes(**options)
+    if source.raw_bits is not None:
+        return _reinterpret(data.gpu() if device == "gpu" else data, source.raw_bits, tile_size), labels
     # GRAY always: leaving the colours as they are (ANY_DATA) corrupts memory on grayscale JPEG.
-    tile = fn.decoders.image(raw, device="mixed" if device == "gpu" else "cpu", output_type=types.GRAY, dtype=types.UINT16)
+    tile = fn.decoders.image(data, device="mixed" if device == "gpu" else "cpu", output_type=types.GRAY, dtype=types.UINT16)
     if source.resizes:
         tile = fn.resize(tile, size=[tile_size, tile_size], antialias=True)
-    return tile, fn.reshape(fn.cast(number, dtype=types.INT64), shape=[])
+    return tile, labels
+
+
+def _reinterpret(data: Any, bits: int, tile_size: int) -> Any:
+    shape = [tile_size, tile_size, 1]
+    if bits == 16:
+        return fn.reinterpret(data, dtype=types.UINT16, shape=shape, layout="HWC")
+    return fn.cast(fn.reshape(data, shape=shape, layout="HWC"), dtype=types.UINT16) * types.Constant(257, dtype=types.UINT16)
 
 
 @pipeline_def(enable_conditionals=True)
-def pretrain_pipeline(
+def view_pipeline(
     source: ShardSource | FileSource,
-    views: tuple[View, View],
+    views: Sequence[View],
     *,
     tile_size: int,
-    mean: float,
-    std: float,
+    form: ImageFormat,
     device: str,
     reader: dict[str, Any],
-) -> tuple[Any, Any, Any]:
-    """Return ``(view1, view2, number)``: two independently drawn views of each tile."""
-    tile, number = read_tiles(source, tile_size, device, **reader)
-    view1 = apply_view(tile, views[0], tile_size=tile_size, mean=mean, std=std)
-    view2 = apply_view(tile, views[1], tile_size=tile_size, mean=mean, std=std)
-    return view1, view2, number
-
-
-@pipeline_def(enable_conditionals=True)
-def labelled_pipeline(
-    source: ShardSource | FileSource,
-    view: View,
-    *,
-    tile_size: int,
-    mean: float,
-    std: float,
-    device: str,
-    reader: dict[str, Any],
-) -> tuple[Any, Any]:
-    """Return ``(view, number)``."""
-    tile, number = read_tiles(source, tile_size, device, **reader)
-    return apply_view(tile, view, tile_size=tile_size, mean=mean, std=std), number
-
-
-@pipeline_def(enable_conditionals=True)
-def evaluation_pipeline(
-    source: ShardSource | FileSource,
-    *,
-    tile_size: int,
-    mean: float,
-    std: float,
-    device: str,
-    reader: dict[str, Any],
-) -> tuple[Any, Any]:
-    """Return ``(tile, number)``: decoded and normalised, nothing random."""
-    tile, number = read_tiles(source, tile_size, device, **reader)
-    return normalise(tile, mean, std), number
+) -> tuple[Any, ...]:
+    """Return independently drawn views of each tile, two for pre-training, and its labels."""
+    tile, labels = read_tiles(source, tile_size, device, **reader)
+    return *[apply_view(tile, view, tile_size, form) for view in views], *labels
 
 
 @pipeline_def
-def _decode_pipeline(source: FileSource) -> Any:
-    return read_tiles(source, 8, "cpu", shuffle=False, initial_fill=1)[0]
+def evaluation_pipeline(
+    source: ShardSource | FileSource, *, tile_size: int, form: ImageFormat, device: str, reader: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return the tile, decoded and normalised with nothing random, and its labels."""
+    tile, labels = read_tiles(source, tile_size, device, **reader)
+    return normalise(tile, form), *labels
 
 
-def count_readable(source: FileSource) -> int:
-    """Return how many files, from the first on, DALI reads and decodes before one fails."""
-    # One file a batch, in order: the batches that came before the failure tell which file it was.
-    pipeline = _decode_pipeline(source, batch_size=1, num_threads=1, device_id=None)
+@pipeline_def
+def _peek_pipeline(source: ShardSource | FileSource) -> Any:
+    return fn.peek_image_shape(source.nodes(shuffle=False, initial_fill=1)[0])
+
+
+def count_images(source: ShardSource | FileSource) -> int:
+    """Return how many payloads, from the first on, DALI knows for images before it meets one that it does not."""
+    # One a batch, in order: the batches that came before the failure tell which payload it was.
+    pipeline = _peek_pipeline(source, batch_size=1, num_threads=1, device_id=None)
     for done in range(source.count):
         try:
             pipeline.run()

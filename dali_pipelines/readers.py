@@ -2,10 +2,16 @@
 
 DALI maps its files into memory and trusts an index: an entry past the end of its tar crashes the process. So every index
 is checked here first.
+
+Tile numbers name a tile within its shard directory only. Where shards of several directories are read together, the number
+that a loader gives is ``directory * DIRECTORY_STRIDE + tile``, directories being counted from 0 in the order of the shards
+given; of a single directory it is the tile number itself. ``divmod(number, DIRECTORY_STRIDE)`` takes them apart.
 """
 
 from __future__ import annotations
 
+import re
+import resource
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, types
 
 from common.errors import BadInput, first_line
@@ -21,7 +28,10 @@ from shards.codecs import CODECS, NUMBER_EXTENSION, decode, decode_number
 from shards.reading import Shard
 
 READER = "reader"  # the name of the reader node in every graph
-_VERIFY = "run 'mammostream shards verify' on its directory"
+DIRECTORY_STRIDE = 2**40  # a shard's ordinal is below 2^20, a tile's position in its shard as well
+_NUMBER_BYTES = 8
+# How DALI names a sample in an error: "path of the tar:offset:member" or "path of the image".
+_NAMED = re.compile(r"sample #\d+ : (?P<info>[^\n]+)")
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,10 @@ class ShardSource:
         Paths, one index a tar.
     count
         Number of samples that the indexes list.
+    raw_bits
+        Bits a pixel of ``raw`` tiles, which need no decoder; None for all other codecs.
+    directories
+        The tars' directory numbers, by path; empty where there is only one directory.
     temporary
         The directory of indexes made for a subset; it goes with this object.
     """
@@ -41,35 +55,71 @@ class ShardSource:
     tars: list[str]
     indexes: list[str]
     count: int
+    raw_bits: int | None
+    directories: dict[str, int]
     temporary: TemporaryDirectory | None = None
 
     resizes = False  # a shard's tiles have the size they were cut to
 
-    def nodes(self, *, shuffle: bool, initial_fill: int, **options: Any) -> tuple[Any, Any]:
-        """Return DALI nodes ``(encoded tile, number)``: uint8 bytes and an int64 (1,) tile number.
+    @property
+    def label_count(self) -> int:
+        """Number of labels that :meth:`nodes` gives."""
+        return 2 if self.directories else 1
+
+    def nodes(self, *, shuffle: bool, initial_fill: int, **options: Any) -> tuple[Any, list[Any]]:
+        """Return DALI nodes ``(encoded tile, labels)``: uint8 bytes; the int64 tile number, and where there are several
+        directories, uint8 characters that name the tar.
 
         Shuffled means: the tars in a new order each epoch, their samples mixed in a buffer of `initial_fill`.
         `options` are those that all DALI readers share.
         """
-        return tuple(
-            fn.readers.webdataset(
-                paths=self.tars,
-                index_paths=self.indexes,
-                ext=[";".join(CODECS), NUMBER_EXTENSION],
-                dtypes=[types.UINT8, types.INT64],
-                missing_component_behavior="error",
-                name=READER,
-                shuffle_after_epoch=shuffle,
-                random_shuffle=shuffle,
-                initial_fill=initial_fill,
-                **options,
-            )
+        data, number = fn.readers.webdataset(
+            paths=self.tars,
+            index_paths=self.indexes,
+            ext=[";".join(CODECS), NUMBER_EXTENSION],
+            dtypes=[types.UINT8, types.INT64],
+            missing_component_behavior="error",
+            name=READER,
+            shuffle_after_epoch=shuffle,
+            random_shuffle=shuffle,
+            initial_fill=initial_fill,
+            **options,
         )
+        number = fn.reshape(number, shape=[])
+        return data, [number, fn.get_property(data, key="source_info")] if self.directories else [number]
 
-    def blame(self) -> str:
-        """Say where a tile that DALI could not read lies, as far as that is known."""
-        more = f" or the {len(self.tars) - 1} other shards read with it" if len(self.tars) > 1 else ""
-        return f"a tile of {self.tars[0]}{more} cannot be read or decoded; {_VERIFY}"
+    def numbers(self, numbers: Any, infos: Any = None) -> torch.Tensor:
+        """Return a batch's numbers, int64 (N,), from what :meth:`nodes` gave as labels."""
+        tiles = torch.from_dlpack(numbers.as_tensor())
+        if infos is None:
+            return tiles
+        tars = (bytes(np.asarray(infos[i])).decode().rsplit(":", 2)[0] for i in range(len(infos)))
+        return tiles + torch.tensor([self.directories[tar] for tar in tars]) * DIRECTORY_STRIDE
+
+    def blame(self, error: str, reason: str) -> str:
+        """Say which tile DALI could not read by its `error`, the `reason` in one line, and what to do.
+
+        Where DALI named no sample, all headers are read again; that takes time, but the run is over.
+        """
+        named = _NAMED.search(error)
+        found = None if named else _first_that_is_no_image(self)
+        if named:
+            tar, _, member = named["info"].rsplit(":", 2)
+        elif found is not None:
+            tar, member = self._member(found)
+        else:
+            others = f" or of the {len(self.tars) - 1} other shards" if len(self.tars) > 1 else ""
+            return f"a tile of shard {self.tars[0]}{others} cannot be read ({reason}); {_mend(self.tars[0])}"
+        return f"tile {member.partition('.')[0]} of shard {tar} cannot be decoded; {_mend(tar)}"
+
+    def _member(self, position: int) -> tuple[str, str]:
+        """Return the tar and the member's name of the sample at a position of the indexes taken together."""
+        for tar, index_path in zip(self.tars, self.indexes, strict=True):
+            index = read_index(Path(index_path))
+            if position < len(index):
+                return tar, index[position][0].name
+            position -= len(index)
+        raise IndexError(position)
 
 
 @dataclass(frozen=True)
@@ -80,37 +130,75 @@ class FileSource:
     ----------
     files
         Paths of the files wanted.
-    numbers
+    positions
         Their positions in the caller's list.
     """
 
     files: list[str]
-    numbers: list[int]
+    positions: list[int]
 
     resizes = True  # files may have any size
+    raw_bits = None
+    label_count = 1
 
     @property
     def count(self) -> int:
         """Number of files."""
         return len(self.files)
 
-    def nodes(self, *, shuffle: bool, initial_fill: int, **options: Any) -> tuple[Any, Any]:
-        """Return DALI nodes ``(encoded tile, number)``: uint8 bytes and an int32 (1,) number.
+    def nodes(self, *, shuffle: bool, initial_fill: int, **options: Any) -> tuple[Any, list[Any]]:
+        """Return DALI nodes ``(encoded tile, labels)``: uint8 bytes; the int64 number.
 
         Shuffled means: the whole list in a new order each epoch, so `initial_fill` plays no part.
         """
-        return tuple(
-            fn.readers.file(files=self.files, labels=self.numbers, name=READER, shuffle_after_epoch=shuffle, **options)
+        data, number = fn.readers.file(
+            files=self.files, labels=self.positions, name=READER, shuffle_after_epoch=shuffle, **options
         )
+        return data, [fn.reshape(fn.cast(number, dtype=types.INT64), shape=[])]
 
-    def blame(self) -> str:
-        """Name the first file that DALI cannot decode; called after a failure, so the time does not matter."""
-        from dali_pipelines.pipelines import count_readable
+    def numbers(self, numbers: Any) -> torch.Tensor:
+        """Return a batch's numbers, int64 (N,)."""
+        return torch.from_dlpack(numbers.as_tensor())
 
-        readable = count_readable(self)
-        if readable < self.count:
-            return f"{self.files[readable]} is no readable image (PNG or TIFF); replace it or take it out of the list"
-        return f"one of {self.files[0]} … {self.files[-1]} could not be read; check the disk and try again"
+    def blame(self, error: str, reason: str) -> str:
+        """Say which file DALI could not read by its `error`, the `reason` in one line, and what to do."""
+        named = _NAMED.search(error)
+        found = None if named else _first_that_is_no_image(self)
+        if named is None and found is None:
+            return f"one of {self.files[0]} … {self.files[-1]} could not be read ({reason}); check the disk and try again"
+        path = named["info"] if named else self.files[found]
+        return f"{path} is no readable image; replace it or take it out of the list"
+
+
+def _first_that_is_no_image(source: ShardSource | FileSource) -> int | None:
+    from dali_pipelines.pipelines import count_images
+
+    count = count_images(source)
+    return count if count < source.count else None
+
+
+def _mend(tar: str) -> str:
+    return f"run 'mammostream shards verify --quarantine {Path(tar).parent}'"
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process hold `count` more files open, as DALI does with every tar that it does not map into memory.
+
+    Raises
+    ------
+    BadInput
+        The system does not allow so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + len(list(Path("/proc/self/fd").iterdir())) + 64  # libraries open some of their own
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard < needed and hard != resource.RLIM_INFINITY:
+        raise BadInput(
+            f"reading {count} shards without memory maps needs {needed} open files and the system allows {hard}; raise it "
+            "('ulimit -Hn'), use memory maps, or build fewer, larger shards (--images-per-shard)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def open_source(
@@ -121,7 +209,7 @@ def open_source(
     Parameters
     ----------
     source
-        Shards, or paths of tile images.
+        Shards, of one directory or of several, or paths of tile images.
     tile_size
         Edge of the shards' tiles in pixels; files of any size are resized to it.
     tiles
@@ -130,8 +218,8 @@ def open_source(
     Raises
     ------
     BadInput
-        The source is empty; a file is missing; a shard is damaged, holds tiles of another size or no tiles of ours; a
-        number of `tiles` is nowhere.
+        The source is empty; a file is missing; a shard is damaged, holds tiles of another size or no tiles of ours; raw
+        tiles are mixed with others; a number of `tiles` is nowhere.
     """
     source = list(source)
     wanted = None if tiles is None else np.unique(np.fromiter(tiles, dtype=np.int64))
@@ -156,24 +244,32 @@ def _open_files(paths: list[Path], wanted: np.ndarray | None) -> FileSource:
 
 def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None) -> ShardSource:
     temporary = None if wanted is None else TemporaryDirectory(prefix="mammostream-indexes-")
+    order = {directory: number for number, directory in enumerate(dict.fromkeys(shard.tar.parent for shard in shards))}
     tars: list[str] = []
+    numbered: list[int] = []  # by tar: its directory
+    stored: dict[int, int | None] = {}  # by directory: the bits of raw tiles, or None
     indexes: list[str] = []
     count = 0
     for shard in shards:
         index = read_index(shard.index)
         check_index(shard.tar, index)
+        _check_members(shard.tar, index)
+        directory = order[shard.tar.parent]
         index_path = shard.index
         if wanted is not None:
-            chosen = np.flatnonzero(np.isin(tile_numbers(shard.tar, index), wanted))
-            index = [index[i] for i in chosen]
+            numbers = tile_numbers(shard.tar, index) + directory * DIRECTORY_STRIDE
+            index = [index[i] for i in np.flatnonzero(np.isin(numbers, wanted))]
             index_path = Path(temporary.name) / f"{len(tars):06d}.idx"
             if index:
                 write_index(index_path, index)
         if not index:
             continue
-        if not tars:
-            _check_first_tile(shard.tar, index[0], tile_size)
+        if directory not in stored:
+            stored[directory] = _check_first_tile(shard.tar, index[0], tile_size)
+        if stored[directory] is not None:
+            _check_raw_sizes(shard.tar, index, tile_size, stored[directory])
         tars.append(str(shard.tar))
+        numbered.append(directory)
         indexes.append(str(index_path))
         count += len(index)
     if wanted is not None and count != wanted.size:
@@ -183,7 +279,13 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
         )
     if not count:
         raise BadInput(f"{shards[0].tar} and the {len(shards) - 1} other shards given hold no tiles; choose another split")
-    return ShardSource(tars, indexes, count, temporary)
+    if len(set(stored.values())) > 1:
+        raise BadInput(
+            "raw tiles cannot be read together with tiles of other codecs or of another --bit-depth; build these directories "
+            f"alike: {', '.join(map(str, order))}"
+        )
+    directories = dict(zip(tars, numbered, strict=True)) if any(numbered) else {}
+    return ShardSource(tars, indexes, count, next(iter(stored.values())), directories, temporary)
 
 
 def tile_numbers(tar: Path, index: Sequence[Sample]) -> np.ndarray:
@@ -196,7 +298,7 @@ def tile_numbers(tar: Path, index: Sequence[Sample]) -> np.ndarray:
     with tar.open("rb") as file:
 
         def number(sample: Sample) -> int:
-            return decode_number(_read(file, _member(tar, sample, (NUMBER_EXTENSION,))))
+            return decode_number(_read(file, _member(sample, (NUMBER_EXTENSION,))))
 
         first, last = number(index[0]), number(index[-1])
         if last - first == len(index) - 1:
@@ -204,29 +306,51 @@ def tile_numbers(tar: Path, index: Sequence[Sample]) -> np.ndarray:
         return np.array([number(sample) for sample in index], dtype=np.int64)
 
 
-def _check_first_tile(tar: Path, sample: Sample, tile_size: int) -> None:
-    """Decode one tile of the source on the host: a wrong size or format then ends in one clear line, not in DALI."""
-    member = _member(tar, sample, tuple(CODECS))
-    _member(tar, sample, (NUMBER_EXTENSION,))
+def _check_members(tar: Path, index: Sequence[Sample]) -> None:
+    """Check that each sample has a tile and a number; DALI would fail late, without naming it."""
+    for sample in index:
+        image, number = _member(sample, tuple(CODECS)), _member(sample, (NUMBER_EXTENSION,))
+        if image is None or number is None:
+            have = ", ".join(member.extension for member in sample)
+            raise BadInput(
+                f"{tar} has a sample without .{' or .'.join(CODECS) if image is None else NUMBER_EXTENSION} (it has: {have}): "
+                "it is no shard of this project; make one with 'mammostream shards build'"
+            )
+        if not image.size or number.size != _NUMBER_BYTES:
+            wrong = number if image.size else image
+            raise BadInput(f"{wrong.name} of shard {tar} has {wrong.size} bytes; {_mend(str(tar))}")
+
+
+def _check_raw_sizes(tar: Path, index: Sequence[Sample], tile_size: int, bits: int) -> None:
+    expected = tile_size * tile_size * bits // 8
+    for sample in index:
+        member = _member(sample, tuple(CODECS))
+        if member.size != expected:
+            raise BadInput(f"{member.name} of shard {tar} has {member.size} bytes, not {expected}; {_mend(str(tar))}")
+
+
+def _check_first_tile(tar: Path, sample: Sample, tile_size: int) -> int | None:
+    """Decode one tile of a directory on the host: a wrong size or format then ends in one clear line, not in DALI.
+
+    Returns the bits a pixel of a raw tile, None for other codecs.
+    """
+    member = _member(sample, tuple(CODECS))
     with tar.open("rb") as file:
         data = _read(file, member)
     try:
-        shape = decode(data, member.extension).shape
+        tile = decode(data, member.extension)
     except Exception as error:  # every codec has its own exceptions
-        raise BadInput(f"{member.name} of {tar} cannot be decoded ({first_line(error)}); {_VERIFY}") from error
-    if shape != (tile_size, tile_size):
-        raise BadInput(f"{tar} holds tiles of {'×'.join(map(str, shape))} pixels, not {tile_size}×{tile_size}; set --tile-size")
+        raise BadInput(
+            f"tile {member.name.partition('.')[0]} of shard {tar} cannot be decoded ({first_line(error)}); {_mend(str(tar))}"
+        ) from error
+    if tile.shape != (tile_size, tile_size):
+        size = "×".join(map(str, tile.shape))
+        raise BadInput(f"{tar} holds tiles of {size} pixels, not {tile_size}×{tile_size}; set --tile-size")
+    return 8 * tile.itemsize if member.extension == "raw" else None
 
 
-def _member(tar: Path, sample: Sample, extensions: tuple[str, ...]) -> Member:
-    for member in sample:
-        if member.extension in extensions:
-            return member
-    have = ", ".join(member.extension for member in sample)
-    raise BadInput(
-        f"{tar} has a sample without .{' or .'.join(extensions)} (it has: {have}): it is no shard of this project; "
-        "make one with 'mammostream shards build'"
-    )
+def _member(sample: Sample, extensions: tuple[str, ...]) -> Member | None:
+    return next((member for member in sample if member.extension in extensions), None)
 
 
 def _read(file: Any, member: Member) -> bytes:

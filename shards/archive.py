@@ -11,6 +11,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,21 @@ def read_index(path: Path) -> list[Sample]:
     if not intact:
         raise BadInput(f"index {path} is damaged (header '{header}', {len(index)} samples); {mend}")
     return index
+
+
+def sample_key(sample: Sample) -> str:
+    """Return the key of a sample: what the names of its members begin with."""
+    return sample[0].name.partition(".")[0]
+
+
+def scan_archive(tar_path: Path) -> list[Sample]:
+    """Make a tar's index anew from its headers, up to its end or the first damaged one."""
+    samples: dict[str, list[Member]] = {}
+    with suppress(tarfile.TarError, OSError), tarfile.open(tar_path) as tar:
+        for info in tar:
+            key, _, extension = info.name.partition(".")
+            samples.setdefault(key, []).append(Member(extension, info.offset_data, info.size, info.name))
+    return [tuple(members) for members in samples.values()]
 
 
 def check_index(tar_path: Path, index: Sequence[Sample]) -> None:

@@ -1,4 +1,4 @@
-"""Commands from films to shards: simulate, preview, shards build|verify|info|labels."""
+"""Commands from films to shards: simulate, preview, shards build|finish|verify|info|labels|pack|unpack."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import click
 
 from common.errors import BadInput, TooManyBad
 from common.files import write_yaml
-from common.options import Command, Group, config_file_option, config_options, resolved
+from common.options import Command, Group, ListOption, config_file_option, config_options, resolved, split_commas
 from preprocess.simulation import ClusterConfig
 from preprocess.tiling import TilingConfig
-from shards.plan import BuildConfig
+from shards.launch import LaunchConfig
+from shards.plan import BuildConfig, PackConfig
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from shards.reading import ShardSet
 
 FILE = click.Path(path_type=Path)
 manifest_option = click.option(
@@ -138,10 +141,33 @@ def preview(
 
 @click.group(cls=Group)
 def shards() -> None:
-    """Build, verify, describe and label WebDataset shards of tiles."""
+    """Build, verify, describe, label, pack and unpack WebDataset shards of tiles."""
 
 
 shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
+
+
+def _parse_range(value: str | None) -> range | None:
+    if value is None:
+        return None
+    first, colon, last = value.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise BadInput(f"--shard-range {value!r} is not A:B with 0 <= A < B; 0:8 means the first eight shards")
+    return range(int(first), int(last))
+
+
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes, each at one shard at a time; default: one a core."
+)
+check_every_option = click.option(
+    "--check-every",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Decode every so many tiles with an independent decoder, and compare, before their shard is kept.",
+)
+max_bad_option = click.option(
+    "--max-bad", default="5%", help="Most films that may fail, a number or a percentage; more end with exit code 3."
+)
 
 
 @shards.command()
@@ -152,41 +178,96 @@ shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
     type=click.Choice(["train", "val", "test"]),
     help="Build this split only; the others may follow into the same directory.",
 )
+@click.option(
+    "--shard-range",
+    metavar="A:B",
+    help="Build the shards A to B-1 only, as one of several jobs on one directory; 'shards finish' ends them.",
+)
 @config_options(BuildConfig)
-@click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes; each takes one shard at a time.")
-@click.option("--max-bad", default="5%", help="Most films that may fail, a number or a percentage; more end with exit code 3.")
+@config_options(LaunchConfig)
+@check_every_option
+@max_bad_option
 @config_file_option
 @click.pass_context
 def build(
-    ctx: click.Context, manifest: Path, output_dir: Path, split: str | None, workers: int, max_bad: str, **options: Any
+    ctx: click.Context,
+    manifest: Path,
+    output_dir: Path,
+    split: str | None,
+    shard_range: str | None,
+    workers: int | None,
+    threads: int | None,
+    dask: str | None,
+    check_every: int,
+    max_bad: str,
+    **options: Any,
 ) -> None:
     """Cut films into tiles and write WebDataset shards with a DALI index.
 
     Finished shards are skipped, so the same command goes on after an interruption; other options refuse to mix with them.
-    A film that cannot be read becomes a row of images.parquet with its reason, and the rest goes on.
+    A film that cannot be read becomes a row of images.parquet with its reason, and the rest goes on. The same films, options
+    and library versions give the same bytes, however many processes or machines build.
     """
-    from shards.build import build_all, finish
+    from shards.build import build_all
+    from shards.launch import Launcher
     from shards.manifest import read_manifest
+    from shards.merge import finish, read_images
     from shards.plan import make_plan
     from shards.reading import open_shards
 
-    config = BuildConfig(**options)
-    frame = read_manifest(manifest)
-    asked = len(read_manifest(manifest, split)) if split else len(frame)
-    limit = _bad_limit(max_bad, asked)
-    # The plan is always of the whole manifest: splits may be built one after the other into one directory.
-    plan = make_plan(frame, output_dir, config)
-    build_all(plan, workers, split)
-    finish(plan, split)
+    config, launch = BuildConfig(**options), LaunchConfig(workers, threads, dask)
+    ordinals = _parse_range(shard_range)
+    _bad_limit(max_bad, 1)
+    # The plan is always of the whole manifest: splits and ranges may be built one after the other into one directory.
+    plan = make_plan(read_manifest(manifest), output_dir, config)
+    count = len(plan.shards)
+    plan = plan.select(split, ordinals)
+    if split and not plan.counts.get(split):
+        raise BadInput(f"manifest {manifest} has no rows of split '{split}'; it has: {', '.join(plan.counts)}")
+    if not plan.shards:
+        click.echo(f"the plan has {count} shards, none of them in this range: nothing to do")
+        return
+    launcher = Launcher.of(launch, plan.recipe["options"]["device"])
+    build_all(plan, launcher, check_every=check_every)
     write_yaml(output_dir / "config.yaml", resolved(ctx))
-    images = open_shards(output_dir).images()
+    if ordinals is None:
+        finish(output_dir, split)
+        images = open_shards(output_dir).images()
+        images = images[images["split"] == split] if split else images
+    else:
+        images = read_images(output_dir, [shard.name for shard in plan.shards])
+        built = f"{len(plan.shards)} of {count} shards"
+        click.echo(f"built {built}; when all are, run 'mammostream shards finish {output_dir}'\n")
+    _report_images(images, output_dir, max_bad)
+
+
+@shards.command()
+@shards_argument
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Demand this split's shards only.")
+@max_bad_option
+def finish(directory: Path, split: str | None, max_bad: str) -> None:
+    """Merge the tables of shards that several jobs built (--shard-range) into tiles.parquet, images.parquet, shards.json.
+
+    Refuses, naming them, while shards are missing. Doing it twice changes nothing.
+    """
+    from shards.merge import finish as merge
+    from shards.reading import open_shards
+
+    _bad_limit(max_bad, 1)
+    merge(directory, split)
+    images = open_shards(directory).images()
+    _report_images(images[images["split"] == split] if split else images, directory, max_bad)
+
+
+def _report_images(images: pd.DataFrame, directory: Path, max_bad: str) -> None:
+    """Print what became of some films; too many bad ones are an error."""
     _print_images(images)
-    images = images[images["split"] == split] if split else images
     bad = int((images["reason"] != "").sum())
-    click.echo(f"{len(images)} films ({bad} gave no tiles), {images['kept'].sum()} tiles -> {output_dir}")
-    if bad > limit:
+    click.echo(f"{len(images)} films ({bad} gave no tiles), {images['kept'].sum()} tiles -> {directory}")
+    if bad > _bad_limit(max_bad, len(images)):
         raise TooManyBad(
-            f"{bad} of {len(images)} films gave no tiles, more than --max-bad {max_bad}; see {output_dir}/images.parquet"
+            f"{bad} of {len(images)} films gave no tiles, more than --max-bad {max_bad}; the reasons are above and in "
+            "images.parquet; to try films again, delete the .parquet of their shards and run the same command"
         )
 
 
@@ -199,26 +280,130 @@ def _bad_limit(max_bad: str, count: int) -> float:
 
 def _print_images(images: pd.DataFrame) -> None:
     """Print what happened to the candidates, rule by rule, and each film that gave nothing."""
-    columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept"))] + ["guide_8bit_kept"]
+    columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept", "clusters"))] + ["guide_8bit_kept"]
     totals = images.groupby("split", sort=False)[columns].sum().astype(int).T
     click.echo(totals.rename(index={"guide_8bit_kept": "(the plain 8-bit scale would have kept)"}).to_string() + "\n")
+    _print_reasons(images)
+
+
+def _print_reasons(images: pd.DataFrame) -> None:
     for row in images[images["reason"] != ""].itertuples():
         click.echo(f"no tiles: {row.image_id}: {row.reason}", err=True)
 
 
 @shards.command()
-@shards_argument
-def verify(directory: Path) -> None:
-    """Check every byte, every index entry and every tile's pixels against the tables written with them."""
+@click.option(
+    "--csv",
+    "csvs",
+    cls=ListOption,
+    type=FILE,
+    required=True,
+    help="CSVs of tile_path and any of split, image_id, patient_id; class columns may follow and stay in the CSV.",
+)
+@click.option(
+    "--split",
+    "splits",
+    cls=ListOption,
+    type=click.Choice(["train", "val", "test"]),
+    help="The split of each CSV, in their order; default: their column 'split'.",
+)
+@click.option("--tiles-dir", type=FILE, required=True, help="Folder that tile_path is relative to.")
+@output_option("The shard directory; what was stopped goes on there.")
+@config_options(PackConfig)
+@config_options(LaunchConfig)
+@check_every_option
+@max_bad_option
+@config_file_option
+@click.pass_context
+def pack(
+    ctx: click.Context,
+    csvs: tuple[Path, ...],
+    splits: tuple[str, ...],
+    tiles_dir: Path,
+    output_dir: Path,
+    workers: int | None,
+    threads: int | None,
+    dask: str | None,
+    check_every: int,
+    max_bad: str,
+    **options: Any,
+) -> None:
+    """Pack tiles that are image files already, named by CSVs, into shards.
+
+    Labels are no part of shards: each CSV is written again beside them with the tiles' keys for tile_path, as 'finetune'
+    takes it. A tile that cannot be read, or is of another size or depth than the first, is told and left out.
+    """
+    from shards.build import build_all
+    from shards.launch import Launcher
+    from shards.merge import finish
+    from shards.pack import make_pack_plan, pack_shard, read_tile_csvs, write_packed_csvs
     from shards.reading import open_shards
+
+    config, launch = PackConfig(**options), LaunchConfig(workers, threads, dask)
+    tiles = read_tile_csvs(csvs, splits, tiles_dir)
+    limit = _bad_limit(max_bad, len(tiles))
+    plan = make_pack_plan(tiles, tiles_dir, output_dir, config)
+    build_all(plan, Launcher.of(launch), check_every=check_every, build=pack_shard)
+    finish(output_dir)
+    opened = open_shards(output_dir)
+    written = write_packed_csvs(csvs, tiles, opened.tiles(), output_dir)
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
+    _print_reasons(opened.images())
+    bad = len(tiles) - len(opened.tiles())
+    click.echo(f"{len(tiles) - bad} tiles packed, {bad} left out -> {output_dir}; labels: {', '.join(map(str, written))}")
+    if bad > limit:
+        raise TooManyBad(
+            f"{bad} of {len(tiles)} tiles were left out, more than --max-bad {max_bad}; see {output_dir}/images.parquet"
+        )
+
+
+@shards.command()
+@shards_argument
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Tiles of this split only.")
+@output_option("Folder for the tiles as <key>.png, and for tiles.csv, which names them.")
+@workers_option
+def unpack(directory: Path, split: str | None, output_dir: Path, workers: int | None) -> None:
+    """Write the tiles of shards as PNG files, without loss, for tools that read no shards; 'pack' does the reverse."""
+    from shards.launch import Launcher
+    from shards.pack import TILES_CSV, unpack_shards
+    from shards.reading import open_shards
+
+    count = unpack_shards(open_shards(directory), output_dir, split, Launcher.of(LaunchConfig(workers)))
+    click.echo(f"{count} tiles -> {output_dir}, named in {output_dir / TILES_CSV}")
+
+
+@shards.command()
+@shards_argument
+@workers_option
+@click.option("--decode/--no-decode", "decoding", default=True, help="Decode every tile; without, only bytes are compared.")
+@click.option(
+    "--quarantine", is_flag=True, help="Take damaged samples out of the indexes and tables, so that what is left can be used."
+)
+def verify(directory: Path, workers: int | None, decoding: bool, quarantine: bool) -> None:
+    """Check every byte, every index entry, every tile's pixels and every table against each other.
+
+    A check that was stopped goes on where it stopped.
+    """
+    from shards.launch import Launcher
+    from shards.reading import open_shards
+    from shards.verify import quarantine as take_out
     from shards.verify import verify_shards
 
     opened = open_shards(directory)
-    faults = verify_shards(opened)
+    faults = verify_shards(opened, Launcher.of(LaunchConfig(workers)), decoding=decoding)
     for fault in faults:
         click.echo(f"fault: {fault}", err=True)
+    if faults and not quarantine:
+        raise BadInput(
+            f"{len(faults)} faults in {directory}; delete the .parquet of each shard named above and build again, or leave "
+            "the damaged samples out with --quarantine"
+        )
     if faults:
-        raise BadInput(f"{len(faults)} faults in {directory}; delete the .parquet of each shard named above and build again")
+        left_out = take_out(opened, faults)
+        for fault in left_out:
+            click.echo(f"left out: {fault}")
+        click.echo(f"{len(left_out)} samples left out of the indexes and tables of {directory}; check it again")
+        return
     click.echo(f"{len(opened.meta['shards'])} shards, {sum(s['tiles'] for s in opened.meta['shards'])} tiles: all well")
 
 
@@ -234,7 +419,7 @@ def info(directory: Path) -> None:
     opened = open_shards(directory)
     table = pd.DataFrame(opened.meta["shards"])
     table["MB"] = (table["tar_bytes"].fillna(0) / 1e6).round(1)
-    click.echo(table[["name", "images", "tiles", "MB"]].to_string(index=False) + "\n")
+    click.echo(table[["name", "images", "tiles", "quarantined", "MB"]].to_string(index=False) + "\n")
     _print_images(opened.images())
     stored = {"codec": opened.codec, "bits": opened.meta["bits"]} | opened.preprocessing
     click.echo(yaml.safe_dump(stored, sort_keys=False).rstrip())
@@ -243,7 +428,7 @@ def info(directory: Path) -> None:
 @shards.command()
 @shards_argument
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Tiles of this split only.")
-@click.option("--findings", type=FILE, required=True, help="findings.parquet with the boxes.")
+@click.option("--findings", type=FILE, help="findings.parquet with boxes, each label of which becomes a class.")
 @click.option(
     "--min-fraction",
     type=click.FloatRange(0, 1, min_open=True),
@@ -251,26 +436,64 @@ def info(directory: Path) -> None:
     help="A tile is positive from this share "
     "of a box inside it, or of the tile inside a box; a smaller overlap leaves the cell empty (no label).",
 )
+@click.option("--manifest", type=FILE, help="manifest.parquet with the films' labels, for --image-labels.")
+@click.option(
+    "--image-labels",
+    cls=ListOption,
+    callback=split_commas,
+    help="Labels of films to copy to each of their tiles (normal benign malignant …), or 'all' of the manifest's.",
+)
 @click.option("--output", type=FILE, required=True, help="The CSV: tile_path (the tile's key) and a column a class.")
-def labels(directory: Path, split: str | None, findings: Path, min_fraction: float, output: Path) -> None:
-    """Turn boxes into tile labels: a CSV of tile_path and one 0/1 column a class, empty where the overlap is partial."""
+def labels(
+    directory: Path,
+    split: str | None,
+    findings: Path | None,
+    min_fraction: float,
+    manifest: Path | None,
+    image_labels: tuple[str, ...],
+    output: Path,
+) -> None:
+    """Label tiles by boxes or by their films: a CSV of tile_path and one 0/1 column a class, empty where unknown.
+
+    A box makes the tiles positive that hold enough of it, or lie far enough within it; those it only touches stay empty.
+    """
+    import pandas as pd
+
     from common.files import write_text
+    from shards.labels import image_labels as labels_of_films
     from shards.labels import tile_labels
-    from shards.manifest import read_findings
+    from shards.manifest import read_manifest
     from shards.reading import open_shards
 
+    if bool(manifest) != bool(image_labels) or not (findings or manifest):
+        raise BadInput("give --findings, or --manifest with --image-labels, or all three")
     opened = open_shards(directory)
     opened.shards(split)
-    boxes = read_findings(findings)
-    known = boxes["image_id"].isin(opened.images()["image_id"])
-    if not known.any():
-        example = f" (the first is of '{boxes['image_id'].iloc[0]}')" if len(boxes) else ""
-        raise BadInput(f"none of the {len(boxes)} boxes of {findings} is of a film of {directory}{example}")
-    if not known.all():
-        click.echo(f"{(~known).sum()} of {len(boxes)} boxes are of films that are not in {directory}", err=True)
-    table = tile_labels(opened.tiles(split), boxes, min_fraction)
+    tiles = opened.tiles(split)
+    table = pd.DataFrame({"tile_path": tiles["key"]})
+    if findings:
+        table = tile_labels(tiles, _boxes_of(opened, findings), min_fraction)
+    if manifest:
+        of_films = labels_of_films(tiles, read_manifest(manifest), image_labels)
+        for name in of_films.columns.intersection(table.columns):
+            raise BadInput(f"'{name}' is a label of both --findings and --image-labels; leave it out of --image-labels")
+        table = pd.concat([table, of_films], axis=1)
     write_text(output, table.to_csv(index=False))
     for name in table.columns[1:]:
         column = table[name]
         click.echo(f"{name}: {(column == 1).sum()} positive, {(column == 0).sum()} negative, {column.isna().sum()} left out")
     click.echo(f"{len(table)} tiles -> {output}")
+
+
+def _boxes_of(opened: ShardSet, findings: Path) -> pd.DataFrame:
+    """Read findings and check that they are of these shards' films."""
+    from shards.manifest import read_findings
+
+    boxes = read_findings(findings)
+    known = boxes["image_id"].isin(opened.images()["image_id"])
+    if not known.any():
+        example = f" (the first is of '{boxes['image_id'].iloc[0]}')" if len(boxes) else ""
+        raise BadInput(f"none of the {len(boxes)} boxes of {findings} is of a film of {opened.directory}{example}")
+    if not known.all():
+        click.echo(f"{(~known).sum()} of {len(boxes)} boxes are of films that are not in {opened.directory}", err=True)
+    return boxes

@@ -1,8 +1,13 @@
-"""Tile labels from boxes: the guide's CSV of ``tile_path`` and one column a class."""
+"""Tile labels, from boxes or from their films: the guide's CSV of ``tile_path`` and one column a class."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
+
+from common.errors import BadInput, nearest
+from shards.manifest import LABEL_PREFIX
 
 
 def tile_labels(tiles: pd.DataFrame, findings: pd.DataFrame, min_fraction: float) -> pd.DataFrame:
@@ -42,3 +47,39 @@ def tile_labels(tiles: pd.DataFrame, findings: pd.DataFrame, min_fraction: float
         column[(best <= 0).to_numpy()] = 0
         labelled[name] = column
     return labelled
+
+
+def image_labels(tiles: pd.DataFrame, manifest: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Give tiles the labels of their films.
+
+    Parameters
+    ----------
+    tiles
+        Rows of ``tiles.parquet``.
+    manifest
+        With ``label:<name>`` columns.
+    names
+        Labels to copy, or ``["all"]``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One nullable 0/1 column a label, in the order of `tiles`; missing where the film's is.
+
+    Raises
+    ------
+    BadInput
+        The manifest has no such label, or none of the films.
+    """
+    known = [c.removeprefix(LABEL_PREFIX) for c in manifest.columns if c.startswith(LABEL_PREFIX)]
+    if not known:
+        raise BadInput("the manifest has no labels; its CSV needs 0/1 columns when 'mammostream prepare' reads it")
+    for name in names:
+        if name not in known and list(names) != ["all"]:
+            raise BadInput(f"the manifest has no label '{name}'{nearest(name, known)}; its labels are: {', '.join(known)}")
+    if len(tiles) and not tiles["image_id"].isin(manifest["image_id"]).any():
+        raise BadInput("the manifest has none of the films of these shards; give the one they were built from")
+    chosen = known if list(names) == ["all"] else list(names)
+    by_film = manifest.set_index("image_id")[[LABEL_PREFIX + name for name in chosen]]
+    labels = by_film.reindex(tiles["image_id"]).reset_index(drop=True).astype("Int8")
+    return labels.set_axis(chosen, axis=1)

@@ -8,6 +8,8 @@ with. It is written last, so that it alone marks the shard as finished. ``tiles.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,18 @@ def write_shard_table(path: Path, tiles: list[dict], images: list[dict], metadat
     write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()}))
 
 
+def read_shard_metadata(path: Path) -> dict[str, Any]:
+    """Read what a shard was built with and what it came to, without its rows.
+
+    Raises
+    ------
+    BadInput
+        The file is not a shard table.
+    """
+    with _a_shard_table(path):
+        return json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
+
+
 def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     """Read a shard's tiles, images and metadata.
 
@@ -95,12 +109,21 @@ def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     BadInput
         The file is not a shard table.
     """
-    try:
+    with _a_shard_table(path):
         table = pq.read_table(path)
         metadata = json.loads(table.schema.metadata[_METADATA_KEY])
+        rows = table.column("row")
+        # Without the whole table's metadata, which is one shard's.
+        tiles, images = (
+            table.filter(pc.equal(rows, kind)).select(schema.names).cast(schema)
+            for kind, schema in (("tile", TILE_SCHEMA), ("image", IMAGE_SCHEMA))
+        )
+    return tiles, images, metadata
+
+
+@contextmanager
+def _a_shard_table(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is no shard table ({first_line(error)}); delete it and build again") from error
-    rows = table.column("row")
-    tiles = table.filter(pc.equal(rows, "tile")).select(TILE_SCHEMA.names)
-    images = table.filter(pc.equal(rows, "image")).select(IMAGE_SCHEMA.names)
-    return tiles, images, metadata

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,8 +41,11 @@ def film() -> np.ndarray:
 def make_shards(film: np.ndarray) -> Callable[..., Tiles]:
     """Return a maker of shards with the given numbers of tiles; their ordinals leave a gap, as a split's do."""
 
-    def make(directory: Path, counts: tuple[int, ...], codec: str = "tif", dtype: type = np.uint16) -> Tiles:
-        rng = np.random.default_rng(len(counts))
+    def make(
+        directory: Path, counts: tuple[int, ...], codec: str = "tif", dtype: type = np.uint16, seed: int | None = None
+    ) -> Tiles:
+        rng = np.random.default_rng(len(counts) if seed is None else seed)
+        directory.mkdir(exist_ok=True)
         pixels, shards = {}, []
         for i, count in enumerate(counts):
             samples = []
@@ -69,3 +75,52 @@ def make_shards(film: np.ndarray) -> Callable[..., Tiles]:
 def tiles(make_shards: Callable[..., Tiles], tmp_path_factory: pytest.TempPathFactory) -> Tiles:
     """Three uneven shards with 23 tiles of 16 bits."""
     return make_shards(tmp_path_factory.mktemp("shards"), (5, 11, 7))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: exit code (negative: the signal), what its function returned, or its error's type and text."""
+
+    code: int
+    value: Any = None
+    error: str = ""
+
+
+def _call(connection: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        connection.send((function(*args), ""))
+    except Exception as error:
+        connection.send((None, f"{type(error).__name__}: {error}"))
+        traceback.print_exc()
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+
+
+@pytest.fixture(scope="session")
+def in_process() -> Callable[..., Callable[[], Ended]]:
+    """Return a starter of a function of a test module in a fresh process; the handle waits for its end, at most a minute.
+
+    The process is forked from one that has imported the loaders and done nothing else.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dali_pipelines.loaders"])
+
+    def start(function: Callable[..., Any], *args: Any) -> Callable[[], Ended]:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_call, args=(theirs, function, args))
+        process.start()
+        theirs.close()
+
+        def wait() -> Ended:
+            if not ours.poll(60):
+                process.kill()
+                pytest.fail(f"{function.__name__}{args} hangs")
+            try:
+                value, error = ours.recv()
+            except EOFError:  # it died without a word
+                value, error = None, ""
+            process.join(60)
+            return Ended(process.exitcode, value, error)
+
+        return wait
+
+    return start

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common.errors import BadInput
-from dali_pipelines import LabelledLoader
+from dali_pipelines import LabelledLoader, PretrainLoader
 from dali_pipelines.readers import open_source, tile_numbers
 from shards import archive, codecs
 from shards.archive import read_index, write_index
@@ -17,7 +19,7 @@ from shards.reading import Shard
 
 
 def numbers_of(loader):
-    return [n for _, numbers in loader for n in numbers.tolist()]
+    return [n for *_, numbers in loader for n in numbers.tolist()]
 
 
 def load(made, **options):
@@ -70,30 +72,81 @@ def test_wanted_tiles_that_are_nowhere(tiles):
         open_source([], tile_size=tiles.size)
 
 
-def test_truncated_tar(one):
-    (shard,) = one.shards
-    os.truncate(shard.tar, shard.tar.stat().st_size // 2)
-    with pytest.raises(BadInput, match="mammostream shards verify"):
-        load(one)
+# ---------------------------------------------------------------- damage
 
 
-def test_index_past_the_end(one):
-    (shard,) = one.shards
-    *words, last = shard.index.read_text().split("\n")[1].split(" ")
-    lines = shard.index.read_text().splitlines()
+def read_twice(tiles):
+    """Read two epochs, shuffled, as a training would."""
+    loader = PretrainLoader(tiles.shards, batch_size=2, tile_size=tiles.size, mean=0, std=1, initial_fill=4)
+    return [len(numbers_of(loader)) for _ in range(2)]
+
+
+def cut_tar(tar, index):
+    os.truncate(tar, tar.stat().st_size // 2)
+
+
+def past_the_end(tar, index):
+    header, first, *rest = index.read_text().splitlines()
+    words = first.split(" ")
     words[1] = str(10**9)
-    lines[1] = " ".join([*words, last])
-    shard.index.write_text("\n".join(lines) + "\n")
-    with pytest.raises(BadInput, match="train-000000.tar"):
-        load(one)
+    index.write_text("\n".join([header, " ".join(words), *rest]) + "\n")
 
 
-@pytest.mark.parametrize("missing", ["tar", "index"])
-def test_missing_file(one, missing):
+def empty_tar(tar, index):
+    tar.write_bytes(b"")
+
+
+def missing_index(tar, index):
+    index.unlink()
+
+
+def missing_tar(tar, index):
+    tar.unlink()
+
+
+def undecodable(tar, index):
+    """Overwrite a payload where it lies; tar and index stay as they are."""
+    member = read_index(index)[3][0]
+    with tar.open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"rubbish" * (member.size // 7))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (cut_tar, "train-000000.tar"),
+        (past_the_end, "train-000000.tar"),
+        (empty_tar, "train-000000.tar"),
+        (missing_index, "train-000000.idx does not exist"),
+        (missing_tar, "train-000000.tar does not exist"),
+        (undecodable, "tile film%200_y3_"),
+    ],
+)
+def test_damage_ends_the_process_with_one_clear_error(one, in_process, damage, named):
+    """In a process of its own: exit code 2, no signal and no hang, with prefetching threads and the shuffle on."""
     (shard,) = one.shards
-    getattr(shard, missing).unlink()
-    with pytest.raises(BadInput, match=getattr(shard, missing).name):
-        load(one)
+    assert in_process(read_twice, one)().value == [6, 6]
+    damage(shard.tar, shard.index)
+    ended = in_process(read_twice, one)()
+    assert ended.code == 2
+    assert ended.error.startswith("BadInput: ")
+    assert named in ended.error
+    assert "\n" not in ended.error
+    assert "mammostream shards" in ended.error
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["tar", "idx"]), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40))
+def test_no_damage_whatever_ends_in_a_signal(make_shards, tmp_path, in_process, which, place, rubbish):
+    """Bytes written anywhere into tar or index: it is noticed, or it fell on a pixel; `shards verify` finds those."""
+    made = make_shards(tmp_path, (6,))
+    path = made.shards[0].tar.with_suffix(f".{which}")
+    with path.open("r+b") as file:
+        file.seek(int(place * path.stat().st_size))
+        file.write(rubbish)
+    ended = in_process(read_twice, made)()
+    assert ended.code in (0, 2), ended.error
 
 
 def test_other_tile_size(tiles):

@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 
 from preprocess.reading import read_header
-from shards.build import build_all, finish
+from shards.build import build_all
+from shards.launch import Launcher
 from shards.manifest import read_manifest, write_manifest
+from shards.merge import finish
 from shards.plan import BuildConfig, BuildPlan, make_plan
 from shards.reading import ShardSet, open_shards
 
@@ -95,11 +97,18 @@ def manifest(cropped_films: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def build_at(manifest: Path) -> Callable[..., Built]:
     """Return a function that builds the small films' shards in a directory, with some options changed."""
 
-    def build(directory: Path, workers: int = 1, films: pd.DataFrame | None = None, **options: Any) -> Built:
+    def build(
+        directory: Path,
+        workers: int = 1,
+        threads: int = 1,
+        dask: str | None = None,
+        films: pd.DataFrame | None = None,
+        **options: Any,
+    ) -> Built:
         frame = read_manifest(manifest) if films is None else films
         plan = make_plan(frame, directory, replace(CONFIG, **options))
-        build_all(plan, workers)
-        finish(plan)
+        build_all(plan, Launcher(workers, threads, dask))
+        finish(plan.output_dir)
         return Built(plan, open_shards(directory))
 
     return build

@@ -23,9 +23,11 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from common.errors import BadInput
 from shards import decode_sample
 from shards.archive import read_index
-from shards.build import build_all, build_shard, finish
+from shards.build import build_all, build_shard
+from shards.launch import Launcher
 from shards.manifest import read_manifest
-from shards.plan import make_plan
+from shards.merge import finish
+from shards.plan import BuildConfig, make_plan
 from shards.reading import open_shards
 from shards.verify import verify_shards
 
@@ -92,6 +94,43 @@ def test_two_workers_give_the_same_bytes(built, build_at, contents, tmp_path):
     assert contents(build_at(tmp_path / "two", workers=2).shards.directory) == contents(built.shards.directory)
 
 
+def test_threads_that_read_ahead_and_encode_give_the_same_bytes(built, build_at, contents, tmp_path):
+    assert contents(build_at(tmp_path / "threads", threads=4).shards.directory) == contents(built.shards.directory)
+
+
+def test_dask_gives_the_same_bytes(built, build_at, contents, tmp_path):
+    assert contents(build_at(tmp_path / "dask", workers=2, dask="local").shards.directory) == contents(built.shards.directory)
+
+
+def test_dask_that_is_not_there(built, tmp_path):
+    import dask
+
+    plan = rebase(built.plan, tmp_path)
+    with dask.config.set({"distributed.comm.timeouts.connect": "200ms"}):
+        for address in ("tcp://127.0.0.1:1", "nonsense"):
+            with pytest.raises(BadInput, match=f"--dask {address}: no Dask scheduler answers there"):
+                build_all(plan, Launcher(dask=address))
+
+
+def test_a_plan_goes_to_workers_in_small_parts(manifest):
+    """Each with its own shard's films only."""
+    import pickle
+
+    frame = pd.concat([read_manifest(manifest)] * 200, ignore_index=True)
+    frame["image_id"] = [f"{name}-{n}" for n, name in enumerate(frame["image_id"])]
+    plan = make_plan(frame, Path("nowhere"), BuildConfig(images_per_shard=8, device="cpu"))
+    assert len(plan.shards) == 200
+    part = plan.select(ordinals=range(150, 151))
+    assert [row["image_id"] for shard in part.shards for row in shard.rows] == [r["image_id"] for r in plan.shards[150].rows]
+    assert len(pickle.dumps(part)) < len(pickle.dumps(plan)) / 50
+
+
+def test_labels_are_no_part_of_a_build(built, manifest, tmp_path):
+    frame = read_manifest(manifest)
+    frame["label:mass"] = pd.array([1, 0] * 4, dtype="Int8")
+    assert make_plan(frame, tmp_path, built.plan.config).config_hash == built.plan.config_hash
+
+
 def test_png_codec_holds_the_same_pixels(built, build_at, tmp_path):
     png = build_at(tmp_path / "png", codec="png")
     columns = ["tile", "key", "crc32"]
@@ -118,10 +157,10 @@ def test_resume_gives_the_same_bytes(built, copied, contents, suffixes):
         (copied.directory / name).unlink()
     untouched = copied.shards()[0].tar.stat().st_mtime_ns
     plan = rebase(built.plan, copied.directory)
-    with pytest.raises(BadInput, match=f"shard {shard.stem} is not finished"):
-        finish(plan)
-    build_all(plan, 1)
-    finish(plan)
+    with pytest.raises(BadInput, match=rf"1 shards of .* not finished: 1 \({shard.stem}\)"):
+        finish(plan.output_dir)
+    build_all(plan)
+    finish(plan.output_dir)
     assert contents(copied.directory) == contents(built.shards.directory)
     assert copied.shards()[0].tar.stat().st_mtime_ns == untouched
 
@@ -227,7 +266,7 @@ def test_kill_9_at_every_renaming(built, contents, tmp_path):
 
 
 def test_kill_9_of_the_command_in_the_middle(built, contents, manifest, tmp_path):
-    options = ["--tile-size", "64", "--stride", "48", "--images-per-shard", "2", "--device", "cpu"]
+    options = ["--tile-size", "64", "--stride", "48", "--images-per-shard", "2", "--device", "cpu", "--workers", "1"]
     command = [*MAMMOSTREAM, "shards", "build", "--manifest", str(manifest), "--output-dir", str(tmp_path / "s"), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -343,7 +382,7 @@ def test_a_shard_without_tiles_has_only_its_table(manifest, build_at, contents, 
         made.shards.shards()
     # Finished all the same: not built again.
     plan = make_plan(frame, tmp_path / "s", made.plan.config)
-    assert [summary.bad_images for summary in build_all(plan, 1)] == [2, 2]
+    assert [summary.bad_images for summary in build_all(plan)] == [2, 2]
 
 
 def test_unknown_split_names_those_there(built):
@@ -375,6 +414,19 @@ def test_webdataset_and_dali_read_the_same_pixels(built):
     assert seen == len(crc)
 
 
+@pytest.mark.parametrize("decoding", [(), (decode_sample,)])
+def test_the_webdataset_library_iterates_the_shards(built, decoding):
+    """Also without our decoder: then tiles stay bytes."""
+    paths = [str(shard.tar) for shard in built.shards.shards()]
+    samples = list(wds.WebDataset(paths, shardshuffle=False).decode(*decoding))
+    tiles = built.shards.tiles()
+    assert [sample["__key__"] for sample in samples] == tiles["key"].tolist()
+    assert [sample["json"]["tile"] for sample in samples] == tiles["tile"].tolist()
+    for sample, crc in zip(samples, tiles["crc32"], strict=True):
+        pixels = sample["tif"] if decoding else decode_sample("tif", sample["tif"])
+        assert zlib.crc32(pixels.tobytes()) == crc
+
+
 def test_eight_bit_films_give_eight_bit_tiles(films, build_at, tmp_path):
     from PIL import Image
 
@@ -404,7 +456,7 @@ def test_open_shards_refuses_what_is_none(copied, tmp_path):
         (text[:-40], "is damaged"),
         ("[]", "is damaged"),
         ("{}", "is damaged"),
-        (text.replace('"format_version": 1', '"format_version": 2'), "has format 2"),
+        (text.replace('"format_version": 2', '"format_version": 3'), "has format 3"),
     ):
         path.write_text(damaged)
         with pytest.raises(BadInput, match=message):
@@ -427,13 +479,13 @@ def test_dealing_is_by_seed_and_split(manifest, built):
 
 def test_splits_may_be_built_one_after_the_other(built, manifest, tmp_path, contents):
     plan = make_plan(read_manifest(manifest), tmp_path / "shards", built.plan.config)
-    build_all(plan, 1, "train")
-    finish(plan, "train")
+    build_all(plan.select("train"))
+    finish(plan.output_dir, "train")
     assert open_shards(plan.output_dir).splits == ["train"]
-    with pytest.raises(BadInput, match="val-000000 is not finished"):
-        finish(plan)
-    build_all(plan, 1, "val")
-    finish(plan, "val")
+    with pytest.raises(BadInput, match=r"not finished: 2 \(val-000000\), 3 \(val-000001\)"):
+        finish(plan.output_dir)
+    build_all(plan.select("val"))
+    finish(plan.output_dir, "val")
     assert contents(plan.output_dir) == contents(built.shards.directory)
 
 

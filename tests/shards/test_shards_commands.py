@@ -19,7 +19,7 @@ from shards.manifest import read_findings, read_manifest
 from shards.reading import open_shards
 
 MAMMOSTREAM = Path(sys.executable).with_name("mammostream")
-TILING = ["--tile-size", "64", "--stride", "48", "--device", "cpu"]
+TILING = ["--tile-size", "64", "--stride", "48", "--device", "cpu", "--workers", "1"]
 
 
 @pytest.fixture
@@ -179,6 +179,149 @@ def test_build_again_does_nothing_and_says_the_same(call, manifest, tmp_path):
     assert "--stride 48, not 40" in err.splitlines()[-1]
 
 
+def test_two_ranges_and_finish_give_the_bytes_of_one_build(call, refused, manifest, built, contents, tmp_path):
+    def of_range(text):
+        return call(
+            *["shards", "build", "--manifest", manifest, "--output-dir", tmp_path / "s", "--shard-range", text, *TILING],
+            *["--images-per-shard", "2"],
+        )
+
+    code, out, err = of_range("2:40")
+    assert code == 0, err
+    assert f"built 2 of 4 shards; when all are, run 'mammostream shards finish {tmp_path / 's'}'" in out
+    assert "4 films (0 gave no tiles)" in out
+    assert {p.suffix for p in (tmp_path / "s").glob("*.*")} == {".tar", ".idx", ".parquet", ".yaml"}
+    assert "2 shards of" in refused("shards", "finish", tmp_path / "s")
+    assert "are not finished: 0 (train-000000), 1 (train-000001)" in refused("shards", "finish", tmp_path / "s")
+    assert of_range("0:2")[0] == 0
+    code, out, err = of_range("4:8")
+    assert (code, out) == (0, "the plan has 4 shards, none of them in this range: nothing to do\n")
+    for _ in range(2):
+        code, out, err = call("shards", "finish", tmp_path / "s")
+        assert code == 0, err
+        assert f"8 films (0 gave no tiles), {len(built.shards.tiles())} tiles" in out
+    files = contents(tmp_path / "s")
+    files.pop("config.yaml")
+    assert files == contents(built.shards.directory)
+
+
+@pytest.mark.parametrize("text", ["3", "3:", ":3", "3:3", "4:2", "-1:2", "a:b", "0:1:2", ""])
+def test_a_range_that_is_none(refused, manifest, tmp_path, text):
+    said = refused("shards", "build", "--manifest", manifest, "--output-dir", tmp_path / "s", f"--shard-range={text}", *TILING)
+    assert f"--shard-range '{text}' is not A:B" in said
+
+
+def test_finish_counts_bad_films(call, copied, refused):
+    from shards.tables import read_shard_table, write_shard_table
+
+    table = copied.shards()[0].tar.with_suffix(".parquet")
+    tiles, images, metadata = read_shard_table(table)
+    rows = images.to_pylist()
+    rows[0]["reason"] = "it is bad"
+    write_shard_table(table, tiles.to_pylist(), rows, metadata)
+    code, out, err = call("shards", "finish", copied.directory)
+    assert code == 3
+    assert "1 of 8 films gave no tiles, more than --max-bad 5%" in err.splitlines()[-1]
+    assert call("shards", "finish", copied.directory, "--max-bad", "1")[0] == 0
+    assert call("shards", "finish", copied.directory, "--split", "val")[0] == 0
+
+
+def test_verify_and_quarantine(call, copied, built):
+    from shards.archive import read_index
+
+    shard = copied.shards()[1]
+    sample = read_index(shard.index)[7]
+    data = bytearray(shard.tar.read_bytes())
+    data[sample[0].offset + 30] ^= 8
+    shard.tar.write_bytes(data)
+    key = sample[0].name.partition(".")[0]
+    code, _, err = call("shards", "verify", copied.directory, "--no-decode", "--workers", "1")
+    assert code == 2
+    assert f"fault: train-000001: sample {key}: the bytes of its .tif changed" in err.splitlines()
+    assert "--quarantine" in err.splitlines()[-1]
+    code, out, _ = call("shards", "verify", copied.directory, "--quarantine", "--workers", "1")
+    assert code == 0
+    assert out.splitlines()[0] == f"left out: train-000001: sample {key}: the bytes of its .tif changed"
+    code, out, _ = call("shards", "verify", copied.directory, "--workers", "1")
+    assert (code, out) == (0, f"4 shards, {len(built.shards.tiles()) - 1} tiles: all well\n")
+
+
+def test_labels_of_films(call, refused, copied, manifest, tmp_path):
+    from shards.manifest import write_manifest
+
+    frame = read_manifest(manifest)
+    frame["label:malignant"] = pd.array([1, 0, None, 0] * 2, dtype="Int8")
+    frame["label:birads_4"] = pd.array([0, 1] * 4, dtype="Int8")
+    write_manifest(frame, tmp_path / "m.parquet")
+    labels = ["shards", "labels", copied.directory, "--output", tmp_path / "l.csv"]
+    films = [*labels, "--manifest", tmp_path / "m.parquet", "--image-labels"]
+    tiles = copied.tiles()
+    for names in (["malignant"], ["birads_4", "malignant"], ["birads_4,malignant"], ["all"]):
+        code, out, err = call(*films, *names)
+        assert code == 0, err
+        table = pd.read_csv(tmp_path / "l.csv")
+        classes = ["birads_4", "malignant"] if names == ["all"] else names[0].split(",") + names[1:]
+        assert table.columns.tolist() == ["tile_path", *classes]
+        assert table["tile_path"].tolist() == tiles["key"].tolist()
+        for name in classes:
+            by_film = frame.set_index("image_id")[f"label:{name}"].astype("Float64")
+            expected = by_film.reindex(tiles["image_id"]).to_numpy(float, na_value=np.nan)
+            np.testing.assert_array_equal(table[name].to_numpy(float), expected)
+    # Beside boxes.
+    row = tiles.iloc[5]
+    box = {"image_id": row.image_id, "label": "mass", "xmin": row.x, "ymin": row.y, "xmax": row.x + 9, "ymax": row.y + 9}
+    pd.DataFrame([box]).to_parquet(tmp_path / "boxes.parquet")
+    pd.DataFrame([box | {"label": "malignant"}]).to_parquet(tmp_path / "clash.parquet")
+    assert call(*films, "malignant", "--findings", tmp_path / "boxes.parquet")[0] == 0
+    table = pd.read_csv(tmp_path / "l.csv")
+    assert table.columns.tolist() == ["tile_path", "mass", "malignant"]
+    assert table.loc[5, "mass"] == 1
+    # What cannot be.
+    frame["image_id"] += "_other"
+    write_manifest(frame, tmp_path / "other.parquet")
+    bare = frame.drop(columns=["label:malignant", "label:birads_4"])
+    write_manifest(bare, tmp_path / "bare.parquet")
+    (tmp_path / "l.csv").unlink()
+    other, bare = (["--manifest", tmp_path / f"{name}.parquet", "--image-labels", "all"] for name in ("other", "bare"))
+    for arguments, message in [
+        (labels, "give --findings, or --manifest with --image-labels"),
+        ([*labels, "--manifest", tmp_path / "m.parquet"], "give --findings, or --manifest with --image-labels"),
+        ([*labels, "--image-labels", "all"], "give --findings, or --manifest with --image-labels"),
+        ([*films, "malignent"], "no label 'malignent' (did you mean 'malignant'?)"),
+        ([*films, "all", "--findings", tmp_path / "clash.parquet"], "'malignant' is a label of both"),
+        ([*labels, *other], "has none of the films"),
+        ([*labels, *bare], "the manifest has no labels"),
+    ]:
+        assert message in refused(*arguments)
+
+
+def test_unpack_and_pack(call, refused, built, tmp_path):
+    shards = built.shards.directory
+    tiles, packed = tmp_path / "tiles", tmp_path / "packed"
+    code, out, err = call("shards", "unpack", shards, "--split", "train", "--output-dir", tiles, "--workers", "1")
+    assert code == 0, err
+    count = len(built.shards.tiles("train"))
+    assert f"{count} tiles -> {tiles}" in out
+    assert len(list(tiles.glob("*.png"))) == count
+    pack = ["shards", "pack", "--csv", tiles / "tiles.csv", "--tiles-dir", tiles, "--output-dir", packed, "--workers", "1"]
+    victim = next(tiles.glob("*.png"))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:50])
+    code, out, err = call(*pack, "--max-bad", "0")
+    assert code == 3
+    assert f"no tiles: {victim.name.partition('_y')[0]}: image {victim.stem} cannot be read" in err
+    assert f"{count - 1} tiles packed, 1 left out" in out
+    for path in packed.glob("*.parquet"):
+        path.unlink()
+    victim.write_bytes(whole)
+    code, out, err = call(*pack)
+    assert code == 0, err
+    assert f"{count} tiles packed, 0 left out -> {packed}; labels: {packed / 'tiles.csv'}" in out
+    assert call("shards", "verify", packed, "--workers", "1")[1] == f"1 shards, {count} tiles: all well\n"
+    assert call("shards", "info", packed)[0] == 0
+    assert "--seed 0, not 1" in refused(*pack, "--seed", "1")
+
+
 @pytest.mark.parametrize(("limit", "code"), [("1", 0), ("5%", 3)])
 def test_bad_films_and_the_limit(call, manifest, tmp_path, limit, code):
     from shards.manifest import write_manifest
@@ -190,6 +333,7 @@ def test_bad_films_and_the_limit(call, manifest, tmp_path, limit, code):
     got, out, err = call(
         *["shards", "build", "--manifest", tmp_path / "manifest.parquet", "--output-dir", tmp_path / "s", "--max-bad", limit],
         *["--tile-size", "128", "--stride", "128", "--device", "cpu", "--min-nonzero", "0.3", "--min-intensity", "5"],
+        *["--workers", "1"],
     )
     assert got == code, err
     images = open_shards(tmp_path / "s").images().set_index("image_id")
@@ -396,4 +540,5 @@ def test_every_help_names_every_option(call):
             ):
                 assert "default" in record, (path, param.name)
     assert set(mammostream.COMMANDS) < set(seen)
-    assert {"shards build", "shards verify", "shards info", "shards labels"} < set(seen)
+    expected = ("build", "finish", "verify", "info", "labels", "pack", "unpack")
+    assert {f"shards {name}" for name in expected} < set(seen)

@@ -160,6 +160,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
         bright = (tiles["mean_intensity"] > tiles["mean_intensity"].median()).astype(float)
         bright.iloc[::9] = np.nan
         labels["bright"] = bright.to_numpy()
+        labels["simulated_calcification"] = labels["simulated_calcification"].astype(float)
+        labels.loc[4::11, "simulated_calcification"] = np.nan
         labels.to_csv(path, index=False)
     yield road
     _remove_checkpoints(road.root)

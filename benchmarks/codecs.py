@@ -1,0 +1,123 @@
+"""The tile codecs side by side on real 512 x 512 tiles: bytes, encoding, decoding, exactness. Prints a Markdown table.
+
+Run it as ``python benchmarks/codecs.py`` with the folder of this project on ``PYTHONPATH``. Every round measures every codec
+once, so that a busy moment hits them alike; the table has the medians. Encoding runs on one thread, as it does in a build
+with ``--threads 1``; DALI decodes on all cores, and on the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import click
+import numpy as np
+from machine import TILE, describe, real_tiles
+
+
+@dataclass
+class Result:
+    """What the rounds gave for one codec at one depth."""
+
+    payloads: list[bytes]
+    exact: bool
+    encode: list[float] = field(default_factory=list)  # tiles a second, a value a round
+    decode: list[float] = field(default_factory=list)
+    dali: dict[str, list[float]] = field(default_factory=dict)
+    dali_exact: bool = True
+
+
+def decoder(codec: str, bits: int, device: str, batch_size: int, threads: int) -> Callable[[list[bytes]], np.ndarray]:
+    """Return a function that decodes a batch of payloads with DALI to (N, 512, 512) on the host."""
+    from nvidia.dali import Pipeline, fn, types
+
+    kind = types.UINT8 if bits == 8 else types.UINT16
+    batch: list[np.ndarray] = []
+    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=0 if device == "gpu" else None)
+    with pipeline:
+        raw = fn.external_source(lambda: batch, batch=True)
+        if codec == "raw":
+            tile = fn.reinterpret(raw, shape=[TILE, TILE, 1], dtype=kind)
+            tile = tile.gpu() if device == "gpu" else tile
+        else:
+            where = "mixed" if device == "gpu" else "cpu"
+            tile = fn.decoders.image(raw, device=where, output_type=types.GRAY, dtype=kind)
+        pipeline.set_outputs(tile)
+    pipeline.build()
+
+    def decode(payloads: list[bytes]) -> np.ndarray:
+        batch[:] = [np.frombuffer(p, np.uint8) for p in payloads]
+        (out,) = pipeline.run()
+        out = out.as_cpu() if device == "gpu" else out
+        return out.as_array()[..., 0]
+
+    return decode
+
+
+def rate(function: Callable[[], object], count: int) -> float:
+    """Return how many of `count` items a second `function` deals with."""
+    start = time.perf_counter()
+    function()
+    return count / (time.perf_counter() - start)
+
+
+@click.command()
+@click.option("--tiles", "count", default=96, help="Real tiles, evenly from the 8 films.")
+@click.option("--rounds", default=5, help="Rounds; the table has the medians.")
+@click.option("--threads", default=0, help="DALI's threads; 0 = one a core.")
+def main(count: int, rounds: int, threads: int) -> None:
+    """Measure every codec at 8 and 16 bits."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # DALI warns of each HTJ2K tile
+
+    from dali_pipelines.pipelines import types  # noqa: F401  DALI itself, before the clock starts
+    from shards.codecs import CODECS, decode, encode
+    from shards.plan import resolve_device
+
+    threads = threads or len(os.sched_getaffinity(0))
+    devices = ["cpu", "gpu"] if resolve_device("auto") == "cuda" else ["cpu"]
+    batch_size = 32
+    sixteen = real_tiles(count // batch_size * batch_size)
+    tiles = {8: (sixteen >> 8).astype(np.uint8), 16: sixteen}
+    results: dict[tuple[int, str], Result] = {}
+    dali = {}
+    for bits, stack in tiles.items():
+        for name, codec in CODECS.items():
+            if bits > codec.bits:
+                continue
+            payloads = [encode(tile, name) for tile in stack]
+            exact = all((decode(p, name) == tile).all() for p, tile in zip(payloads, stack, strict=True))
+            results[bits, name] = Result(payloads, exact)
+            for device in devices:
+                dali[bits, name, device] = decoder(name, bits, device, batch_size, threads)
+                first = dali[bits, name, device](payloads[:batch_size])  # warm-up
+                results[bits, name].dali_exact &= bool((first == stack[:batch_size]).all())
+    for _ in range(rounds):
+        for (bits, name), result in results.items():
+            stack = tiles[bits]
+            result.encode.append(rate(lambda stack=stack, name=name: [encode(t, name) for t in stack], len(stack)))
+            payloads = result.payloads
+            result.decode.append(rate(lambda p=payloads, name=name: [decode(d, name) for d in p], len(stack)))
+            batches = [payloads[i : i + batch_size] for i in range(0, len(payloads), batch_size)] * 4
+            for device in devices:
+                run = dali[bits, name, device]
+                rates = result.dali.setdefault(device, [])
+                rates.append(rate(lambda run=run, batches=batches: [run(b) for b in batches], batch_size * len(batches)))
+
+    median = statistics.median
+    click.echo(f"{describe()}\n\n{len(sixteen)} tiles of {TILE}×{TILE}, {rounds} rounds, DALI with {threads} threads.\n")
+    heads = [f"DALI {d.upper()} decode, tiles/s" for d in devices]
+    click.echo(f"| bits | codec | bytes a tile | of raw | encode, tiles/s | decode, tiles/s | {' | '.join(heads)} | exact |")
+    click.echo("|" + "---|" * (7 + len(devices)))
+    for (bits, name), r in results.items():
+        size = sum(map(len, r.payloads)) / len(r.payloads)
+        speeds = [median(r.encode), median(r.decode), *(median(r.dali[d]) for d in devices)]
+        exact = "yes" if r.exact and r.dali_exact else "no (lossy)" if not CODECS[name].lossless else "NO"
+        cells = " | ".join(f"{s:,.0f}" for s in speeds)
+        click.echo(f"| {bits} | {name} | {size:,.0f} | {size / (TILE * TILE * bits / 8):.0%} | {cells} | {exact} |")
+
+
+if __name__ == "__main__":
+    main()

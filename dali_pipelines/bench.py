@@ -1,0 +1,360 @@
+"""``mammostream bench loader``: the same views from several libraries, measured in turns.
+
+Each contender lives in a process of its own, so that its CPU time and memory are its own, and waits while another one runs.
+A round gives each contender one turn; medians over the rounds are reported, and the ratio to ours is taken round by round, so
+that a machine that slows down in between slows down both.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from common.errors import BadInput
+from common.files import whole_file, write_text
+from common.normalisation import MEAN, STD
+from common.progress import progress
+from dali_pipelines.recipes import View
+from shards.reading import Shard, ShardSet
+
+OURS = "mammostream"
+_DISCARDED = 6  # batches at the start of a turn: more than any contender has made ahead
+_CLOCK_TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender does: the same tiles, views and batch size, with as many workers."""
+
+    shards: tuple[Shard, ...]
+    tile_size: int
+    views: tuple[View, View]
+    batch_size: int
+    workers: int
+    device: str  # cpu | gpu
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of one contender.
+
+    Attributes
+    ----------
+    rate
+        Tiles a second.
+    cpu_ms
+        CPU time a tile in ms, of the contender and its workers.
+    memory_gib
+        Memory at the turn's end, shared pages counted once (proportional set size).
+    """
+
+    rate: float
+    cpu_ms: float
+    memory_gib: float
+
+
+def _ours(task: Task) -> Iterator[Any]:
+    from dali_pipelines.loaders import PretrainLoader
+
+    loader = PretrainLoader(
+        task.shards,
+        batch_size=task.batch_size,
+        views=task.views,
+        tile_size=task.tile_size,
+        mean=MEAN,
+        std=STD,
+        device=task.device,
+        num_threads=task.workers,
+    )
+    while True:
+        yield from loader
+
+
+def _decode_only(task: Task) -> Iterator[Any]:
+    from dali_pipelines.loaders import LabelledLoader
+
+    loader = LabelledLoader(
+        task.shards,
+        batch_size=task.batch_size,
+        tile_size=task.tile_size,
+        mean=MEAN,
+        std=STD,
+        shuffle=True,
+        device=task.device,
+        num_threads=task.workers,
+    )
+    while True:
+        yield from loader
+
+
+def _synthetic(task: Task) -> Iterator[Any]:
+    import torch
+
+    shape = (task.batch_size, 1, task.tile_size, task.tile_size)
+    views = [torch.randn(shape, device=_torch_device(task)) for _ in range(2)]
+    while True:
+        yield views
+
+
+def _opencv(task: Task) -> Iterator[Any]:
+    from dali_pipelines.baselines import OpenCVViews
+
+    yield from _in_workers(task, OpenCVViews(task.views, _form(task)))
+
+
+def _torchvision(task: Task) -> Iterator[Any]:
+    from dali_pipelines.baselines import TorchvisionViews
+
+    yield from _in_workers(task, TorchvisionViews(task.views, _form(task)))
+
+
+def _kornia(task: Task) -> Iterator[Any]:
+    from dali_pipelines.baselines import kornia_view, unit_tile
+
+    views = [kornia_view(view, _form(task)) for view in task.views]
+    for (tiles,) in _in_workers(task, lambda tile: (unit_tile(tile),)):
+        yield [view(tiles) for view in views]
+
+
+def _in_workers(task: Task, transform: Callable) -> Iterator[Any]:
+    from dali_pipelines.baselines import TileDataset, batches
+
+    for batch in batches(TileDataset(task.shards, transform), task.batch_size, task.workers, task.device):
+        yield [tensor.to(_torch_device(task), non_blocking=True) for tensor in batch]
+
+
+def _form(task: Task) -> Any:
+    from dali_pipelines.intensity import ImageFormat
+
+    return ImageFormat(task.tile_size, MEAN, STD)
+
+
+def _torch_device(task: Task) -> str:
+    return "cuda" if task.device == "gpu" else "cpu"
+
+
+# name -> (what makes its batches, the packages it needs, what it does)
+CONTENDERS: dict[str, tuple[Callable[[Task], Iterator[Any]], tuple[str, ...], str]] = {
+    OURS: (_ours, (), "both views in one DALI graph"),
+    "opencv": (_opencv, ("cv2",), "OpenCV in a DataLoader: one homography, one pass over the intensities"),
+    "torchvision": (_torchvision, ("torchvision",), "torchvision.transforms.v2 in a DataLoader"),
+    "kornia": (_kornia, ("kornia",), "decoding in a DataLoader, kornia on whole batches on the device"),
+    "decode only": (_decode_only, (), "our reader and decoder, no views"),
+    "synthetic": (_synthetic, (), "the same two tensors again and again"),
+}
+
+
+RIVALS = ("opencv", "torchvision", "kornia")  # which do our work; the other contenders do less
+
+
+def installed() -> list[str]:
+    """Return the contenders whose packages are there."""
+    return [
+        name for name, (_, packages, _) in CONTENDERS.items() if all(importlib.util.find_spec(package) for package in packages)
+    ]
+
+
+def measure(task: Task, names: Sequence[str], rounds: int, seconds: float) -> dict[str, list[Turn]]:
+    """Give each contender one turn a round and return their turns by name.
+
+    Parameters
+    ----------
+    task
+        What they do.
+    names
+        Contenders, in the order of the first round; every other round runs backwards.
+    rounds
+        Turns of each.
+    seconds
+        Least length of a turn.
+
+    Raises
+    ------
+    BadInput
+        A contender fails.
+    """
+    # Fresh interpreters: nothing of one contender is in another's memory.
+    context = multiprocessing.get_context("spawn")
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
+    children: dict[str, tuple[Any, Connection]] = {}
+    try:
+        for name in names:
+            ours, theirs = context.Pipe()
+            child = context.Process(target=_serve, args=(theirs, name, task))
+            child.start()
+            theirs.close()
+            children[name] = (child, ours)
+        order = [name for number in range(rounds) for name in (names if number % 2 == 0 else names[::-1])]
+        for name in names:
+            _answer(name, *children[name])
+        for name in progress(order, "measuring", "turn"):
+            child, connection = children[name]
+            connection.send(seconds)
+            turns[name].append(_answer(name, child, connection))
+    finally:
+        for child, connection in children.values():
+            connection.close()  # which ends the child
+            child.join(timeout=10)
+            child.kill()
+    return turns
+
+
+def _answer(name: str, child: Any, connection: Connection) -> Any:
+    try:
+        answer = connection.recv()
+    except EOFError:
+        child.join()
+        raise BadInput(f"contender '{name}' ended with exit code {child.exitcode}; its error stands above") from None
+    if isinstance(answer, str):
+        raise BadInput(f"contender '{name}': {answer}")
+    return answer
+
+
+def _serve(connection: Connection, name: str, task: Task) -> None:
+    """Run in a contender's process: make batches until told the next turn's length, and answer with the turn."""
+    make = CONTENDERS[name][0]
+    try:
+        made = make(task)
+        next(made)
+        connection.send(True)
+        while True:
+            connection.send(_take_turn(made, connection.recv(), task))
+    except (EOFError, ConnectionResetError):  # the parent needs no more
+        pass
+    except BadInput as error:
+        connection.send(str(error))
+
+
+def _take_turn(made: Iterator[Any], seconds: float, task: Task) -> Turn:
+    for _ in range(_DISCARDED):
+        next(made)
+    tiles, cpu, start = 0, _cpu_seconds(), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        tiles += len(next(made)[0])
+    if task.device == "gpu":
+        import torch
+
+        torch.cuda.synchronize()
+    elapsed = time.perf_counter() - start
+    return Turn(tiles / elapsed, 1000 * (_cpu_seconds() - cpu) / tiles, _memory_bytes() / 2**30)
+
+
+def _family() -> list[int]:
+    """Return this process's id and those of its children, which have none themselves."""
+    children = Path("/proc/self/task").glob("*/children")
+    return [os.getpid(), *(int(pid) for file in children for pid in file.read_text().split())]
+
+
+def _cpu_seconds() -> float:
+    total = 0
+    for pid in _family():
+        # The second field, the name, may hold spaces; user and system time are the 14th and 15th.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / _CLOCK_TICK
+
+
+def _memory_bytes() -> int:
+    total = 0
+    for pid in _family():
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+    return total
+
+
+def describe(task: Task, shards: ShardSet, recipe: str, rounds: int, seconds: float) -> list[str]:
+    """Return the lines that a table of figures needs above it: machine, versions, task."""
+    import torch
+
+    cpu = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = [f"Python {platform.python_version()}"]
+    versions += sorted({f"{d.metadata['Name']} {d.version}" for d in importlib.metadata.distributions() if _matters(d)})
+    tiles = sum(shard.tiles for shard in task.shards)
+    return [
+        f"Hardware: {len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GiB, {gpu}.",
+        f"Versions: {', '.join(versions)}.",
+        f"Task: {tiles} tiles of {task.tile_size}×{task.tile_size} pixels, {shards.meta['bits']} bits, codec "
+        f"{shards.codec}; recipe {recipe}, two views a tile in float32, batches of {task.batch_size}, {task.workers} threads "
+        f"or worker processes, on the {'GPU' if task.device == 'gpu' else 'CPU'}.",
+        f"Method: {rounds} rounds of turns of {seconds:g} s in alternating order, each contender in a process of its own; "
+        "medians; tiles read before, so from the page cache.",
+    ]
+
+
+def _matters(distribution: importlib.metadata.Distribution) -> bool:
+    name = distribution.metadata["Name"].lower().replace("_", "-")
+    exact = name in ("torch", "torchvision", "kornia", "imagecodecs", "numpy")
+    return exact or name.startswith(("nvidia-dali", "opencv-python"))
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def table(turns: dict[str, list[Turn]]) -> str:
+    """Return a Markdown table of the medians, a row a contender."""
+    lines = [
+        "| contender | two-view tiles/s | lowest-highest | mammostream is | CPU ms/tile | memory GiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, all_turns in turns.items():
+        rates = [turn.rate for turn in all_turns]
+        times = "–"
+        if name in RIVALS and OURS in turns:
+            ratios = [ours.rate / turn.rate for ours, turn in zip(turns[OURS], all_turns, strict=True)]
+            times = f"{statistics.median(ratios):.2f}×"
+        cpu, memory = (statistics.median(getattr(t, field) for t in all_turns) for field in ("cpu_ms", "memory_gib"))
+        lines.append(
+            f"| {name}: {CONTENDERS[name][2]} | {_figure(statistics.median(rates))} | {_figure(min(rates))}-"
+            f"{_figure(max(rates))} | {times} | {cpu:.2f} | {memory:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _figure(rate: float) -> str:
+    return f"{rate:,.0f}" if rate < 1e6 else "over a million"
+
+
+def draw(turns: dict[str, list[Turn]], path: Path, title: str) -> None:
+    """Draw the rates as bars, with the lowest and highest turn; the synthetic one, which is far off, is left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = {name: [turn.rate for turn in all_turns] for name, all_turns in turns.items() if name != "synthetic"}
+    medians = [statistics.median(rates) for rates in shown.values()]
+    spread = [
+        [m - min(rates) for m, rates in zip(medians, shown.values(), strict=True)],
+        [max(rates) - m for m, rates in zip(medians, shown.values(), strict=True)],
+    ]
+    figure = Figure(figsize=(7, 0.5 * len(shown) + 1.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = ["#1769aa" if name == OURS else "#d0d7dc" if name == "decode only" else "#9aa7b0" for name in shown]
+    axes.barh(list(shown), medians, xerr=spread, color=colours, error_kw={"elinewidth": 1, "ecolor": "#39444b"})
+    for position, median in enumerate(medians):
+        axes.text(0, position, f" {median:.0f}", va="center", color="white" if position == 0 else "black", fontsize=9)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("tiles a second, two views each", fontsize=9)
+    axes.set_title(title, fontsize=10)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def write_report(path: Path, title: str, lines: Sequence[str], markdown: str, chart: Path, command: str) -> None:
+    """Write the table as a Markdown page with its description, its command and the chart beside it."""
+    body = "\n".join(f"- {line}" for line in lines)
+    write_text(path, f"# {title}\n\n{body}\n\n```\n{command}\n```\n\n{markdown}\n\n![{title}]({chart.name})\n")
