@@ -24,21 +24,7 @@ echo 4711
 """
 
 
-@pytest.fixture(scope="module")
-def manifest(cropped_films, tmp_path_factory):
-    """Half of the small films: 4 shards of one film each."""
-    from shards.annotations.folder import folder_rows
-    from shards.manifest import write_manifest
-
-    frame, _ = folder_rows(cropped_films, (), r"P\d")
-    frame = frame.iloc[::2].assign(pixel_spacing_mm=0.4, spacing_source="assumed")
-    frame["split"] = frame["patient_id"].map({"P0": "train", "P1": "val"})
-    path = tmp_path_factory.mktemp("manifest") / "manifest.parquet"
-    write_manifest(frame, path)
-    return path
-
-
-TILING = ["--tile-size", "64", "--stride", "48", "--images-per-shard", "1", "--device", "cpu"]
+TILING = ["--tile-size", "64", "--stride", "48", "--images-per-shard", "2", "--device", "cpu"]
 
 
 def run(*command, **environment):
@@ -58,19 +44,10 @@ def files(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "config.yaml"}
 
 
-@pytest.fixture(scope="module")
-def expected(manifest, tmp_path_factory):
+@pytest.fixture
+def expected(built):
     """The files of a build by one process."""
-    from shards.build import build_all
-    from shards.manifest import read_manifest
-    from shards.merge import finish
-    from shards.plan import BuildConfig, make_plan
-
-    directory = tmp_path_factory.mktemp("expected")
-    config = BuildConfig(tile_size=64, stride=48, images_per_shard=1, device="cpu")
-    build_all(make_plan(read_manifest(manifest), directory, config))
-    finish(directory)
-    return files(directory)
+    return files(built.shards.directory)
 
 
 @pytest.fixture
