@@ -57,7 +57,7 @@ def make_shards(film: np.ndarray) -> Callable[..., Tiles]:
             tar = directory / f"train-{i:06d}.tar"
             archive.write_archive(tar, samples)
             shards.append(Shard(tar, tar.with_suffix(".idx"), "train", count))
-        return Tiles(shards, pixels)
+        return Tiles(shards, pixels, TILE)
 
     return make
 

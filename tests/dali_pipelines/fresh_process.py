@@ -18,7 +18,7 @@ class Tiles:
 
     shards: list[Shard]
     pixels: dict[int, np.ndarray]
-    size: int = TILE
+    size: int
 
 
 def call(connection: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
