@@ -19,7 +19,8 @@ from pathlib import Path
 import click
 import numpy as np
 import pandas as pd
-from machine import describe
+
+from common.machine import describe
 
 VARIANTS = [(1, 1), (2, 1), (1, 2)]  # workers, threads of each
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 
 import click
 import numpy as np
-from machine import TILE, describe, real_tiles
+from tiles import TILE, real_tiles
+
+from common.machine import describe
 
 
 @dataclass

@@ -18,7 +18,8 @@ from pathlib import Path
 import click
 import numpy as np
 import pandas as pd
-from machine import describe
+
+from common.machine import describe
 
 
 def simulated_manifest(films: int) -> pd.DataFrame:

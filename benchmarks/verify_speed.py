@@ -18,7 +18,9 @@ from pathlib import Path
 import click
 import numpy as np
 import pandas as pd
-from machine import describe, real_tiles
+from tiles import real_tiles
+
+from common.machine import describe
 
 TILES_PER_FILM = 60
 VARIANTS = [("--no-decode", 1), ("--no-decode", 2), ("--decode", 1), ("--decode", 2)]

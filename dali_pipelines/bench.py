@@ -7,11 +7,9 @@ that a machine that slows down in between slows down both.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 
 from common.errors import BadInput
 from common.files import whole_file, write_text
+from common.machine import describe
 from common.normalisation import MEAN, STD
 from common.progress import progress
 from dali_pipelines.recipes import View
@@ -272,36 +271,17 @@ def _memory_bytes() -> int:
     return total
 
 
-def describe(task: Task, shards: ShardSet, recipe: str, rounds: int, seconds: float) -> list[str]:
+def describe_task(task: Task, shards: ShardSet, recipe: str, rounds: int, seconds: float) -> list[str]:
     """Return the lines that a table of figures needs above it: machine, versions, task."""
-    import torch
-
-    cpu = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    versions = [f"Python {platform.python_version()}"]
-    versions += sorted({f"{d.metadata['Name']} {d.version}" for d in importlib.metadata.distributions() if _matters(d)})
     tiles = sum(shard.tiles for shard in task.shards)
     return [
-        f"Hardware: {len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GiB, {gpu}.",
-        f"Versions: {', '.join(versions)}.",
+        describe(),
         f"Task: {tiles} tiles of {task.tile_size}×{task.tile_size} pixels, {shards.meta['bits']} bits, codec "
         f"{shards.codec}; recipe {recipe}, two views a tile in float32, batches of {task.batch_size}, {task.workers} threads "
         f"or worker processes, on the {'GPU' if task.device == 'gpu' else 'CPU'}.",
         f"Method: {rounds} rounds of turns of {seconds:g} s in alternating order, each contender in a process of its own; "
         "medians; tiles read before, so from the page cache.",
     ]
-
-
-def _matters(distribution: importlib.metadata.Distribution) -> bool:
-    name = distribution.metadata["Name"].lower().replace("_", "-")
-    exact = name in ("torch", "torchvision", "kornia", "imagecodecs", "numpy")
-    return exact or name.startswith(("nvidia-dali", "opencv-python"))
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def table(turns: dict[str, list[Turn]]) -> str:
@@ -329,26 +309,23 @@ def _figure(rate: float) -> str:
 
 
 def draw(turns: dict[str, list[Turn]], path: Path, title: str) -> None:
-    """Draw the rates as bars, with the lowest and highest turn; the synthetic one, which is far off, is left out."""
+    """Draw the rates of those that do the work as bars, with the lowest and highest turn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = {name: [turn.rate for turn in all_turns] for name, all_turns in turns.items() if name != "synthetic"}
-    medians = [statistics.median(rates) for rates in shown.values()]
-    spread = [
-        [m - min(rates) for m, rates in zip(medians, shown.values(), strict=True)],
-        [max(rates) - m for m, rates in zip(medians, shown.values(), strict=True)],
-    ]
+    shown = {name: [turn.rate for turn in turns[name]] for name in (OURS, *RIVALS) if name in turns}
     figure = Figure(figsize=(7, 0.5 * len(shown) + 1.1), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colours = ["#1769aa" if name == OURS else "#d0d7dc" if name == "decode only" else "#9aa7b0" for name in shown]
-    axes.barh(list(shown), medians, xerr=spread, color=colours, error_kw={"elinewidth": 1, "ecolor": "#39444b"})
-    for position, median in enumerate(medians):
-        axes.text(0, position, f" {median:.0f}", va="center", color="white" if position == 0 else "black", fontsize=9)
+    for position, (name, rates) in enumerate(shown.items()):
+        low, median, high = min(rates), statistics.median(rates), max(rates)
+        axes.barh(position, median, color="#1769aa" if name == OURS else "#9aa7b0")
+        axes.plot([low, high], [position] * 2, color="#39444b", linewidth=1)
+        axes.text(high, position, f"  {median:,.0f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(shown)), list(shown))
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("tiles a second, two views each", fontsize=9)
+    axes.set_xlabel("tiles a second, two views each; lines: lowest to highest turn", fontsize=9)
     axes.set_title(title, fontsize=10)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -47,7 +47,7 @@ def loader(
     views: what is left for views) and synthetic (no data at all: what a training loop itself costs). They take turns, each in a
     process of its own. Prints a Markdown table.
     """
-    from dali_pipelines.bench import CONTENDERS, Task, describe, draw, installed, measure, table, write_report
+    from dali_pipelines.bench import CONTENDERS, Task, describe_task, draw, installed, measure, table, write_report
     from dali_pipelines.recipes import RECIPES, views_from_yaml
     from shards.reading import open_shards
 
@@ -72,7 +72,7 @@ def loader(
         device=device,
     )
     turns = measure(task, [name for name in CONTENDERS if name in (only or installed())], rounds, seconds)
-    lines = describe(task, shards, recipe if views_file is None else views_file.name, rounds, seconds)
+    lines = describe_task(task, shards, recipe if views_file is None else views_file.name, rounds, seconds)
     markdown = table(turns)
     click.echo("\n".join(lines) + "\n\n" + markdown)
     if output is not None:

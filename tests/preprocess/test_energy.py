@@ -88,6 +88,7 @@ def slow_response(image, mask, spacing):
 def test_response_is_what_the_definition_says(film, spacing):
     image, mask = film
     image, mask = image[700:840, :120].astype(np.float32), mask[175:210, :30]
+    image[60:63, 40:43] += 0.3  # a speck must not raise the noise that it is measured by
     mask = mask & (np.arange(35)[:, None] < 30)
     expected = slow_response(image, mask, spacing)
     response = speck_response(image, mask, spacing)
@@ -147,6 +148,18 @@ def test_many_specks_count_more_than_one_bright_one(film):
     )
     assert bright < 4 * one  # ten times as bright
     assert many > 6 * one
+
+
+def test_a_bright_speck_does_not_raise_the_noise_that_others_are_measured_by(film):
+    image, mask = film
+    lit = image.copy()
+    lit[500:503, 400:403] += 0.5
+    before, after = (speck_response(i.astype(np.float32), mask, SPACING) for i in (image, lit))
+    assert after[501, 401] > 50
+    around = np.ones((80, 80), bool)
+    around[30:53, 30:53] = False  # but for the speck itself
+    ratio = (after[460:540, 360:440] / before[460:540, 360:440])[around]
+    assert np.median(ratio) > 0.97
 
 
 def test_dark_specks_count_little(film):

@@ -285,6 +285,19 @@ def dust(film):
 
 
 @change(0.97)
+def hole_in_the_breast(film):
+    """Nothing where a fatty lump of 20 mm lies: holes are filled."""
+
+    def paint(pixels, mask):
+        depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+        row, column = 2 * np.array(np.unravel_index(depth.argmax(), depth.shape))
+        rows, columns = np.ogrid[: pixels.shape[0], : pixels.shape[1]]
+        pixels[np.hypot(rows - row, columns - column) < 50] = 0
+
+    return _painted(film, paint)
+
+
+@change(0.97)
 def background_of_zeros(film):
     near = np.kron(ndimage.binary_dilation(film.found.mask, iterations=3), np.ones((2, 2), bool))
     return mask_of(film.pixels * near[: film.pixels.shape[0], : film.pixels.shape[1]]), film.found.mask

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from film_outlines import BORDERS, BREASTS, LETTERS
@@ -191,7 +193,10 @@ def test_any_image_gives_tiles_or_says_why_not(kind, shape, dtype, spacings, con
     assert np.isfinite(film.image).all()
     assert ((film.image >= 0) & (film.image <= 1)).all()
     assert np.isfinite(film.response).all()
-    assert ("padded" in film.flags) == (min(round(n / film.scale) for n in shape) < size)
+    whole = abs(film.scale - round(film.scale)) < 1e-3
+    resampled = [math.ceil(n / round(film.scale)) if whole else max(1, round(n / film.scale)) for n in shape]
+    assert ("padded" in film.flags) == (min(resampled) < size)
+    assert film.image.shape == tuple(max(n, size if "padded" in film.flags else 0) for n in resampled)
     assert ("cluster_not_held" in film.flags) == (counts["clusters_unheld"] > 0)
     assert ("no_spacing" in film.flags) == (spacings[0] is None)
     for index in range(counts["kept"]):
@@ -243,6 +248,35 @@ def test_rescue_tiles_hold_clusters_near_the_skin(films):
     assert np.mean(without) < 0.8
     assert rescues >= sum(held) - sum(without) - 5  # one tile may hold two
     assert flagged >= held.count(False)  # what no tile can hold is said
+
+
+@pytest.mark.parametrize(
+    ("spacing", "target"), [(0.05, None), (0.1, None), (0.14, None), (0.1, 0.05), (0.05, 0.1), (0.1, 0.13)]
+)
+def test_specks_are_measured_in_millimetres_at_any_pixel_size(spacing, target):
+    """A simulated breast with film grain and 6 specks of 0.4 mm on a circle of 5 mm."""
+    rows, columns = np.mgrid[: round(80 / spacing), : round(50 / spacing)] * spacing
+    breast = (rows - 40) ** 2 + columns**2 < 35**2
+    film = 20000.0 * breast + np.random.default_rng(0).normal(0, 12 / spacing, breast.shape)
+    angles = np.arange(6) * np.pi / 3
+    specks = np.stack([30 + 2.5 * np.sin(angles), 15 + 2.5 * np.cos(angles)], axis=1)
+    for y, x in specks:
+        film += 6000 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 2 / 0.15**2)
+    pixels = np.clip(film, 0, 65535).astype(np.uint16)
+    config = TilingConfig(tile_size=64, stride=64, pixel_spacing=target)
+    tiled = tile_film(Mammogram(pixels, Header(*pixels.shape, bits=16, spacing_mm=spacing)), config)
+    pixel = target or spacing
+    # One cluster: the box of its specks and a margin of 1 mm.
+    assert len(tiled.selection.clusters) == 1
+    (xmin, ymin, xmax, ymax) = tiled.selection.clusters[0] * pixel
+    (top, left), (bottom, right) = specks.min(axis=0), specks.max(axis=0)
+    assert (xmin, ymin, xmax, ymax) == pytest.approx((left - 1, top - 1, right + 1, bottom + 1), abs=0.25)
+    # Specks count from 1.2 mm inside the skin line and the chest wall on.
+    rows, columns = ((np.arange(n) + 0.5) * pixel * tiled.response_scale for n in tiled.response.shape)
+    counted = tiled.response != 0
+    assert columns[counted.any(axis=0)].min() == pytest.approx(1.2, abs=0.4)
+    distance = np.hypot(rows[:, None] - 40, columns[None, :])
+    assert distance[counted].max() == pytest.approx(35 - 1.2, abs=0.8)
 
 
 def test_no_rescue_tiles_where_they_are_not_asked_for(films):

