@@ -59,7 +59,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 @click.command()
-@click.option("--copies", default=12, help="Times that each of the 8 films is built.")
+@click.option("--copies", default=32, help="Times that each of the 8 films is built.")
 @click.option("--rounds", default=3, help="Rounds; the table has the medians.")
 @click.option("--bits", type=click.Choice(["8", "16"]), default="8", help="Depth of the films.")
 def main(copies: int, rounds: int, bits: str) -> None:

@@ -89,7 +89,7 @@ def test_killed_at_random_moments_and_finished(manifest, build_at, tmp_path):
         # From the first file on: before that there is nothing to lose.
         wait_for(lambda: list(directory.glob(".*.tmp")), process)
         wait_for(lambda finished=finished: len(list(directory.glob("*-*.parquet"))) >= finished, process)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.03))
         workers = workers_of(process)
         process.kill()
         process.wait()
