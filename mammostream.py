@@ -22,10 +22,11 @@ COMMANDS = {
     "prepare": ("shards.prepare_command", "prepare", "Annotations and images -> manifest.parquet, split by patient."),
     "simulate": ("shards.commands", "simulate", "Plant simulated micro-calcification clusters into copies of films."),
     "preview": ("shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
-    "shards": ("shards.commands", "shards", "Build, verify, describe and label WebDataset shards of tiles."),
+    "shards": ("shards.commands", "shards", "Build, verify, label, pack and unpack WebDataset shards of tiles."),
     "pretrain": ("train.commands", "pretrain", "BYOL pre-training on shards."),
     "finetune": ("train.commands", "finetune", "Fine-tune a pre-trained backbone for multi-label classification."),
     "infer": ("train.commands", "infer", "Predict tiles of shards, or raw films with a heat map."),
+    "evaluate": ("train.commands", "evaluate", "Compare predictions with labels: figures with intervals, and plots."),
     "report": ("train.commands", "report", "One self-contained page of a run's data, curves and pictures."),
     "bench": ("mammostream", "bench", "Measurements, side by side with what others do."),
 }
@@ -57,7 +58,7 @@ class LazyGroup(Group):
 def cli() -> None:
     """Mammograms in, tiles out, shards on disk, a GPU that never waits.
 
-    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> report.
+    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> evaluate -> report.
     Exit codes: 0 done, 2 bad input (one line), 3 too many bad items.
     """
 

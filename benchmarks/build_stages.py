@@ -29,8 +29,10 @@ from pydicom.uid import RLELossless
 from preprocess.reading import read_mammogram
 from preprocess.segmentation import segment_breast
 from preprocess.tiling import TilingConfig, tile_film
-from shards.build import build_all, finish
+from shards.build import build_all
 from shards.codecs import encode
+from shards.launch import Launcher
+from shards.merge import finish
 from shards.plan import BuildConfig, make_plan
 
 SPACING_MM = 0.05
@@ -106,6 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
     print(f"NumPy {np.__version__}, device {arguments.device}; medians of {arguments.repeats} builds of 8 films.\n")
+    launcher = Launcher(threads=len(os.sched_getaffinity(0)))
     rows = []
     for form, bits in (("8-bit PNG", 8), ("16-bit PNG", 16), ("RLE DICOM", 16)):
         with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +118,7 @@ def main() -> None:
             for repeat in range(arguments.repeats + 1):
                 config = BuildConfig(device=arguments.device)
                 plan = make_plan(frame, Path(folder) / f"shards{repeat}", config)
-                _, seconds = timed(lambda plan=plan: (build_all(plan, workers=1), finish(plan)))
+                _, seconds = timed(lambda plan=plan: (build_all(plan, launcher), finish(plan.output_dir)))
                 rates.append(len(paths) / seconds)
             rate = statistics.median(rates[1:])  # the first build imports the libraries
             rows.append((form, rate, stages(paths, bits)))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 # How a disk says that it cannot take a file: the place is wrong or forbidden, or the room is used up.
-_WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS}
+_WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -165,7 +165,7 @@ def read_csv(path: Path, what: str, columns: Iterable[str] = ()) -> pd.DataFrame
     if not path.is_file():
         raise BadInput(f"{what} {path} does not exist; check the path")
     try:
-        text = dict.fromkeys(("patient_id", "study_id", "image_id"), str)
+        text = dict.fromkeys(("patient_id", "study_id", "image_id", "tile_path", "key"), str)
         # Without index_col=False a comma too many at the end of a line would move every column by one.
         frame = pd.read_csv(path, encoding="utf-8-sig", dtype=text, index_col=False)
     except (ValueError, OSError) as error:

@@ -86,7 +86,10 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, n
 
 
 def config_options(config: type) -> Callable[[Callable], Callable]:
-    """Decorate a command with one option per :func:`option` field of the dataclass `config`."""
+    """Decorate a command with one option per :func:`option` field of the dataclass `config`.
+
+    A ``tuple[str, ...]`` becomes a :class:`ListOption`, a bool ``--name/--no-name``.
+    """
     hints = typing.get_type_hints(config)
 
     def decorate(function: Callable) -> Callable:
@@ -99,6 +102,8 @@ def config_options(config: type) -> Callable[[Callable], Callable]:
                 kind = next(k for k in typing.get_args(kind) if k is not type(None))
             choices = field.metadata["choices"]
             extra: dict[str, Any] = {"type": click.Choice(choices) if choices else kind}
+            if typing.get_origin(kind) is tuple:  # of strings, with spaces or commas between them
+                extra = {"cls": ListOption, "callback": split_commas}
             if kind is bool:
                 flag, extra = f"{flag}/--no-{flag[2:]}", {}
             function = click.option(flag, field.name, default=field.default, help=field.metadata["help"], **extra)(function)

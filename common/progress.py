@@ -11,10 +11,13 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T] | None, what: str, unit: str, total: int | None = None, initial: int = 0) -> tqdm[T]:
+def progress(
+    items: Iterable[T] | None, what: str, unit: str, total: int | None = None, initial: int = 0, silent: bool = False
+) -> tqdm[T]:
     """Wrap `items` in a progress bar on stderr: a live line on a terminal, one line every 30 s in a log file.
 
-    What was there before (`initial`) does not count for the rate and the time left.
+    What was there before (`initial`) does not count for the rate and the time left. `silent` shows nothing: of several
+    processes one speaks.
     """
     interactive = sys.stderr.isatty()
     return tqdm(
@@ -26,4 +29,5 @@ def progress(items: Iterable[T] | None, what: str, unit: str, total: int | None 
         dynamic_ncols=interactive,
         mininterval=0.2 if interactive else 30,
         file=sys.stderr,
+        disable=silent,
     )

@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "backbones": ["build_backbone"],
         "byol": ["MammogramBYOL"],
-        "checkpoints": ["load_byol", "load_classifier"],
+        "checkpoints": ["load_byol", "load_classification_model", "load_classifier"],
         "classifier": ["MammogramClassifier"],
     },
 )

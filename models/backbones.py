@@ -1,21 +1,17 @@
-"""ResNet backbones for one-channel tiles, and the exact folding of three-channel weights into them."""
+"""ResNet backbones for one-channel tiles, with weights of their own, of ImageNet or of a file."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torchvision
 from torch import Tensor, nn
 
 from common.errors import BadInput, first_line, nearest
-from common.normalisation import MEAN, STD
 from models.architectures import ARCHITECTURES
+from models.conversion import convert_state, find_state
 from models.tensors import load_state, read_torch
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # The first recipe's weights, for every architecture. The second recipe scores higher on ImageNet itself, but losses
 # that press classes together give features that transfer less well (Kornblith et al. 2021, arXiv:2010.16402).
@@ -30,15 +26,15 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     arch
         ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101`` (He et al. 2016, arXiv:1512.03385).
     weights
-        ``"none"`` (random), ``"imagenet"`` (torchvision's, from its cache or the network), or the path of a state
-        dict file with torchvision's tensor names. Three-channel weights are taken to expect ImageNet's normalisation
-        and are folded, see :func:`fold_first_convolution`; a classification layer ``fc`` in them is dropped.
+        ``"none"`` (random), ``"imagenet"`` (torchvision's, from its cache or the network), or the path of a file with
+        torchvision's tensor names, or of a checkpoint, whose online backbone is taken. Three channels are folded into one,
+        see :func:`models.conversion.convert_state`; a classification layer ``fc`` is dropped.
 
     Returns
     -------
     nn.Module
-        Maps (N, 1, H, W) normalised by :data:`MEAN` and :data:`STD` to (N, num_features). Two attributes say what it
-        is: ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, else 2048).
+        Maps (N, 1, H, W) normalised by :mod:`common.normalisation` to (N, num_features). Two attributes say what it is:
+        ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, else 2048).
 
     Raises
     ------
@@ -54,54 +50,17 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     backbone.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     if str(weights) != "none":
-        state = _read_weights(arch, weights)
-        load_state(backbone, _fold_state(state), f"weights '{weights}' for {arch}")
+        found = convert_state(find_state(_read_weights(arch, weights))).state
+        online = {name.removeprefix("backbone."): tensor for name, tensor in found.items() if name.startswith("backbone.")}
+        state = {name: tensor for name, tensor in online.items() if not name.startswith("fc.")}
+        load_state(backbone, state, f"weights '{weights}' for {arch}")
     return backbone
-
-
-def fold_first_convolution(
-    weight: Tensor,
-    running_mean: Tensor,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-) -> tuple[Tensor, Tensor]:
-    """Turn a three-channel first convolution and its batch norm into a one-channel one that computes the same.
-
-    A grey pixel x replicated over three channels enters channel c as (x - m_c) / s_c; the one-channel network sees
-    u = (x - MEAN) / STD instead. Put x = STD u + MEAN into the sum over channels::
-
-        sum_c w_c * (x - m_c) / s_c  =  (sum_c w_c STD / s_c) * u  +  sum_c sum(w_c) (MEAN - m_c) / s_c
-
-    The first term is the one-channel convolution. The second is a constant per output channel k, and a batch norm
-    that subtracts its running mean r takes y + k with r as it takes y with r - k. (In training mode the batch's own
-    mean removes the constant.) It is exact where the kernel lies within the image: in the padded border, zeros stand
-    for a normalised grey that differs slightly between the two.
-
-    Parameters
-    ----------
-    weight
-        (O, 3, K, K) weight of a convolution without bias.
-    running_mean
-        (O,) running mean of the batch norm behind it.
-    mean, std
-        The normalisation that the three-channel network was trained with.
-
-    Returns
-    -------
-    weight, running_mean
-        (O, 1, K, K) and (O,), in the inputs' types, for an input normalised by :data:`MEAN` and :data:`STD`.
-    """
-    m, s = (torch.tensor(v, dtype=torch.float64, device=weight.device) for v in (mean, std))
-    w = weight.double()
-    folded = (w * (STD / s).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    constant = (w.sum((2, 3)) * ((MEAN - m) / s)).sum(1)
-    return folded.to(weight.dtype), (running_mean.double() - constant).to(running_mean.dtype)
 
 
 def one_channel(x: Tensor) -> Tensor:
     """Reduce (N, 3, H, W) to (N, 1, H, W) by the channels' mean; (N, 1, H, W) passes through.
 
-    Exact for grey images stored as RGB and normalised alike in each channel (by :data:`MEAN` and :data:`STD`).
+    Exact for grey images stored as RGB and normalised alike in each channel (by :mod:`common.normalisation`).
 
     Raises
     ------
@@ -149,13 +108,3 @@ def _read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
     path = Path(weights)
     hint = nearest(str(weights), ("none", "imagenet"))
     return read_torch(path, "weights", f"give 'none', 'imagenet' or a state dict file{hint}")
-
-
-def _fold_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the classification layer of a torchvision state dict and fold its first convolution where it has three."""
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    weight, running_mean = state.get("conv1.weight"), state.get("bn1.running_mean")
-    both = isinstance(weight, Tensor) and isinstance(running_mean, Tensor)
-    if both and weight.ndim == 4 and weight.shape[1] == 3:
-        state["conv1.weight"], state["bn1.running_mean"] = fold_first_convolution(weight, running_mean)
-    return state

@@ -7,17 +7,21 @@ be there; ``optimizer_state_dict``, ``epoch``, ``step``, ``metrics`` and ``prepr
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from common.errors import BadInput, first_line
 from common.files import whole_file
+from common.normalisation import MEAN, STD
+from models.architectures import ARCHITECTURES
 from models.backbones import build_backbone
 from models.byol import MammogramBYOL
 from models.classifier import MammogramClassifier, build_classification_head
+from models.conversion import COUNTER, LoadReport, convert_state, examples, find_state
 from models.tensors import load_state, read_torch
 
 _MENDS = {
@@ -26,6 +30,8 @@ _MENDS = {
     None: "give a checkpoint that 'mammostream pretrain' or 'mammostream finetune' wrote",
 }
 _REQUIRED = {"model_state_dict": dict, "config": dict, "arch": str}
+_MIN_SHARE = 0.9  # of a backbone's tensors that another program's file must have
+_GUIDE_TILE_SIZE = 512  # the guides' scripts resize any tile to it
 _SCALARS = (type(None), bool, int, float, str, bytes)
 
 
@@ -65,7 +71,13 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+    """Read a checkpoint onto the CPU: this package's, or another program's in this package's terms.
+
+    Another program's file is a state dict, or a dict with one below ``model_state_dict``, ``state_dict`` or ``model``: of a
+    torchvision ResNet, or of the models that the guides' scripts trained. With ``class_names`` beside it, it is a classifier,
+    else a BYOL model, whose heads may be missing. See :func:`models.conversion.convert_state`. Its dict has ``load_report``,
+    a :class:`models.conversion.LoadReport`, and of ``preprocessing`` only what is known: the mean and std that the folded
+    network takes, and the guides' tile size.
 
     Parameters
     ----------
@@ -77,10 +89,12 @@ def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
     Raises
     ------
     BadInput
-        The file is missing, not a checkpoint, damaged, or of the other kind.
+        The file is missing, not a checkpoint, damaged, of the other kind, or under 90 % of a backbone's tensors.
     """
     path = Path(path)
     checkpoint = read_torch(path, "checkpoint", _MENDS[kind])
+    if "kind" not in checkpoint:
+        checkpoint = _adopt(checkpoint, f"checkpoint {path}", _MENDS[kind])
     _check_kind(checkpoint, BadInput, f"checkpoint {path}", f"; {_MENDS[kind]}")
     if kind is not None and checkpoint["kind"] != kind:
         raise BadInput(f"checkpoint {path} holds a {checkpoint['kind']} model, not a {kind} model; {_MENDS[kind]}")
@@ -104,16 +118,12 @@ def restore_byol(checkpoint: Mapping[str, Any], path: str | Path, arch: str | No
     BadInput
         The checkpoint holds another architecture, or its tensors do not fit it.
     """
-    what, state = f"checkpoint {path}", checkpoint["model_state_dict"]
+    what = f"checkpoint {path}"
     if arch not in (None, checkpoint["arch"]):
         raise BadInput(f"{what} holds {checkpoint['arch']}, not {arch}; pass --arch {checkpoint['arch']}")
-    model = MammogramBYOL(
-        build_backbone(checkpoint["arch"]),
-        hidden_dim=_rows(state, "projection_head.0.weight", what),
-        proj_dim=_rows(state, "projection_head.3.weight", what),
-        num_classes=_rows(state, "classification_head.3.weight", what),
-    )
-    load_state(model, state, what)
+    report = checkpoint.get("load_report")
+    model = _build("byol", checkpoint["arch"], checkpoint["model_state_dict"], what, foreign=report is not None)
+    load_state(model, checkpoint["model_state_dict"], what, optional=report.missing if report else ())
     return model.eval()
 
 
@@ -125,18 +135,19 @@ def restore_classifier(checkpoint: Mapping[str, Any], path: str | Path) -> Mammo
     BadInput
         The tensors do not fit the architecture or the class names.
     """
-    what, state = f"checkpoint {path}", checkpoint["model_state_dict"]
+    what, state, report = f"checkpoint {path}", checkpoint["model_state_dict"], checkpoint.get("load_report")
     num_classes = _rows(state, "classification_head.3.weight", what)
     if num_classes != len(checkpoint["class_names"]):
         raise BadInput(f"{what} has {len(checkpoint['class_names'])} class names but {num_classes} outputs; train it again")
-    backbone = build_backbone(checkpoint["arch"])
-    model = MammogramClassifier(backbone, build_classification_head(backbone.num_features, num_classes))
-    load_state(model, state, what)
+    model = _build("classifier", checkpoint["arch"], state, what)
+    # A head that is partly random answers nothing.
+    missing = report.missing if report else ()
+    load_state(model, state, what, optional=[name for name in missing if name.startswith("backbone.")])
     return model.eval()
 
 
 def load_byol(path: str | Path, device: str | torch.device = "cpu", arch: str | None = None) -> MammogramBYOL:
-    """Read a BYOL model from its checkpoint, in evaluation mode; see :func:`restore_byol`."""
+    """Read a BYOL model from its checkpoint, in evaluation mode; see :func:`load_checkpoint` and :func:`restore_byol`."""
     return restore_byol(load_checkpoint(path, "byol"), path, arch).to(device)
 
 
@@ -147,6 +158,94 @@ def load_classifier(
     checkpoint = load_checkpoint(path, "classifier")
     model = restore_classifier(checkpoint, path).to(device)
     return model, list(checkpoint["class_names"]), checkpoint["config"]
+
+
+load_classification_model = load_classifier  # as the guide calls it
+
+
+def _adopt(raw: Mapping[str, Any], what: str, mend: str) -> dict[str, Any]:
+    """Return another program's file as a checkpoint of this package."""
+    source = find_state(raw)
+    converted = convert_state(source)
+    state = dict(converted.state)
+    kind = "classifier" if "class_names" in raw else "byol"
+    arch = _nearest_arch(state)
+    if kind == "byol":
+        _fill_byol(state)
+    expected = _shapes(lambda: _build(kind, arch, state, what, foreign=True))
+    fitting = {name: tensor for name, tensor in state.items() if tensor.shape == expected.get(name)}
+    used = {converted.sources[name] for name in fitting if name in converted.sources}
+    report = LoadReport(
+        source=what,
+        arch=arch,
+        normalisation=converted.normalisation,
+        matched=[name for name in fitting if name in converted.sources],
+        folded=converted.folded,
+        missing=[name for name in expected if name not in fitting and not name.endswith(COUNTER)],
+        unexpected=[name for name, value in source.items() if isinstance(value, torch.Tensor) and name not in used],
+    )
+    if report.backbone_share < _MIN_SHARE:
+        lost = f"missing: {examples(report.missing)}" + (f"; unexpected: {examples(report.unexpected)}" if source else "")
+        raise BadInput(
+            f"{what} does not fit: only {report.backbone_share:.0%} of the tensors of {arch}, the nearest of "
+            f"{', '.join(ARCHITECTURES)}, are in it ({lost}); {mend}"
+        )
+    config = raw.get("config")
+    return {
+        "kind": kind,
+        "arch": arch,
+        "model_state_dict": fitting,
+        "config": dict(config) if isinstance(config, Mapping) else {},
+        "class_names": raw.get("class_names"),
+        "preprocessing": {"mean": MEAN, "std": STD, "tile_size": _GUIDE_TILE_SIZE, "shard_config_hash": None},
+        "load_report": report,
+    }
+
+
+def _nearest_arch(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the architecture that the most tensors fit; among equals, the one with the fewest tensors."""
+
+    def fit(arch: str) -> tuple[int, int]:
+        shapes = _shapes(lambda: build_backbone(arch))
+        found = sum(f"backbone.{name}" in state and state[f"backbone.{name}"].shape == shape for name, shape in shapes.items())
+        return found, -len(shapes)
+
+    return max(ARCHITECTURES, key=fit)
+
+
+def _fill_byol(state: dict[str, torch.Tensor]) -> None:
+    """Add what another program's BYOL model says without writing it: a target like the online network, biases of 0."""
+    for name, tensor in list(state.items()):
+        head, _, rest = name.partition(".")
+        if head in ("backbone", "projection_head"):
+            state.setdefault(f"{head}_momentum.{rest}", tensor)
+    for name, tensor in list(state.items()):
+        if name.endswith(("_head.0.weight", "_head_momentum.0.weight")):
+            state.setdefault(name.replace("weight", "bias"), tensor.new_zeros(len(tensor)))
+
+
+def _shapes(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
+    """Return the shapes of a model's tensors, without room for the tensors."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in build().state_dict().items()}
+
+
+def _build(kind: str, arch: str, state: Mapping[str, Any], what: str, foreign: bool = False) -> nn.Module:
+    """Build a model whose heads are as wide as the state's; a foreign state may lack them."""
+
+    def rows(name: str, default: int) -> int:
+        return default if foreign and name not in state else _rows(state, name, what)
+
+    backbone = build_backbone(arch)
+    num_classes = rows("classification_head.3.weight", 2)
+    hidden = rows("classification_head.0.weight", backbone.num_features)
+    head = build_classification_head(backbone.num_features, num_classes, hidden_dim=hidden)
+    if kind == "classifier":
+        return MammogramClassifier(backbone, head)
+    widths = {"hidden_dim": rows("projection_head.0.weight", 4096), "proj_dim": rows("projection_head.3.weight", 256)}
+    model = MammogramBYOL(backbone, **widths, num_classes=num_classes)
+    model.classification_head = head
+    return model
 
 
 def _check_kind(checkpoint: Mapping[str, Any], error: type[Exception], what: str, mend: str = "") -> None:

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from models.byol import MammogramBYOL
 
 
-def build_classification_head(input_dim: int, num_classes: int, dropout: float = 0.2) -> nn.Sequential:
-    """Return ``input_dim -> input_dim -> num_classes``: Linear, ReLU, Dropout, Linear; logits, one per label."""
+def build_classification_head(
+    input_dim: int, num_classes: int, dropout: float = 0.2, hidden_dim: int | None = None
+) -> nn.Sequential:
+    """Return Linear, ReLU, Dropout, Linear: logits, one per label. None makes the hidden layer as wide as the input."""
+    hidden_dim = hidden_dim or input_dim
     return nn.Sequential(
-        nn.Linear(input_dim, input_dim),
+        nn.Linear(input_dim, hidden_dim),
         nn.ReLU(inplace=True),
         nn.Dropout(dropout),
-        nn.Linear(input_dim, num_classes),
+        nn.Linear(hidden_dim, num_classes),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ from common.errors import BadInput, first_line
 
 
 def read_torch(path: Path, what: str, mend: str) -> dict[str, Any]:
-    """Read a dict that ``torch.save`` wrote, onto the CPU, without executing anything in it.
+    """Read a dict that ``torch.save`` wrote, onto the CPU, without executing anything in it but making NumPy numbers.
 
     Always the CPU: a file written on a GPU opens anywhere, and the GPU never holds the weights twice.
 
@@ -34,21 +36,24 @@ def read_torch(path: Path, what: str, mend: str) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{what} {path} {'is not a file' if path.exists() else 'does not exist'}; {mend}")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BadInput(f"{what} {path} cannot be read: {error.strerror or first_line(error)}") from error
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f"holds '{wanted[1]}'," if wanted else "is damaged or holds"
         raise BadInput(
-            f"{what} {path} is damaged or holds more than tensors and plain types, which is never unpickled since it "
-            f"can run code; {mend}"
+            f"{what} {path} {held} more than tensors and plain types, which is never unpickled since it can run code; {mend}; "
+            "or, where you trust the file, save its model_state_dict alone with the program that wrote it"
         ) from error
     if not isinstance(value, dict):
         raise BadInput(f"{what} {path} holds a {type(value).__name__}, not a dict; {mend}")
     return value
 
 
-def load_state(module: nn.Module, state: Mapping[str, Any], what: str) -> None:
-    """Copy `state` into `module`; every tensor must be there, have its shape, and have its place.
+def load_state(module: nn.Module, state: Mapping[str, Any], what: str, optional: Collection[str] = ()) -> None:
+    """Copy `state` into `module`; every tensor but the optional ones must be there, have its shape, and have its place.
 
     ``num_batches_tracked`` of a batch norm may be missing (torchvision's older files have none): nothing reads it
     while the batch norm has a momentum.
@@ -61,7 +66,7 @@ def load_state(module: nn.Module, state: Mapping[str, Any], what: str) -> None:
     own = module.state_dict()
     for name, tensor in own.items():
         if name not in state:
-            if name.endswith("num_batches_tracked"):
+            if name.endswith("num_batches_tracked") or name in optional:
                 continue
             raise BadInput(f"{what} does not fit this model: it has no tensor '{name}'")
         found = state[name]
@@ -75,3 +80,11 @@ def load_state(module: nn.Module, state: Mapping[str, Any], what: str) -> None:
         if name not in own:
             raise BadInput(f"{what} does not fit this model: it has the extra tensor '{name}'")
     module.load_state_dict({**own, **state})
+
+
+def _numpy_numbers() -> list[Any]:
+    """Return what unpickling a NumPy number calls: metrics of other programs are full of them, and they run no code."""
+    scalar = np.float64(0).__reduce__()[0]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # NumPy 1 and 2
+    types = (bool, np.int32, np.int64, np.float16, np.float32, np.float64)
+    return [*((scalar, name) for name in names), np.dtype, *(type(np.dtype(t)) for t in types)]

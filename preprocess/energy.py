@@ -58,7 +58,7 @@ def speck_response(image: Any, mask: Any, spacing_mm: float) -> Any:
         reach = int(4 * SIGMA_MM / spacing_mm) + 2
         wide = tuple(slice(max(part.start - reach, 0), part.stop + reach) for part in box)
         within = tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(box, wide, strict=True))
-        curvature = _weaker_curvature(backend, image[wide].astype(xp.float32), SIGMA_MM / spacing_mm)[within]
+        curvature = _weaker_curvature(backend, image[wide], SIGMA_MM / spacing_mm)[within]
         noise = _noise_around(backend, curvature, inside, max(3, round(NOISE_WINDOW_MM / spacing_mm)))
         response[box] = xp.where(inside, curvature / noise, xp.float32(0))
     return response
@@ -84,11 +84,12 @@ def _noise_around(backend: Backend, curvature: Any, inside: Any, window: int) ->
 def _weaker_curvature(backend: Backend, image: Any, sigma: float) -> Any:
     """Return minus the larger eigenvalue of the Hessian at a scale of `sigma` pixels: positive on bright blobs only."""
     xp, ndimage = backend.xp, backend.ndimage
-    smooth = ndimage.gaussian_filter(image, sigma)
-    second, first = xp.asarray([1.0, -2.0, 1.0], dtype=xp.float32), xp.asarray([-0.5, 0.0, 0.5], dtype=xp.float32)
-    across = ndimage.correlate1d(smooth, second, axis=1)
-    down = ndimage.correlate1d(smooth, second, axis=0)
-    mixed = ndimage.correlate1d(ndimage.correlate1d(smooth, first, axis=0), first, axis=1)
+    # Curvatures are small differences of large numbers: float32 would be off by up to 1e-3 of the noise.
+    smooth = ndimage.gaussian_filter(image.astype(xp.float64), sigma)
+    second, first = xp.asarray([1.0, -2.0, 1.0]), xp.asarray([-0.5, 0.0, 0.5])
+    across = ndimage.correlate1d(smooth, second, axis=1, output=xp.float32)
+    down = ndimage.correlate1d(smooth, second, axis=0, output=xp.float32)
+    mixed = ndimage.correlate1d(ndimage.correlate1d(smooth, first, axis=0, output=xp.float32), first, axis=1)
     return -((across + down) / 2 + xp.sqrt(((across - down) / 2) ** 2 + mixed**2))
 
 

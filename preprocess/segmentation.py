@@ -25,6 +25,7 @@ CLOSING_RADIUS_MM = 4.0
 MIN_AREA_SHARE, MAX_AREA_SHARE = 0.03, 0.92
 MAX_BORDER_STRIP_SHARE = 0.1
 STRIP_EDGE_MM = 1.0  # a strip fades out over this width
+MIN_STRIP_STEP = 0.1  # of the brightest value
 # Fog along the chest wall: a strip of even width above or below the breast.
 MAX_FOG_WIDTH_MM, MIN_FOG_LENGTH_MM = 20.0, 5.0
 # A breast fills about three quarters of the box around it; labels and tape fill theirs.
@@ -120,18 +121,25 @@ def fine_factor(spacing_mm: float) -> int:
 
 
 def _inside_border_strips(xp: Any, coarse: Any, spacing: float) -> tuple[slice, slice]:
-    """Return the part of an image within the bright strips that scanned films have along their edges."""
-    bright = coarse > 0.9 * coarse.max()
+    """Return the part of an image within the bright strips that scanned films have along their edges.
+
+    A strip is a run of lines from the edge that are as bright as the image gets, or, above and below the breast, bright where
+    the film further in is dark. (At the chest wall, that would be the fog beside the breast.)
+    """
+    top = float(coarse.max())
     soft = round(STRIP_EDGE_MM / spacing)
     inside = []
-    for axis in (0, 1):
-        share = bright.mean(axis=1 - axis)
-        limit = int(MAX_BORDER_STRIP_SHARE * coarse.shape[axis])
-        # A strip is a run of bright lines that starts at the edge.
-        leading = int(xp.cumprod(share[:limit] > 0.5).sum())
-        trailing = int(xp.cumprod(share[::-1][:limit] > 0.5).sum())
-        start = leading + soft if leading else 0
-        stop = coarse.shape[axis] - (trailing + soft if trailing else 0)
+    for axis, lines in ((0, coarse), (1, coarse.T)):
+        limit = int(MAX_BORDER_STRIP_SHARE * len(lines))
+        widths = []
+        for seen in (lines, lines[::-1]):
+            bright = seen[:limit] > 0.9 * top
+            if axis == 0:
+                bright |= (seen[:limit] - seen[limit] > MIN_STRIP_STEP * top) & (seen[limit] < MIN_STRIP_STEP * top)
+            # CuPy takes no empty array without an axis.
+            width = int(xp.cumprod(bright.mean(axis=1) > 0.5, axis=0).sum())
+            widths.append(width + soft if width else 0)
+        start, stop = widths[0], len(lines) - widths[1]
         inside.append(slice(start, max(stop, start + 1)))
     return tuple(inside)
 
@@ -223,13 +231,14 @@ def _close(backend: Backend, mask: Any, radius: float) -> Any:
     """Close gaps and fill holes; the edge is repeated outwards, so that the mask keeps its contact with it."""
     margin = int(radius) + 2
     grown = _grown(backend, backend.xp.pad(mask, margin, mode="edge"), radius)
-    closed = backend.ndimage.distance_transform_edt(grown) > radius
+    closed = ~_grown(backend, ~grown, radius)
     # A margin that the closing ate away from outside was never image.
     inner = closed[margin:-margin, margin:-margin] | mask
     return backend.ndimage.binary_fill_holes(inner)
 
 
 def _grown(backend: Backend, mask: Any, radius: float) -> Any:
+    # Without a pixel to measure from, scipy's distances mean nothing and CuPy's are NaN.
     if not bool(mask.any()):
         return mask
     return backend.ndimage.distance_transform_edt(~mask) <= radius

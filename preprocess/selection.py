@@ -211,9 +211,7 @@ def box_means(values: Any, top: Any, left: Any, height: float, width: float) -> 
     """
     backend = backend_of(values)
     xp = backend.xp
-    integral = xp.zeros((values.shape[0] + 1, values.shape[1] + 1), dtype=xp.float64)
-    xp.cumsum(values, axis=0, dtype=xp.float64, out=integral[1:, 1:])
-    xp.cumsum(integral[1:, 1:], axis=1, out=integral[1:, 1:])
+    integral = xp.pad(xp.cumsum(xp.cumsum(values, axis=0, dtype=xp.float64), axis=1), ((1, 0), (1, 0)))
     top, left = xp.asarray(top, dtype=xp.float64), xp.asarray(left, dtype=xp.float64)
     bottom = xp.minimum(top + height, values.shape[0])
     right = xp.minimum(left + width, values.shape[1])
@@ -254,6 +252,8 @@ def select_tiles(
     threshold = config.min_freq_energy
     if config.freq_percentile is not None:
         threshold = np.percentile(scores.freq_energy[gated], config.freq_percentile) if gated.any() else math.inf
+        # Where nothing stands out in most tiles, the percentile is 0 and would keep them all.
+        threshold = max(threshold, np.nextafter(0, 1))
     by_breast = scores.breast_ratio >= config.min_breast_ratio
     by_frequency = scores.freq_energy >= threshold
     chosen = {

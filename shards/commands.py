@@ -1,4 +1,4 @@
-"""Commands from films to shards: simulate, preview, shards build|verify|info|labels."""
+"""Commands from films to shards: simulate, preview, shards build|finish|verify|info|labels|pack|unpack."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def preview(
 
 @click.group(cls=Group)
 def shards() -> None:
-    """Build, verify, describe and label WebDataset shards of tiles."""
+    """Build, verify, describe, label, pack and unpack WebDataset shards of tiles."""
 
 
 shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
@@ -419,7 +419,7 @@ def info(directory: Path) -> None:
     opened = open_shards(directory)
     table = pd.DataFrame(opened.meta["shards"])
     table["MB"] = (table["tar_bytes"].fillna(0) / 1e6).round(1)
-    click.echo(table[["name", "images", "tiles", "MB"]].to_string(index=False) + "\n")
+    click.echo(table[["name", "images", "tiles", "quarantined", "MB"]].to_string(index=False) + "\n")
     _print_images(opened.images())
     stored = {"codec": opened.codec, "bits": opened.meta["bits"]} | opened.preprocessing
     click.echo(yaml.safe_dump(stored, sort_keys=False).rstrip())

@@ -79,7 +79,8 @@ def merge_tables(directory: Path, demanded: Container[str]) -> dict[str, Any]:
 def describe_shard(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return what ``shards.json`` says of a shard."""
     names = ("split", "tiles", "images", "tar_sha256", "idx_sha256", "tar_bytes")
-    return {"name": name} | {key: metadata.get(key) for key in names}
+    facts = {"name": name} | {key: metadata.get(key) for key in names}
+    return facts | {"quarantined": len(metadata.get("quarantined", ()))}
 
 
 def finished_tables(directory: Path, demanded: Container[str]) -> list[Path]:

@@ -91,7 +91,7 @@ class ShardSet:
         return read_parquet(self.directory / "images.parquet", "image table", "run 'mammostream shards build' again")
 
 
-def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str) -> None:
+def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str, any_tile_size: bool = False) -> None:
     """Check that tiles mean what a model learnt from: their size, mapping and pixel spacing.
 
     Parameters
@@ -100,16 +100,21 @@ def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str) 
         The ``preprocessing`` records of the model's shards and of those to use it on.
     what
         What `given` belongs to, for the error.
+    any_tile_size
+        Leave the tiles' size aside: a network that averages over its features learns on from tiles of any size. How large
+        a pixel is and how bright must stay.
 
     Raises
     ------
     BadInput
         They differ; native spacings may do so by up to 1.25x.
     """
+    if "mapping" not in learnt:  # another program's checkpoint, which does not say how its tiles were made
+        return
     mend = "build shards with the options that the model's were built with"
     # Of tiles that came as image files nobody knows more than their size.
     known = learnt["mapping"] and given["mapping"]
-    for name in _PIXEL_CONTRACT if known else ("tile_size",):
+    for name in (_PIXEL_CONTRACT if known else ("tile_size",))[any_tile_size:]:
         if given[name] != learnt[name]:
             raise BadInput(f"the model learnt from tiles with {name} {learnt[name]}, {what} has {given[name]}; {mend}")
     native = [record["native_spacing_mm"] for record in (learnt, given) if record["native_spacing_mm"]]

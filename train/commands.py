@@ -1,14 +1,16 @@
-"""Commands from shards to answers: pretrain, finetune, infer, report."""
+"""Commands from shards to answers: pretrain, finetune, infer, report, evaluate."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from common.errors import BadInput
+from common.files import write_json, write_yaml
 from common.options import Command, ListOption, config_file_option, config_options, resolved, split_commas
 from train.config import FinetuneConfig, InferConfig, PretrainConfig
 
@@ -38,10 +40,11 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
     config = PretrainConfig(**options)
     shards = open_shards(shards_dir)
     shards.shards("train")
-    from train.pretrain import find_resume
+    from train.pretrain import CHECKPOINT_NAME
     from train.pretrain import pretrain as run
+    from train.resuming import find_resume
 
-    checkpoint = find_resume(resume, output_dir)
+    checkpoint = find_resume(resume, output_dir / CHECKPOINT_NAME.format("last"))
     metrics = run(shards, output_dir, config, checkpoint, resolved(ctx))
     if metrics:
         click.echo(
@@ -70,6 +73,19 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
     help="Columns to learn, spaces or commas between them.",
 )
 @click.option("--output-dir", type=FILE, required=True, help="The run's folder: checkpoints, metrics, curves.png.")
+@click.option("--resume", help="auto = go on from the run's last checkpoint if there is one; or a checkpoint's path.")
+@click.option(
+    "--seeds",
+    cls=ListOption,
+    callback=split_commas,
+    help="Train once with each of these seeds, in seed_<n> below --output-dir, and give mean and spread (instead of --seed).",
+)
+@click.option("--patient-regex", help="With --tiles-dir: what part of tile_path names the patient, e.g. 'patient\\d+'.")
+@click.option(
+    "--allow-leakage/--no-allow-leakage",
+    default=False,
+    help="Train although patients, images or tiles are in both CSVs; every checkpoint then says so.",
+)
 @config_options(FinetuneConfig)
 @config_file_option
 @click.pass_context
@@ -82,37 +98,104 @@ def finetune(
     shards_dir: Path | None,
     class_names: tuple[str, ...],
     output_dir: Path,
+    resume: str | None,
+    seeds: tuple[str, ...],
+    patient_regex: str | None,
+    allow_leakage: bool,
     **options: Any,
 ) -> None:
     """Fine-tune a pre-trained backbone for multi-label classification of tiles.
 
     The backbone is frozen for the first epochs, then trained with its own, smaller learning rate. Writes
-    best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on,
+    best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on, _last after each epoch,
     final_classification_model.pth, and metrics.json with the LAST epoch's figures: the best epoch's are flattered by having
-    been chosen.
+    been chosen. Several processes: torchrun --nproc-per-node N -m mammostream finetune ...
     """
     if (tiles_dir is None) == (shards_dir is None):
         raise BadInput("give either --tiles-dir or --shards")
     config = FinetuneConfig(**options)
+    configs = _by_seed(config, seeds)
+    if resume not in (None, "auto") and seeds:
+        raise BadInput("--resume PATH goes on with one run; with --seeds use --resume auto")
     from shards.reading import open_shards
-    from train.labels import join_folder, join_shards, read_labels, refuse_leakage
+    from train.labels import describe_leakage, find_leakage, join_folder, join_shards, read_labels
 
     shards = open_shards(shards_dir) if shards_dir else None
     sides = []
     for path in (train_csv, val_csv):
         frame = read_labels(path, class_names, config.max_samples)
-        sides.append(join_shards(frame, shards, str(path)) if shards else join_folder(frame, tiles_dir, str(path)))
-    refuse_leakage(*sides)
-    if tiles_dir:
-        click.echo("tile images name no patients: that none is in both CSVs is for you to check", err=True)
+        sides.append(
+            join_shards(frame, shards, str(path)) if shards else join_folder(frame, tiles_dir, str(path), patient_regex)
+        )
+    from train.finetune import CHECKPOINT_NAME, summarise
     from train.finetune import finetune as run
+    from train.resuming import find_resume
+    from train.runtime import join_processes
 
+    folders = {seed: output_dir / f"seed_{seed}" if seeds else output_dir for seed in configs}
+    checkpoints = {seed: find_resume(resume, folder / CHECKPOINT_NAME.format("last")) for seed, folder in folders.items()}
     # Nobody knows how tiles were made that came as image files, packed or not: then as the checkpoint's were.
     record = shards.preprocessing if shards and shards.preprocessing["mapping"] else None
-    metrics = run(byol_checkpoint, *sides, class_names, record, output_dir, config, resolved(ctx))
-    for name, figures in metrics["per_class"].items():
-        click.echo(f"{name}: {auc_line(figures, metrics['films'])}")
-    click.echo(f"last of {config.epochs} epochs; checkpoints -> {output_dir}")
+    with join_processes(config) as runtime:
+        leakage = find_leakage(*sides)
+        for kind, names in leakage.items() if runtime.is_main else ():
+            click.echo(f"{kind} in both --train-csv and --val-csv:\n  " + "\n  ".join(names), err=True)
+        if leakage and not allow_leakage:
+            raise BadInput(
+                f"{describe_leakage(leakage)}; the validation would be of what was learnt: keep each patient on one side, or "
+                "pass --allow-leakage, which every checkpoint then says"
+            )
+        if runtime.is_main and any((side.patients == "").any() for side in sides):
+            click.echo(
+                "the patients of some tiles are unknown: that none is in both CSVs is for you to check; or give "
+                "--patient-regex or a column patient_id",
+                err=True,
+            )
+        runs = {}
+        for seed, seed_config in configs.items():
+            command = resolved(ctx) | {"seed": seed, "seeds": []}
+            runs[seed] = run(
+                byol_checkpoint,
+                *sides,
+                class_names,
+                record,
+                folders[seed],
+                seed_config,
+                command,
+                resume=checkpoints[seed],
+                leakage=leakage,
+                runtime=runtime,
+            )
+        if runtime.is_main and seeds:
+            summary = summarise(runs)
+            write_json(output_dir / "seeds.json", summary)
+            write_yaml(output_dir / "config.yaml", resolved(ctx))
+            _print_seeds(summary)
+        elif runtime.is_main:
+            for name, figures in runs[config.seed]["per_class"].items():
+                click.echo(f"{name}: {auc_line(figures, runs[config.seed]['films'])}")
+        if runtime.is_main:
+            click.echo(f"epoch {max(run['epoch'] for run in runs.values())} of {config.epochs}; checkpoints -> {output_dir}")
+
+
+def _by_seed(config: FinetuneConfig, seeds: tuple[str, ...]) -> dict[int, FinetuneConfig]:
+    """Return the options of each run by its seed: of ``--seeds`` where they are given, else of ``--seed`` alone."""
+    if not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
+        raise BadInput(f"--seeds {' '.join(seeds)}: give different whole numbers from 0 on")
+    return {seed: replace(config, seed=seed) for seed in (map(int, seeds) if seeds else [config.seed])}
+
+
+def _print_seeds(summary: dict[str, Any]) -> None:
+    """Print mean and standard deviation over seeds of the AUCs and average precisions."""
+
+    def words(spread: dict[str, Any]) -> str:
+        if spread["mean"] is None:
+            return "undefined"
+        return f"{spread['mean']:.3f}" + (f" ± {spread['sd']:.3f}" if spread["sd"] is not None else "")
+
+    seeds = f"{len(summary['seeds'])} seeds ({', '.join(map(str, summary['seeds']))}), mean ± standard deviation"
+    for name, figures in [*summary["per_class"].items(), ("mean", {"auc": summary["mean_auc"], "ap": summary["mean_ap"]})]:
+        click.echo(f"{name}: AUC {words(figures['auc'])}, AP {words(figures['ap'])} over {seeds}")
 
 
 def auc_line(figures: dict[str, Any], films: int) -> str:
@@ -377,3 +460,65 @@ def report(run_dir: Path, output: Path | None) -> None:
     path = output or run_dir / "report.html"
     pictures = write_report(run_dir, path)
     click.echo(f"{pictures} pictures, {path.stat().st_size / 1e6:.1f} MB -> {path}")
+
+
+@click.command(cls=Command)
+@click.option("--predictions", "predictions_path", type=FILE, required=True, help="Parquet, CSV or JSON that 'infer' wrote.")
+@click.option(
+    "--labels",
+    "labels_path",
+    type=FILE,
+    required=True,
+    help="CSV or Parquet of tile_path, image_id, or patient_id and laterality, and one 0/1 column a class; empty = no label.",
+)
+@click.option("--output-dir", type=FILE, help="Folder for metrics.json and the plots.")
+@click.option("--model-path", type=FILE, help="The classifier that predicted, for its fitted thresholds.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Probability from which each class counts as found; default: the model's, else those in the predictions, else 0.5.",
+)
+@click.option(
+    "--score",
+    type=click.Choice(["max", "top3"]),
+    default="max",
+    help="An image's or breast's probability: its highest tile's, or the mean of its three highest.",
+)
+@click.option("--patient-column", default="patient_id", help="Column of --labels, where the predictions name no patient.")
+@click.option(
+    "--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of patients for the 95 % intervals; 0 = none."
+)
+@config_file_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    predictions_path: Path,
+    labels_path: Path,
+    output_dir: Path | None,
+    model_path: Path | None,
+    threshold: float | None,
+    score: str,
+    patient_column: str,
+    bootstrap: int,
+) -> None:
+    """Compare predictions with labels: AUC, AP, balanced accuracy, sensitivity at 90 % specificity, Brier score, ECE.
+
+    Tiles, images or breasts, as both files name them; 95 % intervals over patients. Rows without a counterpart and rows that
+    stand there twice are counted. Writes metrics.json, roc.png, precision_recall.png and reliability.png.
+    """
+    from common.files import write_yaml
+    from train.evaluate import choose_thresholds, match_labels, read_predictions, table_lines
+    from train.evaluate import evaluate as run
+
+    predictions = read_predictions(predictions_path, score)
+    matched = match_labels(predictions, labels_path, patient_column, score)
+    thresholds, source = choose_thresholds(predictions, matched.class_names, threshold, model_path)
+    for note in matched.notes:
+        click.echo(note, err=True)
+    metrics = run(matched, thresholds, bootstrap, output_dir)
+    for line in table_lines(metrics):
+        click.echo(line)
+    click.echo(f"{metrics['rows']} {metrics['level']}s of {metrics['patients']} patients; thresholds: {source}")
+    if output_dir is not None:
+        write_yaml(output_dir / "config.yaml", resolved(ctx))
+        click.echo(f"metrics.json and plots -> {output_dir}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from models.architectures import ARCHITECTURES
 class RuntimeConfig:
     """What both trainings and inference share: where they run and how they read."""
 
-    batch_size: int = option(32, "Tiles a batch.")
+    batch_size: int = option(32, "Tiles a batch, of each process where torchrun started several.")
     num_workers: int = option(min(16, os.cpu_count() or 1), "CPU threads that decode and augment tiles.")
     device: str = option("auto", "auto = the GPU where there is one, else the CPU.", choices=("auto", "cpu", "cuda"))
     precision: str = option(
@@ -86,19 +87,60 @@ class FinetuneConfig(TrainingConfig):
         None, "Backbone; default: the checkpoint's. Another than the checkpoint's is refused.", choices=ARCHITECTURES
     )
     epochs: int = option(50, "Passes over the training tiles.")
-    lr_backbone: float = option(1e-5, "Peak learning rate of the pre-trained backbone.")
-    lr_head: float = option(1e-3, "Peak learning rate of the classification head.")
-    freeze_backbone_epochs: int = option(10, "First epochs that train the head alone (0 = never freeze).")
+    lr_backbone: float = option(1e-5, "Peak learning rate of the pre-trained backbone (AdamW, one cosine to 0).")
+    lr_head: float = option(1e-3, "Peak learning rate of the classification head (AdamW, one cosine to 0).")
+    freeze_backbone_epochs: int = option(
+        10, "First epochs that train the head alone; the batch norms' statistics stay too (0 = never freeze)."
+    )
+    unfreeze_every: int = option(
+        0,
+        "After the frozen epochs unfreeze a stage of the ResNet every so many epochs, the last stage first (0 = all at once).",
+    )
     label_smoothing: float = option(0.1, "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2.")
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
+    dropout: float = option(0.2, "Share of the head's hidden features dropped in training, 0 to below 1.")
+    loss: str = option(
+        "bce",
+        "bce = binary cross entropy; focal = less weight to what is easy (Lin et al. 2017); asymmetric = less weight to easy "
+        "negatives (Ridnik et al. 2021).",
+        choices=("bce", "focal", "asymmetric"),
+    )
+    pos_weight: tuple[str, ...] = option(
+        (), "Weight of positive labels: auto = negatives / positives of each class, or a number for each class; default: 1."
+    )
+    focal_gamma: float = option(2.0, "--loss focal: how steeply easy labels lose weight.")
+    asymmetric_gamma_positive: float = option(0.0, "--loss asymmetric: how steeply easy positives lose weight.")
+    asymmetric_gamma_negative: float = option(4.0, "--loss asymmetric: how steeply easy negatives lose weight.")
+    asymmetric_margin: float = option(0.05, "--loss asymmetric: negatives predicted below this probability do not count.")
+    mixup_alpha: float = option(0.0, "Blend tiles and labels in pairs, by a share from Beta(alpha, alpha) (0 = off).")
+    ema_decay: float = option(
+        0.0, "Evaluate and save an average of the weights over about the last 1 / (1 - decay) steps (0 = off)."
+    )
+    early_stopping: int = option(
+        0,
+        "Stop after so many epochs without a better validation AUC, counted once nothing is left to unfreeze (0 = never).",
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations twice instead of keeping them: less memory for a second forward pass, the same result."
+    )
     max_samples: int | None = option(None, "Use at most this many tiles of each CSV, for a quick trial.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "max_samples")
-        _require_not_negative(self, "lr_backbone", "lr_head", "freeze_backbone_epochs")
-        if not 0 <= self.label_smoothing < 1:
-            raise BadInput(f"--label-smoothing {self.label_smoothing} is not in [0, 1)")
+        _require_not_negative(
+            self,
+            *("lr_backbone", "lr_head", "freeze_backbone_epochs", "unfreeze_every", "focal_gamma", "mixup_alpha"),
+            *("asymmetric_gamma_positive", "asymmetric_gamma_negative", "early_stopping"),
+        )
+        for name in ("label_smoothing", "dropout", "asymmetric_margin", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)} is not in [0, 1)")
+        for value in self.pos_weight:
+            if not (_is_positive(value) or self.pos_weight == ("auto",)):
+                raise BadInput(
+                    f"--pos-weight {' '.join(self.pos_weight)}: '{value}' is no number above 0; give auto or numbers"
+                )
 
 
 @dataclass(frozen=True)
@@ -129,3 +171,10 @@ def _require_not_negative(config: RuntimeConfig, *names: str) -> None:
         value = getattr(config, name)
         if not value >= 0:
             raise BadInput(f"--{name.replace('_', '-')} {value} is negative")
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import BadInput
 from common.files import write_json
@@ -21,14 +22,42 @@ from models.checkpoints import load_checkpoint, restore_byol, save_checkpoint
 from models.classifier import MammogramClassifier
 from shards.reading import check_same_pixels
 from train.config import FinetuneConfig
+from train.ema import WeightAverage
 from train.labels import LabelledTiles
-from train.metrics import bootstrap_auc, classification_metrics
+from train.losses import Loss, build_loss, mix, positive_weights
+from train.metrics import bootstrap_auc, classification_metrics, fit_temperature, fit_thresholds
 from train.pictures import draw_curves
+from train.resuming import check_same_options, random_state, set_random_state
 from train.runtime import Runtime, resolve_runtime
-from train.schedules import learning_rates
+from train.schedules import learning_rates, trainable_stages
+from train.stages import STAGES, checkpoint_activations, train_top_stages
 from train.tracking import Tracker
 
 SAVE_EVERY = 10
+CHECKPOINT_NAME = "{}_classification_model.pth"
+EPOCH_NAME = "classification_epoch_{}.pth"
+# What may change between the two halves of a run without changing its result, or by intent.
+_FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing"}
+
+
+@dataclass
+class TrainingState:
+    """What a step needs and changes, and what the epochs remember."""
+
+    model: MammogramClassifier
+    average: WeightAverage | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loss: Loss
+    rates: np.ndarray  # (steps,): one cosine from 1 to 0, times each group's peak
+    step: int = 0
+    best: float = -math.inf  # the best epoch's score
+    stale: int = 0  # epochs since then, while nothing was left to unfreeze
+
+    @property
+    def evaluated(self) -> MammogramClassifier:
+        """The model that is evaluated and saved: the average where there is one."""
+        return self.average.model if self.average else self.model
 
 
 def finetune(
@@ -40,6 +69,10 @@ def finetune(
     output_dir: Path,
     config: FinetuneConfig,
     command: Mapping[str, Any] | None = None,
+    *,
+    resume: Path | None = None,
+    leakage: Mapping[str, list[str]] | None = None,
+    runtime: Runtime | None = None,
 ) -> dict[str, Any]:
     """Fine-tune and write checkpoints, ``metrics.jsonl``, ``metrics.json`` and curves.
 
@@ -48,7 +81,8 @@ def finetune(
     checkpoint_path
         A BYOL checkpoint.
     train_tiles, val_tiles
-        Tiles and labels; validation chooses ``best_classification_model.pth`` and nothing else.
+        Tiles and labels. Validation chooses ``best_classification_model.pth``, stops early where that is asked for, and
+        decides each checkpoint's ``thresholds`` and ``temperature``; nothing else.
     class_names
         C names, in the order of the labels' columns.
     preprocessing
@@ -59,6 +93,12 @@ def finetune(
         The options.
     command
         The command's own options, recorded beside `config` in ``config.yaml``.
+    resume
+        A checkpoint of this run to go on from, or None.
+    leakage
+        What :func:`train.labels.find_leakage` found and the user allowed; written into the checkpoints.
+    runtime
+        Device, precision and processes; None resolves them from `config` for one process.
 
     Returns
     -------
@@ -68,164 +108,334 @@ def finetune(
     Raises
     ------
     BadInput
-        The checkpoint is none, holds another architecture, or was made for other tiles; `output_dir` holds a training.
+        The checkpoint is none, holds another architecture, or was made for tiles of another scale or mapping; that to
+        resume from is of other options, labels or tiles; the training diverged.
     """
-    if (output_dir / "metrics.jsonl").exists():
-        raise BadInput(f"{output_dir} holds a training already; choose another --output-dir")
+    runtime = runtime or resolve_runtime(config)
     torch.manual_seed(config.seed)
-    runtime = resolve_runtime(config)
     byol_checkpoint = load_checkpoint(checkpoint_path, "byol")
     byol = restore_byol(byol_checkpoint, checkpoint_path, config.arch)
-    model = MammogramClassifier.from_byol(byol, len(class_names))
-    model = model.to(runtime.device, memory_format=torch.channels_last)
     learnt = byol_checkpoint["preprocessing"]
     if preprocessing is not None:
-        check_same_pixels(learnt, preprocessing, "the labelled tiles' directory")
+        # A ResNet averages over its feature map: it takes tiles of any size, as long as a pixel means the same.
+        check_same_pixels(learnt, preprocessing, "the labelled tiles' directory", any_tile_size=True)
     record = (preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
 
     train_loader = _loader(train_tiles, record, config, runtime, TRAIN_VIEW, shuffle=True)
     val_loader = _loader(val_tiles, record, config, runtime, None, shuffle=False)
+    # The largest share of the processes decides how many steps all of them take.
+    steps = math.ceil(math.ceil(train_loader.tiles / runtime.world_size) / config.batch_size)
+    weights = positive_weights(train_tiles.labels, config.pos_weight, class_names)
+    model = MammogramClassifier.from_byol(byol, len(class_names), config.dropout)
+    state = _initial_state(model, config, runtime, steps * config.epochs, weights)
+    if runtime.rank:  # the same weights, but other draws
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, runtime.rank]).generate_state(1)[0]))
+    fingerprint = _fingerprint(class_names, train_tiles, val_tiles)
+    metrics: dict[str, Any] = {}
+    if resume is not None:
+        metrics = _restore(resume, state, train_loader, config, fingerprint, runtime)
+    last_stages = _stages(config.epochs, config)
+    options = asdict(config) | dict(command or {})
+    tracker = (
+        Tracker(output_dir, config.wandb_project, config.wandb_mode, options, resume_step=state.step if resume else None)
+        if runtime.is_main
+        else None
+    )
+    validated = False
+    total = config.epochs * train_loader.tiles
+    with tracker or nullcontext(), progress(None, f"fine-tuning ({runtime})", "tile", total, not runtime.is_main) as bar:
+        bar.update(train_loader.epoch * train_loader.tiles)
+        while train_loader.epoch < config.epochs and not _stopped(state, config):
+            epoch = train_loader.epoch + 1
+            stages = _stages(epoch, config)
+            train_loss = _train_epoch(state, train_loader, train_tiles, steps, stages, runtime, config, bar)
+            metrics, logits = _validate(state, val_loader, val_tiles, class_names, runtime)
+            validated = True
+            if not math.isfinite(train_loss + metrics["val_loss"]):
+                raise BadInput(
+                    f"the loss of epoch {epoch} is not finite; lower --lr-head and --lr-backbone, or use --precision fp32"
+                )
+            metrics |= {"train_loss": train_loss, "epoch": epoch}
+            score = _score(metrics)
+            is_best = score > state.best
+            state.best = max(score, state.best)
+            state.stale = 0 if is_best or stages < last_stages else state.stale + 1
+            names = [CHECKPOINT_NAME.format("best")] if is_best else []
+            if epoch % SAVE_EVERY == 0:
+                names.append(EPOCH_NAME.format(epoch))
+            if epoch == config.epochs or _stopped(state, config):
+                names.append(CHECKPOINT_NAME.format("final"))
+            processes = runtime.gather({"loader": train_loader.state_dict(), "random": random_state(runtime.device)})
+            if not runtime.is_main:
+                continue
+            rates = {name: group["lr"] for name, group in zip(("backbone", "head"), state.optimizer.param_groups, strict=True)}
+            tracker.log(state.step, metrics | {"lr_backbone": rates["backbone"] if stages else 0.0, "lr_head": rates["head"]})
+            checkpoint = {
+                "kind": "classifier",
+                "arch": byol_checkpoint["arch"],
+                "model_state_dict": state.evaluated.state_dict(),
+                "optimizer_state_dict": state.optimizer.state_dict(),
+                "config": asdict(config),
+                "class_names": list(class_names),
+                "epoch": epoch,
+                "step": state.step,
+                "metrics": metrics,
+                "preprocessing": record,
+                **_fit_decisions(val_tiles.labels, logits),
+                "leakage": dict(leakage or {}),
+                "resume": {
+                    "weights": state.model.state_dict() if state.average else None,  # those the average is made of
+                    "scaler": state.scaler.state_dict(),
+                    "best": state.best,
+                    "stale": state.stale,
+                    "data": fingerprint,
+                    "processes": processes,
+                },
+            }
+            # A resumed run takes the last one's epoch for done: so it comes after all others of that epoch.
+            for name in [*names, CHECKPOINT_NAME.format("last")]:
+                save_checkpoint(output_dir / name, checkpoint)
+            bar.write(_epoch_lines(epoch, config.epochs, metrics, stages, is_best))
+            if _stopped(state, config):
+                bar.write(f"⏹️ Early stopping: no better validation for {state.stale} epochs")
+    if not validated:  # a finished run, resumed
+        logits = _validate(state, val_loader, val_tiles, class_names, runtime)[1]
+    if runtime.is_main:
+        metrics = _with_intervals(metrics, val_tiles, _sigmoid(logits), class_names, config.seed)
+        write_json(output_dir / "metrics.json", metrics)
+        names = ["train_loss", "val_loss", "mean_auc", "mean_ap"]
+        draw_curves(tracker.path, names, output_dir / "curves.png", "Fine-tuning, validation")
+    return runtime.from_main(metrics)
+
+
+def train_step(
+    state: TrainingState, network: nn.Module, runtime: Runtime, config: FinetuneConfig, tiles: Tensor, labels: Tensor
+) -> Tensor:
+    """Take one optimiser step; nothing here waits for the device.
+
+    Parameters
+    ----------
+    network
+        ``state.model``, or what :meth:`Runtime.parallel` made of it.
+    tiles, labels
+        This process's share of the batch: (N, 1, H, W) and (N, C) on the device.
+
+    Returns
+    -------
+    Tensor
+        A scalar whose mean over the processes is the loss of the whole batch, detached, on the device.
+    """
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["peak"] * float(state.rates[state.step])
+    if config.mixup_alpha:
+        tiles, labels = mix(tiles, labels, config.mixup_alpha)
+
+    with runtime.autocast():
+        logits = network(tiles)
+    # The mean over all known labels of the batch, wherever they are: each process divides by the same number.
+    known = runtime.total((~labels.isnan()).sum())
+    loss = state.loss(logits, labels).sum() / known.clamp(min=1) * runtime.world_size
+
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+
+    state.scaler.unscale_(state.optimizer)
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+
+    if state.average:
+        state.average.update(state.model, state.step)
+    state.step += 1
+    return loss.detach()
+
+
+@torch.no_grad()
+def predict(model: MammogramClassifier, loader: LabelledLoader, tiles: LabelledTiles, runtime: Runtime) -> np.ndarray | None:
+    """Return (N, C) logits in the order of ``tiles.numbers``, those of all processes; None in any but the main one."""
+    model.eval()
+    rows, values = [], []
+    for batch, numbers in loader:
+        with runtime.autocast():
+            logits = model.classify(batch)
+        rows.append(tiles.rows(numbers).numpy())
+        values.append(logits.float().cpu().numpy())
+    gathered = runtime.gather((np.concatenate(rows), np.concatenate(values)))
+    if not runtime.is_main:
+        return None
+    logits = np.full(tiles.labels.shape, np.nan, np.float32)
+    for rows, values in gathered:
+        logits[rows] = values
+    return logits
+
+
+def summarise(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return mean, standard deviation (of the sample, n - 1) and values over seeds of each metric, undefined ones as None.
+
+    Parameters
+    ----------
+    runs
+        Seed -> metrics as :func:`finetune` returns them.
+    """
+
+    def spread(values: list[float | None]) -> dict[str, Any]:
+        defined = None not in values
+        return {
+            "mean": float(np.mean(values)) if defined else None,
+            "sd": float(np.std(values, ddof=1)) if defined and len(values) > 1 else None,
+            "values": values,
+        }
+
+    metrics = list(runs.values())
+    return {
+        "seeds": list(runs),
+        **{name: spread([m[name] for m in metrics]) for name in ("mean_auc", "mean_ap", "exact_match", "val_loss")},
+        "per_class": {
+            name: {figure: spread([m["per_class"][name][figure] for m in metrics]) for figure in ("auc", "ap")}
+            for name in metrics[0]["per_class"]
+        },
+    }
+
+
+def _initial_state(
+    model: MammogramClassifier, config: FinetuneConfig, runtime: Runtime, steps: int, pos_weight: np.ndarray
+) -> TrainingState:
+    model = model.to(runtime.device, memory_format=torch.channels_last)
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    if config.gradient_checkpointing:
+        checkpoint_activations(model.backbone)
     groups = [
         {"params": list(model.backbone.parameters()), "peak": config.lr_backbone},
         {"params": list(model.classification_head.parameters()), "peak": config.lr_head},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay)
-    scaler = runtime.scaler()
-    shape = learning_rates(1.0, config.epochs * len(train_loader))  # one cosine, times each group's peak
-    metrics: dict[str, Any] = {}
-    best = -np.inf
-    step = 0
-    with (
-        Tracker(output_dir, config.wandb_project, config.wandb_mode, asdict(config) | dict(command or {})) as tracker,
-        progress(None, f"fine-tuning ({runtime})", "tile", total=config.epochs * train_loader.tiles) as bar,
-    ):
-        for epoch in range(1, config.epochs + 1):
-            frozen = epoch <= config.freeze_backbone_epochs
-            losses = []
-            for tiles, numbers in train_loader:
-                labels = torch.from_numpy(train_tiles.labels)[train_tiles.rows(numbers)].to(runtime.device, non_blocking=True)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * float(shape[step])
-                losses.append(_train_step(model, optimizer, scaler, runtime, config, tiles, labels, frozen))
-                step += 1
-                bar.update(len(tiles))
-            train_loss = float(torch.stack(losses).mean())
-            if not math.isfinite(train_loss):
-                raise BadInput(
-                    f"the loss of epoch {epoch} is not finite; lower --lr-head and --lr-backbone, or use --precision fp32"
-                )
-            probabilities = predict(model, val_loader, val_tiles, runtime)
-            metrics = _evaluate(val_tiles, probabilities, class_names, config)
-            metrics |= {"train_loss": train_loss, "epoch": epoch}
-            tracker.log(step, metrics | {"lr_backbone": 0.0 if frozen else optimizer.param_groups[0]["lr"]})
-            checkpoint = {
-                "kind": "classifier",
-                "arch": byol_checkpoint["arch"],
-                "model_state_dict": model.state_dict(),
-                "optimizer_state_dict": optimizer.state_dict(),
-                "config": asdict(config),
-                "class_names": list(class_names),
-                "epoch": epoch,
-                "step": step,
-                "metrics": metrics,
-                "preprocessing": record,
-            }
-            names = []
-            is_best = metrics["mean_auc"] is not None and metrics["mean_auc"] > best
-            if is_best:
-                best = metrics["mean_auc"]
-                names.append("best_classification_model")
-            if epoch % SAVE_EVERY == 0:
-                names.append(f"classification_epoch_{epoch}")
-            if epoch == config.epochs:
-                names.append("final_classification_model")
-            for name in names:
-                save_checkpoint(output_dir / f"{name}.pth", checkpoint)
-            bar.write(_epoch_lines(epoch, config.epochs, metrics, frozen, is_best))
-    intervals = {
-        name: bootstrap_auc(val_tiles.labels[:, c], probabilities[:, c], val_tiles.groups, seed=config.seed)
-        for c, name in enumerate(class_names)
-    }
-    for name, interval in intervals.items():
-        metrics["per_class"][name]["auc_interval_over_films"] = interval
-    metrics["films"] = len(np.unique(val_tiles.groups))
-    metrics["patients"] = len(set(val_tiles.patients) - {""})
-    write_json(output_dir / "metrics.json", metrics)
-    draw_curves(
-        tracker.path, ["train_loss", "val_loss", "mean_auc", "mean_ap"], output_dir / "curves.png", "Fine-tuning, validation"
+    return TrainingState(
+        model=model,
+        average=average,
+        optimizer=torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay),
+        scaler=runtime.scaler(),
+        loss=build_loss(config, torch.from_numpy(pos_weight).to(runtime.device)),
+        rates=learning_rates(1.0, steps),
     )
-    return metrics
 
 
-def _train_step(
-    model: MammogramClassifier,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+def _train_epoch(
+    state: TrainingState,
+    loader: LabelledLoader,
+    tiles: LabelledTiles,
+    steps: int,
+    stages: int,
     runtime: Runtime,
     config: FinetuneConfig,
-    tiles: Tensor,
-    labels: Tensor,
-    frozen: bool,
-) -> Tensor:
-    """Take one step and return the loss, still on the device."""
-    model.train()
-    with runtime.autocast():
-        if frozen:
-            # Evaluation mode keeps the batch norms' statistics as they were pre-trained.
-            model.backbone.eval()
-            with torch.no_grad():
-                features = model.get_features(tiles)
-        else:
-            features = model.get_features(tiles)
-        logits = model.classification_head(features)
-    loss = masked_bce(logits, labels, config.label_smoothing)
-
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.detach()
+    bar: Any,
+) -> float:
+    """Train for an epoch and return its mean loss over steps and processes."""
+    state.model.train()
+    train_top_stages(state.model.backbone, stages)
+    network = runtime.parallel(state.model)
+    losses = []
+    for batch, labels in _batches(loader, tiles, steps, runtime):
+        if len(batch) == 1:
+            # One tile has no statistics to normalise by. It is an epoch's last batch, or all of them are single.
+            state.model.backbone.eval()
+        losses.append(train_step(state, network, runtime, config, batch, labels))
+        bar.update(len(batch) * runtime.world_size)
+    return float(runtime.total(torch.stack(losses).mean())) / runtime.world_size
 
 
-def masked_bce(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean binary cross entropy over the labels that are there, float32.
-
-    Parameters
-    ----------
-    logits
-        (N, C).
-    labels
-        (N, C) of 1, 0 and NaN for missing.
-    label_smoothing
-        s in [0, 1): 1 becomes 1 - s/2, 0 becomes s/2.
-    """
-    known = ~labels.isnan()
-    smooth = labels.nan_to_num() * (1 - label_smoothing) + label_smoothing / 2
-    losses = F.binary_cross_entropy_with_logits(logits.float(), smooth, reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
-
-
-@torch.no_grad()
-def predict(model: MammogramClassifier, loader: LabelledLoader, tiles: LabelledTiles, runtime: Runtime) -> np.ndarray:
-    """Return (N, C) probabilities in the order of ``tiles.numbers``."""
-    model.eval()
-    probabilities = np.full(tiles.labels.shape, np.nan, np.float32)
+def _batches(loader: LabelledLoader, tiles: LabelledTiles, steps: int, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield an epoch's tiles and labels, as many batches in each process."""
+    all_labels = torch.from_numpy(tiles.labels)
     for batch, numbers in loader:
-        with runtime.autocast():
-            logits = model.classify(batch)
-        probabilities[tiles.rows(numbers).numpy()] = torch.sigmoid(logits.float()).cpu().numpy()
-    return probabilities
+        labels = all_labels[tiles.rows(numbers)].to(runtime.device, non_blocking=True)
+        yield batch, labels
+    for _ in range(steps - len(loader)):
+        # This process has no more tiles, but the others wait for it: its last ones again, counting nothing.
+        yield batch, torch.full_like(labels, torch.nan)
 
 
-def _evaluate(
-    tiles: LabelledTiles, probabilities: np.ndarray, class_names: Sequence[str], config: FinetuneConfig
+def _validate(
+    state: TrainingState, loader: LabelledLoader, tiles: LabelledTiles, class_names: Sequence[str], runtime: Runtime
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Return the metrics, in all processes, and the logits (N, C), in the main one."""
+    runtime.share_buffers(state.evaluated)
+    logits = predict(state.evaluated, loader, tiles, runtime)
+    metrics: dict[str, Any] = {}
+    if runtime.is_main:
+        labels = torch.from_numpy(tiles.labels).to(runtime.device)
+        losses = state.loss(torch.from_numpy(logits).to(runtime.device), labels)
+        metrics["val_loss"] = float(losses.sum() / (~labels.isnan()).sum())
+        metrics |= classification_metrics(tiles.labels, _sigmoid(logits), class_names)
+    return runtime.from_main(metrics), logits
+
+
+def _fit_decisions(labels: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+    """Return what turns a checkpoint's logits into decisions, fitted on its validation."""
+    return {
+        "thresholds": fit_thresholds(labels, _sigmoid(logits)),
+        "temperature": fit_temperature(labels, logits),
+    }
+
+
+def _with_intervals(
+    metrics: dict[str, Any], tiles: LabelledTiles, probabilities: np.ndarray, class_names: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    logits = torch.logit(torch.from_numpy(probabilities), eps=1e-6)
-    loss = masked_bce(logits, torch.from_numpy(tiles.labels), config.label_smoothing)
-    return {"val_loss": float(loss)} | classification_metrics(tiles.labels, probabilities, class_names)
+    """Return the metrics with each class's interval over films, and how many films and patients there are."""
+    for c, name in enumerate(class_names):
+        interval = bootstrap_auc(tiles.labels[:, c], probabilities[:, c], tiles.groups, seed=seed)
+        metrics["per_class"][name]["auc_interval_over_films"] = interval
+    return metrics | {"films": len(np.unique(tiles.groups)), "patients": len(set(tiles.patients) - {""})}
+
+
+def _score(metrics: Mapping[str, Any]) -> float:
+    """Return what the best epoch is best in: the mean AUC; where the labels define none, the validation loss, negative."""
+    return -metrics["val_loss"] if metrics["mean_auc"] is None else metrics["mean_auc"]
+
+
+def _stages(epoch: int, config: FinetuneConfig) -> int:
+    return trainable_stages(epoch, config.freeze_backbone_epochs, config.unfreeze_every, len(STAGES))
+
+
+def _stopped(state: TrainingState, config: FinetuneConfig) -> bool:
+    return 0 < config.early_stopping <= state.stale
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return torch.sigmoid(torch.from_numpy(logits)).numpy()
+
+
+def _fingerprint(class_names: Sequence[str], *sides: LabelledTiles) -> str:
+    """Return a hash of the classes, tiles and labels that decide a run."""
+    digest = hashlib.sha256("\0".join(class_names).encode())
+    for side in sides:
+        digest.update("\0".join(side.keys).encode())
+        digest.update(side.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _restore(
+    path: Path, state: TrainingState, loader: LabelledLoader, config: FinetuneConfig, fingerprint: str, runtime: Runtime
+) -> dict[str, Any]:
+    """Put a run back where a checkpoint left it and return that epoch's metrics."""
+    checkpoint = load_checkpoint(path, "classifier")
+    saved = checkpoint.get("resume")
+    if saved is None:
+        raise BadInput(f"checkpoint {path} holds nothing to go on from; resume from one that this version wrote")
+    check_same_options(path, checkpoint["config"], config, _FREE)
+    if saved["data"] != fingerprint:
+        raise BadInput(f"checkpoint {path} was trained with other classes, labels or tiles; resume with the same CSVs")
+    if len(saved["processes"]) != runtime.world_size:
+        raise BadInput(f"checkpoint {path} was trained by {len(saved['processes'])} processes; resume with as many")
+    state.model.load_state_dict(saved["weights"] or checkpoint["model_state_dict"])
+    if state.average:
+        state.average.model.load_state_dict(checkpoint["model_state_dict"])
+    state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    if saved["scaler"]:  # empty where the first half needed no scaler
+        state.scaler.load_state_dict(saved["scaler"])
+    state.step, state.best, state.stale = checkpoint["step"], saved["best"], saved["stale"]
+    mine = saved["processes"][runtime.rank]
+    loader.load_state_dict(mine["loader"])
+    set_random_state(mine["random"], runtime.device)
+    return checkpoint["metrics"]
 
 
 def _loader(
@@ -243,14 +453,20 @@ def _loader(
         device="gpu" if runtime.device.type == "cuda" else "cpu",
         num_threads=config.num_workers,
         tiles=tiles.numbers,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
     )
 
 
-def _epoch_lines(epoch: int, epochs: int, metrics: dict[str, Any], frozen: bool, is_best: bool) -> str:
+def _epoch_lines(epoch: int, epochs: int, metrics: dict[str, Any], stages: int, is_best: bool) -> str:
     def figure(name: str) -> str:
         return "undefined" if metrics[name] is None else f"{metrics[name]:.4f}"
 
-    lines = [f"🧊 Epoch {epoch}: Backbone frozen (training only classification head)"] if frozen else []
+    lines = []
+    if stages == 0:
+        lines.append(f"🧊 Epoch {epoch}: Backbone frozen (training only classification head)")
+    elif stages < len(STAGES):
+        lines.append(f"🔓 Epoch {epoch}: Backbone partly frozen (training its last {stages} of {len(STAGES)} stages)")
     lines += [
         f"Epoch {epoch:3d}/{epochs}:",
         f"  Train Loss: {figure('train_loss')}",
@@ -259,5 +475,7 @@ def _epoch_lines(epoch: int, epochs: int, metrics: dict[str, Any], frozen: bool,
         f"  Mean AP:    {figure('mean_ap')}",
         f"  Exact Match: {figure('exact_match')}",
     ]
-    lines += [f"  ✅ New best model saved (AUC: {figure('mean_auc')})"] if is_best else []
+    if is_best:
+        by = f"Val Loss: {figure('val_loss')}" if metrics["mean_auc"] is None else f"AUC: {figure('mean_auc')}"
+        lines.append(f"  ✅ New best model saved ({by})")
     return "\n".join(lines)

@@ -228,6 +228,11 @@ def _loader(predictor: Predictor, source: Sequence) -> LabelledLoader:
 
 
 def _tiling_config(record: dict[str, Any]) -> TilingConfig:
+    if not {*RECORDED, "pixel_spacing_mm"} <= record.keys():
+        raise BadInput(
+            "the model does not say how its tiles were made: another program wrote it; cut tiles as that one did and give them "
+            "with --images-are tiles, or fine-tune it on shards"
+        )
     return TilingConfig(**{name: record[name] for name in RECORDED}, pixel_spacing=record["pixel_spacing_mm"])
 
 

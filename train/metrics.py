@@ -1,19 +1,101 @@
-"""Metrics: multi-label classification with missing labels, confidence intervals over groups, signs of collapse."""
+"""Metrics: multi-label classification with missing labels, intervals over patients, calibration, signs of collapse."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.optimize import brentq
+from scipy.sparse import csr_array
+from scipy.special import expit
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score, roc_curve
 from torch import Tensor
+
+CALIBRATION_BINS = 15  # as Guo et al. 2017
+TEMPERATURES = (0.05, 20.0)  # the range that fit_temperature searches
+_FALSE_POSITIVE_RATE = 0.1  # 90 % specificity
+_OF_ONE_VALUE = ("accuracy", "brier", "ece")  # defined where a class has one value only, too
+_PER_CLASS = ("auc", "ap", "sensitivity_at_90_specificity", "balanced_accuracy", *_OF_ONE_VALUE)
+_MEANS = {"mean_auc": "auc", "mean_ap": "ap", "brier": "brier", "ece": "ece"}
+_CELLS = 1 << 22  # numbers in memory at a time while bootstrapping
+
+
+def evaluate_predictions(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    patients: np.ndarray,
+    thresholds: Sequence[float | None] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return :func:`classification_metrics` with 95 % intervals over patients.
+
+    Tiles of one film, and films of one patient, resemble each other: resampling them singly would give intervals that are
+    too narrow. So whole patients are drawn, with replacement (the cluster bootstrap, Davison and Hinkley 1997, section 3.8),
+    the same ones for each class. A resample in which a figure is undefined is left out of that figure's interval; a mean over
+    classes is taken over those that the resample defines.
+
+    Parameters
+    ----------
+    labels, probabilities, class_names, thresholds
+        See :func:`classification_metrics`.
+    patients
+        (N,) patient of each row, or whatever else the rows depend on.
+    bootstrap
+        Resamples; 0 for no intervals.
+    seed
+        Seed of the resampling; the same seed gives the same intervals.
+
+    Returns
+    -------
+    dict
+        That of :func:`classification_metrics`; ``intervals`` in it and in each class: figure -> [low, high], or None where
+        the figure itself is None or there are fewer than two patients; ``patients`` and ``bootstrap``: how many.
+
+    Raises
+    ------
+    ValueError
+        The shapes do not fit each other, or a label is not 0, 1 or NaN.
+    """
+    metrics = classification_metrics(labels, probabilities, class_names, thresholds)
+    labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
+    if np.shape(patients) != (len(labels),):
+        raise ValueError(f"patients {np.shape(patients)} for {len(labels)} rows")
+    unique, group = np.unique(np.asarray(patients), return_inverse=True)
+    cuts = np.array([figures["threshold"] for figures in metrics["per_class"].values()])
+    gathered = [_gather(labels[:, c], probabilities[:, c], cuts[c], group, len(unique)) for c in range(len(class_names))]
+    complete = ~np.isnan(labels).any(1)
+    matches = ((probabilities >= cuts) == (labels == 1)).all(1) & complete
+    exact = _sum_by(group, len(unique), np.stack([matches, complete], 1))
+
+    resamples = bootstrap if len(unique) > 1 else 0
+    drawn = np.full((len(class_names), len(_PER_CLASS), resamples), np.nan)
+    exact_match = np.full(resamples, np.nan)
+    rng = np.random.default_rng(seed)
+    step = max(1, _CELLS // max([1, len(unique), *(terms.hits.shape[0] for terms in gathered)]))
+    with np.errstate(invalid="ignore", divide="ignore"):  # what a resample does not define is NaN
+        for part in (slice(start, min(start + step, resamples)) for start in range(0, resamples, step)):
+            counts = _draw(rng, len(unique), part.stop - part.start)
+            for c, terms in enumerate(gathered):
+                drawn[c, :, part] = _resampled(terms, counts)
+            hits, rows = (counts @ exact).T
+            exact_match[part] = hits / rows
+        overall = {name: _mean_over_classes(drawn[:, _PER_CLASS.index(figure)]) for name, figure in _MEANS.items()}
+    overall["exact_match"] = exact_match
+    for figures, values in zip(metrics["per_class"].values(), drawn, strict=True):
+        figures["intervals"] = {
+            name: _interval(row) if figures[name] is not None else None for name, row in zip(_PER_CLASS, values, strict=True)
+        }
+    metrics["intervals"] = {name: _interval(values) if metrics[name] is not None else None for name, values in overall.items()}
+    return metrics | {"patients": len(unique), "bootstrap": bootstrap}
 
 
 def classification_metrics(
-    labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], threshold: float = 0.5
+    labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], thresholds: Sequence[float | None] | None = None
 ) -> dict[str, Any]:
     """Return per-class and mean metrics of a multi-label classifier, as plain types without NaN.
 
@@ -25,17 +107,20 @@ def classification_metrics(
         (N, C) in [0, 1].
     class_names
         C names.
-    threshold
-        A probability of at least this is a positive, for `exact_match` alone.
+    thresholds
+        C, as :func:`fit_thresholds` returns them: a probability of at least this is a positive. None, for one class or for
+        all, is 0.5.
 
     Returns
     -------
     dict
-        ``per_class``: name -> ``auc``, ``ap`` (average precision), ``positives``, ``negatives``;
-        ``mean_auc``, ``mean_ap``: over the classes that have one;
-        ``exact_match``: share of the rows without a missing label whose labels are all predicted.
-        None where undefined: an AUC or AP of labels with one value only or of probabilities that are not finite, a
-        mean over no class, an exact match without a complete row or with probabilities that are not finite.
+        ``per_class``: name -> ``auc``, ``ap`` (average precision), ``sensitivity_at_90_specificity`` (the highest among the
+        thresholds of at least that specificity, not interpolated), ``balanced_accuracy`` and ``accuracy`` at ``threshold``,
+        ``brier``, ``ece`` (see :func:`expected_calibration_error`), ``positives``, ``negatives``;
+        ``mean_auc``, ``mean_ap``, ``brier``, ``ece``: the mean over the classes that have one;
+        ``exact_match``: share of the rows without a missing label whose labels are all predicted; ``rows``: N.
+        None where undefined: all of a class without labels or with probabilities that are not finite; but for accuracy,
+        Brier score and ECE, a class with one value only; a mean over no class; an exact match without a complete row.
 
     Raises
     ------
@@ -45,6 +130,10 @@ def classification_metrics(
     labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
     if labels.shape != probabilities.shape or labels.ndim != 2 or labels.shape[1] != len(class_names):
         raise ValueError(f"labels {labels.shape} and probabilities {probabilities.shape} for {len(class_names)} classes")
+    thresholds = [None] * len(class_names) if thresholds is None else thresholds
+    if len(thresholds) != len(class_names):
+        raise ValueError(f"{len(thresholds)} thresholds for {len(class_names)} classes")
+    thresholds = np.array([0.5 if t is None else t for t in thresholds])
     known = ~np.isnan(labels)
     if not np.isin(labels[known], (0, 1)).all():
         raise ValueError("labels must be 0, 1 or NaN")
@@ -52,34 +141,33 @@ def classification_metrics(
     per_class: dict[str, dict[str, Any]] = {}
     for c, name in enumerate(class_names):
         y, p = labels[known[:, c], c], probabilities[known[:, c], c]
-        positives, negatives = int((y == 1).sum()), int((y == 0).sum())
-        defined = positives > 0 and negatives > 0 and np.isfinite(p).all()
-        per_class[name] = {
-            "auc": float(roc_auc_score(y, p)) if defined else None,
-            "ap": float(average_precision_score(y, p)) if defined else None,
-            "positives": positives,
-            "negatives": negatives,
-        }
+        figures: dict[str, Any] = dict.fromkeys(_PER_CLASS)
+        if len(y) and np.isfinite(p).all():
+            predicted = p >= thresholds[c]
+            figures["accuracy"] = float((predicted == y).mean())
+            figures["brier"] = float(np.mean((p - y) ** 2))
+            figures["ece"] = expected_calibration_error(y, p)
+            if 0 < y.sum() < len(y):
+                fpr, tpr, _ = roc_curve(y, p, drop_intermediate=False)  # a point that it drops may be the best
+                figures["auc"] = float(roc_auc_score(y, p))
+                figures["ap"] = float(average_precision_score(y, p))
+                figures["sensitivity_at_90_specificity"] = float(tpr[fpr <= _FALSE_POSITIVE_RATE].max())
+                figures["balanced_accuracy"] = float(balanced_accuracy_score(y, predicted))
+        figures |= {"positives": int((y == 1).sum()), "negatives": int((y == 0).sum()), "threshold": float(thresholds[c])}
+        per_class[name] = figures
 
     complete = known.all(1)
     countable = complete.any() and np.isfinite(probabilities[complete]).all()
-    matches = ((probabilities >= threshold) == (labels == 1)).all(1)
-    return {
-        "per_class": per_class,
-        "mean_auc": _mean([m["auc"] for m in per_class.values()]),
-        "mean_ap": _mean([m["ap"] for m in per_class.values()]),
-        "exact_match": float(matches[complete].mean()) if countable else None,
-    }
+    matches = ((probabilities >= thresholds) == (labels == 1)).all(1)
+    means = {name: _mean([m[figure] for m in per_class.values()]) for name, figure in _MEANS.items()}
+    exact_match = float(matches[complete].mean()) if countable else None
+    return {"per_class": per_class, "exact_match": exact_match, "rows": len(labels)} | means
 
 
 def bootstrap_auc(
     labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray, n: int = 1000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of the AUC under resampling of whole groups.
-
-    Tiles of one film, and films of one patient, resemble each other: resampling them singly would give intervals
-    that are too narrow (the cluster bootstrap, Davison and Hinkley 1997, section 3.8). A resample that holds one
-    class only has no AUC and is skipped.
+    """Return the 95 % interval of one class's AUC over `groups`, see :func:`evaluate_predictions`.
 
     Parameters
     ----------
@@ -92,37 +180,138 @@ def bootstrap_auc(
     n
         Resamples.
     seed
-        Seed of the resampling; the same seed gives the same interval.
+        Seed of the resampling.
 
     Returns
     -------
     (low, high) or None
-        None where the AUC itself is undefined (see :func:`classification_metrics`) or with fewer than two groups.
+        None where the AUC itself is undefined or with fewer than two groups.
+    """
+    metrics = evaluate_predictions(np.reshape(labels, (-1, 1)), np.reshape(probabilities, (-1, 1)), [""], groups, None, n, seed)
+    interval = metrics["per_class"][""]["intervals"]["auc"]
+    return interval and tuple(interval)
+
+
+def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Return the mean distance of probability and share of positives over 15 bins of equal width (Guo et al. 2017).
+
+    Parameters
+    ----------
+    labels
+        (N,) of 0 and 1, N of at least 1.
+    probabilities
+        (N,) in [0, 1].
+    """
+    mean_probability, share, count = reliability(labels, probabilities)
+    return float((np.abs(mean_probability - share) * count).sum() / count.sum())
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean probability, share of positives and number of rows of each bin of probability that has any.
+
+    Parameters
+    ----------
+    labels
+        (N,) of 0 and 1.
+    probabilities
+        (N,) in [0, 1].
+
+    Returns
+    -------
+    mean_probability, share, count
+        (B,) each, ascending; B of at most :data:`CALIBRATION_BINS`.
+    """
+    bins = _bin_of(probabilities)
+    count = np.bincount(bins)
+    held = count > 0
+    sums = (np.bincount(bins, weights=values)[held] for values in (probabilities, labels))
+    mean_probability, share = (total / count[held] for total in sums)
+    return mean_probability, share, count[held]
+
+
+def fit_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> list[float | None]:
+    """Return the threshold of each class with the highest balanced accuracy (Youden's J), to be fitted on validation.
+
+    A threshold lies halfway between the lowest probability it takes for positive and the next one below, so that rounding
+    moves no row across it. Of equally good ones it is the highest.
+
+    Parameters
+    ----------
+    labels
+        (N, C) of 0, 1 and NaN for a missing label.
+    probabilities
+        (N, C) in [0, 1].
+
+    Returns
+    -------
+    list
+        C thresholds; None where a class has one value only, or no threshold is better than chance.
     """
     labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
-    known = ~np.isnan(labels)
-    y, p, names = labels[known], probabilities[known], np.asarray(groups)[known]
-    unique, group = np.unique(names, return_inverse=True)
-    if len(unique) < 2 or not 0 < y.sum() < len(y) or not np.isfinite(p).all():
-        return None
+    if labels.shape != probabilities.shape or labels.ndim != 2:
+        raise ValueError(f"labels {labels.shape} and probabilities {probabilities.shape}")
+    thresholds: list[float | None] = []
+    for y, p in zip(labels.T, probabilities.T, strict=True):
+        y, p = y[~np.isnan(y)], p[~np.isnan(y)]
+        threshold = None
+        if 0 < y.sum() < len(y) and np.isfinite(p).all():
+            fpr, tpr, cuts = roc_curve(y, p, drop_intermediate=False)
+            gain = np.round(tpr - fpr, 12)  # rounding alone makes none better
+            best = np.argmax(gain)
+            if gain[best] > 0:  # then it is not the last cut, which takes all for positive
+                threshold = float((cuts[best] + cuts[best + 1]) / 2)
+        thresholds.append(threshold)
+    return thresholds
 
-    # Sorted once for all resamples: a resample only changes how often each row counts.
-    order = np.argsort(p, kind="stable")
-    y, p, group = y[order], p[order], group[order]
-    ties = np.flatnonzero(np.r_[True, p[1:] != p[:-1]])  # where each distinct score starts
-    rng = np.random.default_rng(seed)
-    aucs = []
-    for _ in range(n):
-        drawn = np.bincount(rng.integers(len(unique), size=len(unique)), minlength=len(unique))
-        weight = drawn[group]
-        positives, negatives = np.add.reduceat(weight * y, ties), np.add.reduceat(weight * (1 - y), ties)
-        pairs = positives.sum() * negatives.sum()
-        if pairs > 0:  # Mann-Whitney: each positive beats the negatives below it, and half of those that tie
-            aucs.append((positives * (negatives.cumsum() - negatives / 2)).sum() / pairs)
-    if not aucs:
-        return None
-    low, high = np.percentile(aucs, (2.5, 97.5))
-    return float(low), float(high)
+
+def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
+    """Return the temperature with the lowest log loss over all classes (Guo et al. 2017), to be fitted on validation.
+
+    The log loss of ``sigmoid(logit / T)`` is convex in 1 / T, and its derivative there is the sum of
+    ``logit * (sigmoid(logit / T) - label)``: the temperature is that one's zero, or the end of the range towards it.
+
+    Parameters
+    ----------
+    labels
+        (N, C) of 0, 1 and NaN for a missing label.
+    logits
+        (N, C).
+
+    Returns
+    -------
+    float
+        Within :data:`TEMPERATURES`; 1, which changes nothing, where all labels have one value or a logit is not finite.
+    """
+    labels, logits = np.asarray(labels, np.float64), np.asarray(logits, np.float64)
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels {labels.shape} and logits {logits.shape}")
+    y, z = labels[~np.isnan(labels)], logits[~np.isnan(labels)]
+    if not 0 < y.sum() < len(y) or not np.isfinite(z).all():
+        return 1.0
+
+    def slope(log_temperature: float) -> float:
+        return float(z @ (expit(z * np.exp(-log_temperature)) - y))
+
+    # The slope falls as the temperature rises, and the loss is lowest where it turns negative.
+    low, high = TEMPERATURES
+    if slope(np.log(low)) <= 0:
+        return low
+    if slope(np.log(high)) >= 0:
+        return high
+    return float(np.exp(brentq(slope, np.log(low), np.log(high))))
+
+
+def calibrate(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the probabilities ``sigmoid(logits / temperature)``, float64.
+
+    Parameters
+    ----------
+    logits
+        (N, C).
+    temperature
+        Above 0; 1 gives the plain probabilities.
+    """
+    return expit(np.asarray(logits, np.float64) / temperature)
 
 
 def z_std(projections: Tensor) -> Tensor:
@@ -165,3 +354,91 @@ def _mean(values: list[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None."""
     known = [v for v in values if v is not None]
     return float(np.mean(known)) if known else None
+
+
+def _bin_of(probabilities: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(probabilities * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+
+
+def _draw(rng: np.random.Generator, groups: int, resamples: int) -> np.ndarray:
+    """Return how often each group is drawn in each resample: (resamples, groups) float64."""
+    draws = rng.integers(groups, size=(resamples, groups)) + groups * np.arange(resamples)[:, None]
+    return np.bincount(draws.ravel(), minlength=resamples * groups).reshape(resamples, groups).astype(np.float64)
+
+
+def _sum_by(group: np.ndarray, groups: int, values: np.ndarray) -> np.ndarray:
+    """Return the sums of (N, K) values within each group: (groups, K)."""
+    return _counts_by(group, np.arange(len(group)), (groups, len(group))) @ values.astype(np.float64)
+
+
+def _counts_by(place: np.ndarray, column: np.ndarray, shape: tuple[int, int]) -> csr_array:
+    """Return how many rows lie at each place in each column."""
+    return csr_array((np.ones(len(place)), (place, column)), shape)
+
+
+class _Gathered(NamedTuple):
+    """One class's rows, gathered by group once: a resample only changes how often each group counts."""
+
+    hits: csr_array
+    """(K, G) positives at each of their K distinct scores."""
+    false: csr_array
+    """(K, G) negatives from each of those scores up to the next."""
+    tied: csr_array
+    """(K, G) negatives at each of those scores exactly."""
+    sums: np.ndarray
+    """(G, 5 + bins): positives, negatives, those of each found rightly, squared error, calibration error by bin."""
+
+
+def _gather(labels: np.ndarray, probabilities: np.ndarray, threshold: float, group: np.ndarray, groups: int) -> _Gathered:
+    known = ~np.isnan(labels)
+    known &= np.isfinite(probabilities[known]).all()  # else the class counts as one without labels
+    y, p, group = labels[known], probabilities[known], group[known]
+    positive, found = y == 1, p >= threshold
+    scores, at = np.unique(p[positive], return_inverse=True)
+    below = np.searchsorted(scores, p, side="right") - 1  # the highest of the scores that is not above
+    false = ~positive & (below >= 0)
+    tied = false & np.isin(p, scores)
+    shape = (len(scores), groups)
+    terms = [positive, ~positive, positive & found, ~positive & ~found, (p - y) ** 2]
+    in_bin = np.eye(CALIBRATION_BINS)[_bin_of(p)]
+    return _Gathered(
+        _counts_by(at, group[positive], shape),
+        _counts_by(below[false], group[false], shape),
+        _counts_by(below[tied], group[tied], shape),
+        _sum_by(group, groups, np.column_stack([*terms, in_bin * (p - y)[:, None]])),
+    )
+
+
+def _resampled(terms: _Gathered, counts: np.ndarray) -> np.ndarray:
+    """Return a class's figures for (R, G) counts of the groups: (7, R) in the order of ``_PER_CLASS``, NaN where undefined."""
+    positives, negatives, true_positives, true_negatives, squared, *in_bins = (counts @ terms.sums).T
+    rows = positives + negatives
+    hits, tied = terms.hits @ counts.T, terms.tied @ counts.T
+    true, false = (np.cumsum(v[::-1], 0)[::-1] for v in (hits, terms.false @ counts.T))  # of each score and higher
+    # Mann-Whitney: each positive beats the negatives below it, and half of those that tie.
+    auc = (hits * (negatives - false + tied / 2)).sum(0) / (positives * negatives)
+    precision = true / np.maximum(true + false, 1)  # whole numbers: 1 stands in for 0 alone
+    sensitivity = np.where(false <= _FALSE_POSITIVE_RATE * negatives, true, 0).max(0, initial=0) / positives
+    figures = {
+        "auc": auc,
+        "ap": (hits * precision).sum(0) / positives,
+        "sensitivity_at_90_specificity": sensitivity,
+        "balanced_accuracy": (true_positives / positives + true_negatives / negatives) / 2,
+        "accuracy": (true_positives + true_negatives) / rows,
+        "brier": squared / rows,
+        "ece": np.abs(in_bins).sum(0) / rows,
+    }
+    both = (positives > 0) & (negatives > 0)
+    return np.stack([np.where(both | (name in _OF_ONE_VALUE), figures[name], np.nan) for name in _PER_CLASS])
+
+
+def _mean_over_classes(drawn: np.ndarray) -> np.ndarray:
+    """Return the mean over the classes that are defined, of (C, R): (R,), NaN where none is."""
+    known = ~np.isnan(drawn)
+    return np.where(known, drawn, 0).sum(0) / known.sum(0)
+
+
+def _interval(values: np.ndarray) -> list[float] | None:
+    """Return the 2.5 and 97.5 % points of the values that are not NaN, or None without any."""
+    known = values[~np.isnan(values)]
+    return [float(v) for v in np.percentile(known, (2.5, 97.5))] if known.size else None

@@ -22,6 +22,7 @@ from shards.reading import ShardSet
 from train.config import PretrainConfig
 from train.metrics import effective_rank, z_std
 from train.pictures import draw_curves, draw_views
+from train.resuming import check_same_options
 from train.runtime import Runtime, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
 from train.tracking import Tracker
@@ -266,12 +267,7 @@ def _restore(path: Path, state: TrainingState, loader: PretrainLoader, config: P
     checkpoint = load_checkpoint(path, "byol")
     # What may change between the two halves of a run without changing its result, or by intent.
     free = {"num_workers", "wandb_project", "wandb_mode", "save_every", "device", "precision", "compile"}
-    for name, value in asdict(config).items():
-        if name not in free and checkpoint["config"].get(name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise BadInput(
-                f"checkpoint {path} was trained with {flag} {checkpoint['config'].get(name)}, not {value}; resume with it"
-            )
+    check_same_options(path, checkpoint["config"], config, free)
     if checkpoint["preprocessing"]["shard_config_hash"] != shards.preprocessing["shard_config_hash"]:
         raise BadInput(f"checkpoint {path} was trained on other --shards than {shards.directory}; resume with them")
     state.model.load_state_dict(checkpoint["model_state_dict"])
@@ -282,21 +278,3 @@ def _restore(path: Path, state: TrainingState, loader: PretrainLoader, config: P
     loader.load_state_dict(checkpoint["loader"])
     torch.set_rng_state(checkpoint["rng"])
     return checkpoint["best_loss"]
-
-
-def find_resume(resume: str | None, output_dir: Path) -> Path | None:
-    """Return the checkpoint that ``--resume`` names: none, a path, or for ``auto`` the run's last one if there is one.
-
-    Raises
-    ------
-    BadInput
-        The run's folder holds checkpoints and ``--resume`` is not given: they would be overwritten.
-    """
-    last = output_dir / CHECKPOINT_NAME.format("last")
-    if resume is None:
-        if last.exists():
-            raise BadInput(f"{last} is there already; go on with --resume auto, or choose another --output-dir")
-        return None
-    if resume == "auto":
-        return last if last.exists() else None
-    return Path(resume)

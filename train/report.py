@@ -115,22 +115,26 @@ def _pairs(mapping: dict[str, Any]) -> pd.DataFrame:
 def _metrics_table(metrics: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, figures in metrics["per_class"].items():
-        interval = figures.get("auc_interval_over_films")
+        interval = figures.get("auc_interval_over_films") or figures.get("intervals", {}).get("auc")
         rows.append(
             {
                 "class": name,
                 "AUC": figures["auc"],
-                "95 % interval over films": f"{interval[0]:.3f} - {interval[1]:.3f}" if interval else "",
+                "95 % interval": f"{interval[0]:.3f} - {interval[1]:.3f}" if interval else "",
                 "AP": figures["ap"],
-                "positive tiles": figures["positives"],
-                "negative tiles": figures["negatives"],
+                "positive": figures["positives"],
+                "negative": figures["negatives"],
             }
         )
+    frame = pd.DataFrame(rows)
+    if "epoch" not in metrics:
+        what = f"{metrics['rows']} {metrics['level']}s of {metrics['patients']} patients"
+        return _table(f"Evaluation of {what}, intervals over patients", frame)
     caption = (
         f"Validation after the last epoch ({metrics['epoch']}), {metrics['films']} films of {metrics['patients'] or 'unknown'} "
-        "patient(s); the last epoch is reported, not the best one on these films"
+        "patient(s), intervals over films; the last epoch is reported, not the best one on these films"
     )
-    return _table(caption, pd.DataFrame(rows))
+    return _table(caption, frame)
 
 
 def _shard_tables(folder: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,15 @@
-"""Device and precision: what ``auto`` means on this machine, and the autocast and scaler that follow from it."""
+"""Device, precision and processes: what ``auto`` means on this machine, and what torchrun's processes do together."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor, distributed, nn
 
 from common.errors import BadInput
 from train.config import RuntimeConfig
@@ -15,10 +19,29 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """The resolved device (``cpu`` or ``cuda``) and precision (``fp32``, ``bf16`` or ``fp16``)."""
+    """The resolved device and precision, and this process among those of the run.
+
+    Alone (`world_size` 1), what processes do together is done by one: nothing is sent, and the same code serves both.
+
+    Attributes
+    ----------
+    device
+        ``cpu`` or ``cuda``.
+    precision
+        ``fp32``, ``bf16`` or ``fp16``.
+    rank, world_size
+        The number of this process, and how many there are.
+    """
 
     device: torch.device
     precision: str
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that speaks and writes files."""
+        return self.rank == 0
 
     def autocast(self) -> AbstractContextManager:
         """Return the autocast context of this precision; fp32 needs none."""
@@ -30,8 +53,47 @@ class Runtime:
         """Return a gradient scaler; only fp16's narrow range needs one, else it passes everything through."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """Return the model as the processes train it: its gradients are the mean of theirs. Alone, the model itself.
+
+        Which parameters have gradients is settled here: wrap the model anew when that changes.
+        """
+        if self.world_size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum of the processes' values; a tensor on the device."""
+        if self.world_size > 1:
+            value = value.clone()
+            distributed.all_reduce(value)
+        return value
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the main one's batch-norm statistics, which are those that checkpoints hold."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
+
+    def from_main(self, value: Any) -> Any:
+        """Return the main process's value; the others' is ignored."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, 0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes by rank in the main one, and an empty list in the others."""
+        if self.world_size == 1:
+            return [value]
+        box = [None] * self.world_size if self.is_main else None
+        distributed.gather_object(value, box, 0)
+        return box or []
+
     def __str__(self) -> str:
-        return f"{self.device.type}, {self.precision}"
+        several = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"{self.device.type}, {self.precision}{several}"
 
 
 def resolve_runtime(config: RuntimeConfig) -> Runtime:
@@ -50,3 +112,34 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return Runtime(device, precision)
+
+
+@contextmanager
+def join_processes(config: RuntimeConfig) -> Iterator[Runtime]:
+    """Resolve the runtime and join the processes that torchrun started: NCCL on GPUs, one each, gloo on CPUs.
+
+    Raises
+    ------
+    BadInput
+        As :func:`resolve_runtime`; or there are more processes on this machine than GPUs.
+    """
+    runtime = resolve_runtime(config)
+    # torchrun's variables; other launchers set the same.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        yield runtime
+        return
+    device = runtime.device
+    if device.type == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        if local_rank >= torch.cuda.device_count():
+            raise BadInput(
+                f"more processes than the {torch.cuda.device_count()} GPUs of this machine; start as many: --nproc-per-node gpu"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield replace(runtime, device=device, rank=rank, world_size=world_size)
+    finally:
+        distributed.destroy_process_group()

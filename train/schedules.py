@@ -75,6 +75,24 @@ def byol_momenta(base: float, total_steps: int) -> np.ndarray:
     return 1 - (1 - base) * _half_cosine(total_steps)
 
 
+def trainable_stages(epoch: int, frozen_epochs: int, every: int, stages: int) -> int:
+    """Return how many of the backbone's `stages`, from the output down, train in an epoch.
+
+    Parameters
+    ----------
+    epoch
+        From 1 on.
+    frozen_epochs
+        First epochs in which none does.
+    every
+        Epochs from one stage's unfreezing to the next one's; 0 unfreezes all at once.
+    """
+    since = epoch - frozen_epochs
+    if since <= 0:
+        return 0
+    return min(stages, 1 + (since - 1) // every) if every else stages
+
+
 def _half_cosine(steps: int) -> np.ndarray:
     """Return (steps,) values falling from 1 to 0 along half a cosine; [1] for one step."""
     return (np.cos(np.pi * np.arange(steps) / max(steps - 1, 1)) + 1) / 2

@@ -7,16 +7,9 @@ import torch
 import torchvision
 
 from common.errors import BadInput
-from models.backbones import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    MEAN,
-    STD,
-    build_backbone,
-    feature_dim,
-    fold_first_convolution,
-    one_channel,
-)
+from common.normalisation import MEAN, STD
+from models.backbones import build_backbone, feature_dim, one_channel
+from models.conversion import IMAGENET_MEAN, IMAGENET_STD, fold_first_convolution
 
 
 def three_channel_resnet() -> torch.nn.Module:

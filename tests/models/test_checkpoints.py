@@ -115,23 +115,50 @@ def test_files_that_are_no_checkpoint_are_one_line(byol_path, tmp_path):
 
 
 class Malicious:
-    """Runs a command when it is unpickled."""
+    """Runs code when it is unpickled, by the call that is given."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, call, *args) -> None:
+        self.call = call, args
 
     def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
+        return self.call
 
 
-def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
-    entry = {"kind": "byol", "arch": "resnet18", "model_state_dict": {}, "config": Malicious(tmp_path / "ran")}
-    torch.save(entry, tmp_path / "zip.pth")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(entry, protocol=2))
-    for name in ("zip.pth", "pickle.pth"):
-        with pytest.raises(BadInput, match="never unpickled since it can run code"):
-            load_checkpoint(tmp_path / name, "byol")
+CALLS = {
+    "system": lambda path: (os.system, f"touch {path}"),
+    "eval": lambda path: (eval, f"open({str(path)!r}, 'w')"),
+    "method": lambda path: (Path.touch, path),
+    "number": lambda path: (np.float64(0).__reduce__()[0], Malicious(os.system, f"touch {path}"), b""),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_pickle_that_runs_code_is_refused_and_not_run(call, tmp_path):
+    code = Malicious(*CALLS[call](tmp_path / "ran"))
+    entries = {
+        "config": {"kind": "byol", "arch": "resnet18", "model_state_dict": {}, "config": code},
+        "state": {"model_state_dict": {"conv1.weight": code}},
+        "whole": code,
+    }
+    for name, entry in entries.items():
+        torch.save(entry, tmp_path / f"{name}.zip.pth")
+        (tmp_path / f"{name}.pickle.pth").write_bytes(pickle.dumps(entry, protocol=2))
+        for form in ("zip", "pickle"):
+            for load in (load_byol, load_classifier, lambda path: build_backbone("resnet18", path)):
+                with pytest.raises(BadInput, match="never unpickled since it can run code") as caught:
+                    load(tmp_path / f"{name}.{form}.pth")
+                assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+    # Each of them would have run.
+    if call != "number":
+        pickle.loads((tmp_path / "whole.pickle.pth").read_bytes())
+        assert (tmp_path / "ran").exists()
+
+
+def test_a_refused_pickle_names_what_it_holds(tmp_path):
+    torch.save({"config": Malicious(os.system, "true")}, tmp_path / "c.pth")
+    with pytest.raises(BadInput, match=r"c\.pth holds '(posix|os)\.system', more than tensors"):
+        load_checkpoint(tmp_path / "c.pth", None)
 
 
 def test_the_first_tensor_that_does_not_fit_is_named(byol, tmp_path):

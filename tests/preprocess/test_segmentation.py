@@ -1,101 +1,347 @@
-"""Segmentation on the real films, and on images that are no film."""
+"""Segmentation on the real films, as they are, changed, and with what films carry added; and on images that are no film."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
+from film_outlines import BORDERS, BREASTS, FOG, LETTERS, NIPPLES, PECTORAL_MUSCLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
+from skimage.draw import polygon2mask
 
-from preprocess.segmentation import segment_breast
+from preprocess.resampling import block_mean
+from preprocess.segmentation import Segmentation, segment_breast
 
-SPACING = 0.2  # of the `films` fixture
-# Film letters as a person sees them, (top, bottom, left, right) in pixels of 0.4 mm.
-LETTERS = {
-    "P0_lcc": (50, 115, 240, 300),
-    "P0_lmlo": (55, 145, 255, 330),
-    "P0_rmlo": (20, 100, 0, 85),
-    "P1_lcc": (35, 90, 280, 325),
-}
+SPACING = 0.2  # of the `films` fixture; two pixels make one of the mask
 
 
 def overlap(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
+class Segmented(NamedTuple):
+    """A film as uint16 with its chest wall at the left, and its segmentation."""
+
+    name: str
+    pixels: np.ndarray
+    found: Segmentation
+    path: Any
+    side: str
+
+    def facing(self, image: np.ndarray) -> np.ndarray:
+        """Return a view of an image of this film with the chest wall at the left, or back."""
+        return image if self.side == "L" else image[:, ::-1]
+
+
 @pytest.fixture(scope="module")
-def segmented(films):
-    return {film.name: (film, segment_breast(film.pixels, SPACING)) for film in films}
+def segmented(films) -> list[Segmented]:
+    found = []
+    for film in films:
+        segmentation = segment_breast(film.pixels, SPACING)
+        found.append(Segmented(film.name, film.pixels, segmentation, film.path, film.side))
+    return found
 
 
 def test_side_is_the_one_dicom_gives(segmented):
     import pydicom
 
-    for film, found in segmented.values():
+    for film in segmented:
         laterality = pydicom.dcmread(film.path, stop_before_pixels=True).Laterality
-        assert (found.side, found.flags) == (laterality, ()), film.name
+        assert (film.found.side, film.found.flags, film.found.method) == (laterality, (), "otsu"), film.name
 
 
-def test_mask_holds_the_tissue_and_leaves_the_background(segmented):
-    for film, found in segmented.values():
+def test_mask_is_the_breast_as_a_person_draws_it(segmented):
+    for film in segmented:
+        found = film.found
         assert (found.factor, found.spacing_mm) == (2, pytest.approx(0.4))
         assert found.mask.shape == tuple(-(-n // 2) for n in film.pixels.shape)
-        mask = found.mask if film.side == "L" else found.mask[:, ::-1]
-        pixels = film.pixels[::2, ::2] if film.side == "L" else film.pixels[::2, ::-2]
-        pixels = pixels[: mask.shape[0], : mask.shape[1]]
-        middle = mask.shape[0] // 2
-        assert mask[middle, 30:130].all(), film.name  # tissue from the chest wall on
-        assert not mask[:, 240:].any(), film.name  # nothing beyond the nipple
-        assert 0.15 < mask.mean() < 0.5, film.name
-        # Bright pixels are tissue, but for letters, borders and the strip at the chest wall.
-        bright = pixels[30:-30, 20:200] > 20000
-        assert (mask[30:-30, 20:200] & bright).sum() > 0.98 * bright.sum(), film.name
+        assert overlap(found.mask, polygon2mask(found.mask.shape, BREASTS[film.name])) > 0.95, film.name
         assert found.area_mm2 == pytest.approx(found.mask.sum() * 0.16)
+        assert ndimage.label(found.mask)[1] == 1, film.name
+        np.testing.assert_array_equal(ndimage.binary_fill_holes(found.mask), found.mask)
 
 
-@pytest.mark.parametrize("name", LETTERS)
-def test_letters_are_outside(segmented, name):
-    film, found = segmented[name]
-    top, bottom, left, right = LETTERS[name]
-    letters = film.pixels[2 * top : 2 * bottom, 2 * left : 2 * right]
-    assert (letters > 15000).mean() > 0.05  # the letters are there
-    assert not found.mask[top:bottom, left:right].any()
+def test_nipple_and_pectoral_muscle_stay(segmented):
+    for film in segmented:
+        for row, column in [NIPPLES[film.name], *PECTORAL_MUSCLE.get(film.name, [])]:
+            assert film.found.mask[row, column], (film.name, row, column)
 
 
-def test_flipped_film_gives_the_flipped_mask(segmented):
-    for film, found in segmented.values():
-        flipped = segment_breast(film.pixels[:, ::-1], SPACING)
-        assert flipped.side == {"L": "R", "R": "L"}[found.side]
-        assert overlap(flipped.mask[:, ::-1], found.mask) > 0.995, film.name
+def test_letters_borders_and_fog_are_outside(segmented):
+    for film in segmented:
+        mask = film.found.mask
+        for top, bottom, left, right in LETTERS[film.name]:
+            letters = film.pixels[2 * top : 2 * bottom, 2 * left : 2 * right]
+            assert (letters > 15000).mean() > 0.05, film.name  # the letters are there
+            assert not mask[top:bottom, left:right].any(), film.name
+        if film.name in BORDERS:
+            above, below = BORDERS[film.name]
+            assert not mask[: above - 1].any(), film.name  # the last row is half border
+            assert not mask[-below:].any(), film.name
+        for row, column in FOG[film.name]:
+            assert film.pixels[2 * row, 2 * column] > 1500, film.name  # brighter than the background by far
+            # Nothing far above or below the breast, from the chest wall to the other side.
+            assert not mask[row - 15 : row + 15].any(), (film.name, row)
 
 
-@pytest.mark.parametrize("scale", [1 / 256, 0.1, 0.5, 100.0])
-def test_exposure_scale_changes_nothing(segmented, scale):
-    for film, found in list(segmented.values())[::3]:
-        scaled = segment_breast(film.pixels * np.float32(scale), SPACING)
-        assert overlap(scaled.mask, found.mask) > 0.995, film.name
+Change = Callable[[Segmented], tuple[np.ndarray, np.ndarray]]
+CHANGES: dict[str, tuple[float, Change]] = {}
 
 
-def test_eight_bits_give_nearly_the_same_mask(segmented):
-    for film, found in list(segmented.values())[::3]:
-        assert overlap(segment_breast((film.pixels >> 8).astype(np.uint8), SPACING).mask, found.mask) > 0.97, film.name
+def change(bound: float) -> Callable[[Change], Change]:
+    """Note a change of a film: it returns the mask found on the changed film, and the one to find."""
+
+    def note(function: Change) -> Change:
+        CHANGES[function.__name__] = (bound, function)
+        return function
+
+    return note
 
 
-def test_resolution_changes_little(segmented):
-    from preprocess.resampling import block_mean
+def mask_of(pixels: np.ndarray, spacing: float = SPACING) -> np.ndarray:
+    return segment_breast(pixels, spacing).mask
 
-    for film, found in list(segmented.values())[::3]:
-        coarse = segment_breast(block_mean(film.pixels, 2), 2 * SPACING)
-        assert coarse.factor == 1
-        np.testing.assert_array_equal(coarse.mask, found.mask)
+
+@change(0.999)
+def flipped(film):
+    segmentation = segment_breast(film.pixels[:, ::-1], SPACING)
+    assert segmentation.side == {"L": "R", "R": "L"}[film.side]
+    return segmentation.mask[:, ::-1], film.found.mask
+
+
+@change(0.995)
+def darker_by_a_fifth(film):
+    return mask_of((film.pixels * 0.8).astype(np.uint16)), film.found.mask
+
+
+@change(0.97)
+def brighter_by_a_fifth_and_clipped(film):
+    return mask_of(np.minimum(film.pixels * 1.2, 65535).astype(np.uint16)), film.found.mask
+
+
+@change(0.995)
+def on_another_scale(film):
+    return mask_of(film.pixels * np.float32(1 / 300)), film.found.mask
+
+
+@change(0.98)
+def with_8_bits(film):
+    return mask_of((film.pixels >> 8).astype(np.uint8)), film.found.mask
+
+
+@change(0.99)
+def cropped_by_a_tenth_at_the_far_side(film):
+    width = film.pixels.shape[1] // 20 * 2
+    mask = film.facing(film.found.mask)
+    assert not mask[:, -width // 2 :].any()  # background
+    return mask_of(film.facing(film.pixels)[:, :-width]), mask[:, : -width // 2]
+
+
+@change(0.99)
+def cropped_by_a_tenth_at_the_bottom(film):
+    height = film.pixels.shape[0] // 20 * 2
+    assert film.found.mask[-height // 2 :].mean() < 0.01  # background, but for the last rows of one breast
+    return mask_of(film.pixels[:-height]), film.found.mask[: -height // 2]
+
+
+def _with_strip(film, axis, before):
+    """Add a strip of 4 mm at an edge."""
+    width = [(0, 0), (0, 0)]
+    width[axis] = (20, 0) if before else (0, 20)
+    mask = mask_of(np.pad(film.pixels, width, constant_values=60000))
+    inner = [slice(None), slice(None)]
+    inner[axis] = slice(10, None) if before else slice(None, -10)
+    return mask[tuple(inner)], film.found.mask
+
+
+@change(0.99)
+def strip_at_the_top(film):
+    return _with_strip(film, 0, True)
+
+
+@change(0.99)
+def strip_at_the_bottom(film):
+    return _with_strip(film, 0, False)
+
+
+@change(0.97)
+def strip_at_the_left(film):
+    return _with_strip(film, 1, True)
+
+
+@change(0.97)
+def strip_at_the_right(film):
+    return _with_strip(film, 1, False)
+
+
+@change(0.999)
+def at_half_the_resolution(film):
+    segmentation = segment_breast(block_mean(film.pixels, 2), 2 * SPACING)
+    assert segmentation.factor == 1
+    return segmentation.mask, film.found.mask
+
+
+def _painted(film, paint):
+    """Paint onto a copy of a film whose chest wall is at the left."""
+    copy = film.pixels.copy()
+    paint(film.facing(copy), film.facing(film.found.mask))
+    return mask_of(copy), film.found.mask
+
+
+@change(0.99)
+def label_beside_the_breast(film):
+    def paint(pixels, mask):
+        assert not mask[75:125, -80:-20].any()
+        pixels[150:250, -160:-40] = 60000
+
+    return _painted(film, paint)
+
+
+@change(0.95)
+def label_that_touches_the_breast(film):
+    """A solid label of 20 x 16 mm that covers 4 mm of the skin line."""
+
+    def paint(pixels, mask):
+        row = int(0.35 * len(mask))
+        skin = 2 * np.flatnonzero(mask[row]).max()
+        pixels[2 * row - 40 : 2 * row + 40, skin - 20 : skin + 80] = 60000
+
+    return _painted(film, paint)
+
+
+@change(0.97)
+def letters_that_touch_the_breast(film):
+    """Strokes of 2 mm that stand on the skin line."""
+
+    def paint(pixels, mask):
+        row = int(0.4 * len(mask))
+        for number in range(4):
+            skin = 2 * np.flatnonzero(mask[row + 10 * number]).max()
+            pixels[2 * row + 20 * number : 2 * row + 20 * number + 10, skin - 10 : skin + 60] = 60000
+        pixels[2 * row : 2 * row + 70, skin + 60 : skin + 70] = 60000
+
+    return _painted(film, paint)
+
+
+@change(0.97)
+def tape_from_top_to_bottom(film):
+    def paint(pixels, mask):
+        left = int(0.75 * pixels.shape[1])
+        np.maximum(pixels[:, left : left + 50], 50000, out=pixels[:, left : left + 50])
+
+    return _painted(film, paint)
+
+
+def _tape_across(film, place):
+    def paint(pixels, mask):
+        top = int(place * len(pixels))
+        np.maximum(pixels[top : top + 40], 50000, out=pixels[top : top + 40])
+
+    return _painted(film, paint)
+
+
+@change(0.94)
+def tape_across_below_the_breast(film):
+    return _tape_across(film, 0.93)
+
+
+@change(0.95)
+def tape_across_above_the_breast(film):
+    return _tape_across(film, 0.03)
+
+
+@change(0.97)
+def tape_across_the_breast(film):
+    return _tape_across(film, 0.5)
+
+
+@change(0.97)
+def scratches(film):
+    rng = np.random.default_rng(0)
+
+    def paint(pixels, mask):
+        for _ in range(6):
+            start, end = rng.random((2, 2)) * (np.array(pixels.shape) - 2)
+            rows, columns = (start + (end - start) * np.linspace(0, 1, 3000)[:, None]).astype(int).T
+            pixels[rows, columns] = pixels[rows + 1, columns] = 65535
+
+    return _painted(film, paint)
+
+
+@change(0.97)
+def dust(film):
+    rng = np.random.default_rng(0)
+
+    def paint(pixels, mask):
+        for row, column in rng.integers(0, np.array(pixels.shape) - 6, (300, 2)):
+            height, width = rng.integers(1, 5, 2)
+            pixels[row : row + height, column : column + width] = 65535
+
+    return _painted(film, paint)
+
+
+@change(0.97)
+def hole_in_the_breast(film):
+    """Nothing where a fatty lump of 20 mm lies: holes are filled."""
+
+    def paint(pixels, mask):
+        depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+        row, column = 2 * np.array(np.unravel_index(depth.argmax(), depth.shape))
+        rows, columns = np.ogrid[: pixels.shape[0], : pixels.shape[1]]
+        pixels[np.hypot(rows - row, columns - column) < 50] = 0
+
+    return _painted(film, paint)
+
+
+@change(0.97)
+def background_of_zeros(film):
+    near = np.kron(ndimage.binary_dilation(film.found.mask, iterations=3), np.ones((2, 2), bool))
+    return mask_of(film.pixels * near[: film.pixels.shape[0], : film.pixels.shape[1]]), film.found.mask
+
+
+@change(0.95)
+def noise(film):
+    """Noise of 300 of 65,535 a pixel, many times the films' own in the background."""
+    added = film.pixels + np.random.default_rng(0).normal(0, 300, film.pixels.shape)
+    return mask_of(np.clip(added, 0, 65535).astype(np.uint16)), film.found.mask
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_leave_the_mask(segmented, name):
+    bound, function = CHANGES[name]
+    for film in segmented:
+        found, expected = function(film)
+        assert overlap(found, expected) > bound, film.name
+
+
+def test_borders_darker_than_the_films_maximum_are_trimmed():
+    """A smooth breast that reaches the top, a border of half its brightness above it and the background."""
+    rows, columns = np.mgrid[:560, :360]
+    film = np.clip(1.2 - ((rows - 200) / 300) ** 2 - (columns / 150) ** 2, 0, 1) * 40000
+    bare = segment_breast(film, 0.4).mask
+    assert bare[0].any()
+    for before, after in ((6, 0), (0, 6), (6, 6)):
+        bordered = segment_breast(np.pad(film, ((before, after), (0, 0)), constant_values=20000), 0.4).mask
+        assert not bordered[:before].any()
+        assert not bordered[560 + before :].any()
+        assert overlap(bordered[before : before + 560], bare) > 0.98
+    # The same light over the top of the breast alone, as its own tissue may be, is no border.
+    lit = film.copy()
+    lit[:6, :110] = 40000
+    np.testing.assert_array_equal(segment_breast(lit, 0.4).mask[0], bare[0])
 
 
 def test_without_a_spacing_the_height_is_assumed_and_said(segmented):
-    film, found = segmented["P0_lcc"]
-    guessed = segment_breast(film.pixels)
-    assert guessed.flags == ("no_spacing",)
-    assert guessed.spacing_mm == pytest.approx(240 / film.pixels.shape[0] * guessed.factor)
-    assert overlap(guessed.mask, found.mask) > 0.95
+    for film in segmented[::3]:
+        guessed = segment_breast(film.pixels)
+        assert guessed.flags == ("no_spacing",)
+        assert guessed.spacing_mm == pytest.approx(240 / film.pixels.shape[0] * guessed.factor)
+        assert guessed.mask.shape == film.found.mask.shape
+        assert overlap(guessed.mask, film.found.mask) > 0.95
 
 
 CONSTANT = [0, 1, 255, 65535]

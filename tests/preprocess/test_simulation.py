@@ -102,6 +102,22 @@ def test_clusters_lie_in_the_breast_away_from_the_skin_and_from_each_other(films
         assert apart[~np.eye(len(boxes), dtype=bool)].min(initial=99) > config.max_cluster_mm
 
 
+def test_clusters_lie_near_the_skin_where_asked_for(films):
+    from preprocess.segmentation import segment_breast
+
+    config = ClusterConfig(skin_distance_mm=3.0, max_skin_distance_mm=8.0, max_cluster_mm=5.0, clusters_per_image=6)
+    for film in films[::3]:
+        segmentation = segment_breast(film.pixels, SPACING)
+        # The chest wall is no skin: the breast goes on beyond the film's edge.
+        depth = ndimage.distance_transform_edt(np.pad(segmentation.mask, 1, mode="edge"))[1:-1, 1:-1] * segmentation.spacing_mm
+        _, boxes = plant_clusters(film.pixels, SPACING, config, 0)
+        assert len(boxes) == 6
+        slack = config.max_cluster_mm / 2  # a box is around its specks, which need not lie evenly about the centre
+        for xmin, ymin, xmax, ymax in boxes:
+            distance = depth[int(ymin + ymax) // 4, int(xmin + xmax) // 4]
+            assert 3.0 - slack <= distance <= 8.0 + slack, film.name
+
+
 def test_no_breast_no_clusters():
     pixels = np.zeros((300, 200), np.uint16)
     planted, boxes = plant_clusters(pixels, SPACING, ClusterConfig(), 0)

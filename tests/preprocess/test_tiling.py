@@ -1,14 +1,22 @@
-"""From a decoded film to its tiles: padding, spacing, boxes in native pixels, cutting."""
+"""From a decoded film to its tiles: where they lie, padding, spacing, boxes in native pixels, cutting, rescue tiles."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+from film_outlines import BORDERS, BREASTS, LETTERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.draw import polygon2mask
 
 from common.errors import BadInput
 from preprocess.intensity import map_to_unit, to_stored
 from preprocess.reading import Header, Mammogram
-from preprocess.resampling import block_mean, resample
+from preprocess.resampling import block_mean
+from preprocess.selection import box_means
+from preprocess.simulation import ClusterConfig, plant_clusters
 from preprocess.tiling import TilingConfig, check_spacings, preprocessing_record, tile_film
 
 SMALL = TilingConfig(tile_size=64, stride=32)
@@ -43,6 +51,37 @@ def test_tiles_are_pieces_of_the_mapped_film(tiled):
     assert (np.diff(film.image.ravel()[::101][order]) >= 0).all()
     assert film.image.min() == 0
     assert film.image.max() <= 1
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_no_kept_tile_lies_on_a_label_a_border_or_the_background(films, size):
+    """Against what a person draws on the films; 128 pixels of 0.2 mm are as large as 512 native ones."""
+    for film in films:
+        tiled = tile_film(mammogram_of(film), TilingConfig(tile_size=size, stride=size // 2))
+        breast = polygon2mask([-(-n // 2) for n in film.pixels.shape], BREASTS[film.name])
+        top, left, edge = tiled.tiles.y / 2, tiled.tiles.x / 2, size / 2
+        assert len(top) > 20, film.name
+        for above, below, before, after in LETTERS[film.name]:
+            apart = (top >= below) | (top + edge <= above) | (left >= after) | (left + edge <= before)
+            assert apart.all(), film.name
+        # Drawn by hand and without looking at intensities: the share of breast is well above the rule's 0.15.
+        assert box_means(breast, top, left, edge, edge).min() > 0.4, film.name
+        # Tiles at the top hold the breast beside at most a thin border (the grid starts at the film's edge).
+        above, below = BORDERS.get(film.name, (0, 0))
+        assert (above - top).max(initial=0) / edge <= 0.2, film.name
+        assert (top + edge).max() <= len(breast) - below, film.name
+
+
+def test_a_border_leaves_the_mapping(films):
+    """Percentiles are taken inside the breast: white borders and labels have no say."""
+    for film in films[::2]:
+        bordered = film.pixels.copy()
+        bordered[:12] = bordered[-12:] = 64000
+        highs = [
+            float(tile_film(Mammogram(pixels, Header(*pixels.shape, bits=16, spacing_mm=0.2)), SMALL).mapping.split("..")[1])
+            for pixels in (film.pixels, bordered)
+        ]
+        assert highs[1] == pytest.approx(highs[0], rel=0.02), film.name
 
 
 def test_native_boxes_are_the_tiles_own_pixels(tiled):
@@ -87,18 +126,180 @@ def test_small_film_is_padded_and_flagged(films):
     assert "padded" in film.flags
     assert film.image.shape == (64, 200)
     assert (film.image[60:] == 0).all()
-    assert film.tiles.counts["candidates"] == 4
+    assert film.selection.counts["candidates"] == 4
     for i in range(len(film.tiles.x)):
         assert film.cut(i, 64, 16).shape == (64, 64)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 500), (500, 3)])
-@pytest.mark.parametrize("value", [0, 30000])
-def test_no_film_gives_no_tiles_and_a_flag(shape, value):
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (3, 500), (500, 3), (300, 200)])
+@pytest.mark.parametrize("value", [0, 30000, 65535])
+@pytest.mark.parametrize("percentile", [None, 50.0])
+def test_no_film_gives_no_tiles_and_a_flag(shape, value, percentile):
     pixels = np.full(shape, value, np.uint16)
-    film = tile_film(Mammogram(pixels, Header(*shape, bits=16, spacing_mm=0.1)), SMALL)
-    assert {"no_breast", "padded"} <= set(film.flags)
-    assert film.tiles.counts["kept"] == 0
+    config = TilingConfig(tile_size=64, stride=32, freq_percentile=percentile, min_intensity=0, min_nonzero=0)
+    film = tile_film(Mammogram(pixels, Header(*shape, bits=16, spacing_mm=0.1)), config)
+    assert "no_breast" in film.flags
+    assert ("padded" in film.flags) == (min(shape) < 64)
+    assert film.selection.counts["kept"] == 0
+
+
+PICTURES = ("black", "white", "constant", "noise", "gradient", "half", "ellipse", "speck", "specks")
+
+
+def picture(kind, shape, dtype, rng):
+    top, (rows, columns) = np.iinfo(dtype).max, np.indices(shape)
+    image = {
+        "black": lambda: np.zeros(shape),
+        "white": lambda: np.ones(shape),
+        "constant": lambda: np.full(shape, rng.random()),
+        "noise": lambda: rng.random(shape),
+        "gradient": lambda: np.linspace(0, 1, rows.size).reshape(shape),
+        "half": lambda: (columns < shape[1] / 2) * 0.6,
+        "ellipse": lambda: np.clip(1 - (rows / shape[0] * 2.4 - 1.2) ** 2 - (columns / shape[1] * 1.5) ** 2, 0, 1) * 0.8,
+        "speck": lambda: (rows == rng.integers(shape[0])) * (columns == rng.integers(shape[1])) * 1.0,
+        "specks": lambda: (columns < 0.7 * shape[1]) * (0.4 + 0.3 * (rng.random(shape) < 0.02)),
+    }[kind]()
+    return np.rint(image * top).astype(dtype)
+
+
+@settings(max_examples=120)
+@given(
+    kind=st.sampled_from(PICTURES),
+    shape=st.tuples(st.integers(1, 150), st.integers(1, 150)) | st.sampled_from([(1, 1), (2, 3), (1, 2000), (1500, 2)]),
+    dtype=st.sampled_from([np.uint8, np.uint16]),
+    spacings=st.sampled_from(
+        [(None, None), (0.01, None), (0.2, None), (1.0, None), (0.2, 0.1), (0.2, 0.37), (0.1, 0.2), (1.0, 0.6)]
+    ),
+    config=st.fixed_dictionaries(
+        {
+            "tile_size": st.sampled_from([1, 7, 32, 64]),
+            "stride": st.sampled_from([5, 16, 40]),
+            "select": st.sampled_from(["either", "both", "breast", "frequency"]),
+            "freq_percentile": st.sampled_from([None, 0.0, 80.0]),
+            "max_tiles_per_image": st.sampled_from([None, 3]),
+            "min_intensity": st.sampled_from([0.0, 40.0]),
+            "min_nonzero": st.sampled_from([0.0, 0.7]),
+            "cluster_specks": st.sampled_from([0, 1, 5]),
+        }
+    ),
+    seed=st.integers(0, 99),
+)
+def test_any_image_gives_tiles_or_says_why_not(kind, shape, dtype, spacings, config, seed):
+    pixels = picture(kind, shape, dtype, np.random.default_rng(seed))
+    config = TilingConfig(**config, pixel_spacing=spacings[1])
+    film = tile_film(Mammogram(pixels, Header(*shape, bits=8 * pixels.itemsize, spacing_mm=spacings[0])), config)
+    counts, size = film.selection.counts, config.tile_size
+    assert counts["candidates"] >= 1
+    assert np.isfinite(film.image).all()
+    assert ((film.image >= 0) & (film.image <= 1)).all()
+    assert np.isfinite(film.response).all()
+    whole = abs(film.scale - round(film.scale)) < 1e-3
+    resampled = [math.ceil(n / round(film.scale)) if whole else max(1, round(n / film.scale)) for n in shape]
+    assert ("padded" in film.flags) == (min(resampled) < size)
+    assert film.image.shape == tuple(max(n, size if "padded" in film.flags else 0) for n in resampled)
+    assert ("cluster_not_held" in film.flags) == (counts["clusters_unheld"] > 0)
+    assert ("no_spacing" in film.flags) == (spacings[0] is None)
+    for index in range(counts["kept"]):
+        assert film.cut(index, size, 16).shape == (size, size)
+    if kind in ("black", "white", "constant"):
+        assert "no_breast" in film.flags
+        assert counts["kept"] == 0
+    if not counts["kept"]:  # no silent nothing: a flag, or gates and rules that say how many tiles each rejected
+        rejected = sum(n for name, n in counts.items() if name.startswith("rejected_"))
+        assert rejected == counts["candidates"]
+    if "no_breast" in film.flags:
+        assert (
+            counts["clusters"] == counts["kept_breast_only"] == counts["kept_both_rules"] == counts["kept_frequency_only"] == 0
+        )
+
+
+def test_edge_tiles_are_flush_with_the_border(films):
+    film = tile_film(mammogram_of(films[2]), TilingConfig(tile_size=100, stride=70, min_intensity=0, min_nonzero=0))
+    grid = film.selection.candidates
+    assert grid.y.max() + 100 == film.image.shape[0]
+    assert grid.x.max() + 100 == film.image.shape[1]
+    assert (grid.y.min(), grid.x.min()) == (0, 0)
+    assert (film.tiles.x + 100 == film.image.shape[1]).any()  # a right breast: kept tiles at the chest wall
+
+
+def test_rescue_tiles_hold_clusters_near_the_skin(films):
+    """Clusters planted 3-8 mm from the skin line at contrast 8 into native pixels; films tiled at 0.1 mm."""
+    import pydicom
+
+    config = ClusterConfig(
+        clusters_per_image=8, min_specks=8, contrast=8, skin_distance_mm=3, max_skin_distance_mm=8, max_cluster_mm=5
+    )
+    tiling, size = TilingConfig(tile_size=256, stride=128), 256
+    held, without, flagged, rescues = [], [], 0, 0
+    for number, film in enumerate(films):
+        planted, boxes = plant_clusters(pydicom.dcmread(film.path).pixel_array, 0.05, config, (0, number))
+        pixels = np.rint(block_mean(planted, 2)).astype(np.uint16)
+        tiled = tile_film(Mammogram(pixels, Header(*pixels.shape, bits=16, spacing_mm=0.1)), tiling)
+        tiles, rescue = tiled.tiles, tiled.selection.rule == "rescue"
+        for xmin, ymin, xmax, ymax in np.array(boxes) / 2:
+            holds = (tiles.x <= xmin) & (tiles.y <= ymin) & (tiles.x + size >= xmax) & (tiles.y + size >= ymax)
+            held.append(holds.any())
+            without.append(holds[~rescue].any())
+        flagged += tiled.selection.unheld
+        rescues += int(rescue.sum())
+        assert rescue.sum() == tiled.selection.counts["kept_rescue"]
+    assert len(held) >= 60
+    assert np.mean(held) >= 0.95
+    assert np.mean(without) < 0.8
+    assert rescues >= sum(held) - sum(without) - 5  # one tile may hold two
+    assert flagged >= held.count(False)  # what no tile can hold is said
+
+
+@pytest.mark.parametrize(
+    ("spacing", "target"), [(0.05, None), (0.1, None), (0.14, None), (0.1, 0.05), (0.05, 0.1), (0.1, 0.13)]
+)
+def test_specks_are_measured_in_millimetres_at_any_pixel_size(spacing, target):
+    """A simulated breast with film grain and 6 specks of 0.4 mm on a circle of 5 mm."""
+    rows, columns = np.mgrid[: round(80 / spacing), : round(50 / spacing)] * spacing
+    breast = (rows - 40) ** 2 + columns**2 < 35**2
+    film = 20000.0 * breast + np.random.default_rng(0).normal(0, 12 / spacing, breast.shape)
+    angles = np.arange(6) * np.pi / 3
+    specks = np.stack([30 + 2.5 * np.sin(angles), 15 + 2.5 * np.cos(angles)], axis=1)
+    for y, x in specks:
+        film += 6000 * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / 2 / 0.15**2)
+    pixels = np.clip(film, 0, 65535).astype(np.uint16)
+    config = TilingConfig(tile_size=64, stride=64, pixel_spacing=target)
+    tiled = tile_film(Mammogram(pixels, Header(*pixels.shape, bits=16, spacing_mm=spacing)), config)
+    pixel = target or spacing
+    # One cluster: the box of its specks and a margin of 1 mm.
+    assert len(tiled.selection.clusters) == 1
+    (xmin, ymin, xmax, ymax) = tiled.selection.clusters[0] * pixel
+    (top, left), (bottom, right) = specks.min(axis=0), specks.max(axis=0)
+    assert (xmin, ymin, xmax, ymax) == pytest.approx((left - 1, top - 1, right + 1, bottom + 1), abs=0.25)
+    # Specks count from 1.2 mm inside the skin line and the chest wall on.
+    rows, columns = ((np.arange(n) + 0.5) * pixel * tiled.response_scale for n in tiled.response.shape)
+    counted = tiled.response != 0
+    assert columns[counted.any(axis=0)].min() == pytest.approx(1.2, abs=0.4)
+    distance = np.hypot(rows[:, None] - 40, columns[None, :])
+    assert distance[counted].max() == pytest.approx(35 - 1.2, abs=0.8)
+
+
+def test_no_rescue_tiles_where_they_are_not_asked_for(films):
+    """At 0.2 mm only bright specks are seen; each rescue tile is of a cluster, and none is made for `--select breast`."""
+    planted, _ = plant_clusters(
+        films[2].pixels, 0.2, ClusterConfig(contrast=30, min_specks=10, skin_distance_mm=3, max_skin_distance_mm=8), 0
+    )
+    mammogram = Mammogram(planted, Header(*planted.shape, bits=16, spacing_mm=0.2))
+    counts = {
+        name: tile_film(mammogram, TilingConfig(tile_size=128, stride=64, **options)).selection.counts
+        for name, options in {
+            "either": {},
+            "frequency": {"select": "frequency"},
+            "breast": {"select": "breast"},
+            "none": {"cluster_specks": 0},
+            "bright": {"min_speck": 1e6},
+        }.items()
+    }
+    assert 1 <= counts["either"]["kept_rescue"] <= counts["either"]["clusters"]
+    assert counts["frequency"]["clusters"] == counts["either"]["clusters"]
+    for name in ("breast", "none", "bright"):
+        assert counts[name]["kept_rescue"] == counts[name]["clusters"] == 0
+    assert counts["none"]["kept"] == counts["either"]["kept"] - counts["either"]["kept_rescue"]
 
 
 def test_common_spacing_needs_the_films_own(films):
@@ -154,18 +355,6 @@ def test_record_says_how_tiles_were_made():
     assert record["tile_size"] == 128
     assert record["native_spacing_mm"] == [0.05, 0.06]
     assert preprocessing_record(SMALL, np.array([np.nan]), 8)["native_spacing_mm"] is None
-
-
-def test_block_mean_and_resample():
-    image = np.random.default_rng(0).random((7, 10)).astype(np.float32)
-    blocks = block_mean(image, 3)
-    padded = np.pad(image, ((0, 2), (0, 2)), mode="edge")
-    expected = [[padded[r : r + 3, c : c + 3].mean() for c in (0, 3, 6, 9)] for r in (0, 3, 6)]
-    np.testing.assert_allclose(blocks, expected, rtol=1e-6)
-    np.testing.assert_array_equal(resample(image, 3), blocks)
-    np.testing.assert_array_equal(resample(image, 1), image)
-    assert resample(image, 1.4).shape == (5, 7)
-    np.testing.assert_allclose(resample(np.full((9, 9), 0.3), 1.7), 0.3, rtol=1e-6)
 
 
 def test_mapping_keeps_room_above_the_brightest():

@@ -29,3 +29,8 @@ def test_the_same_pixels_pass(given):
 def test_resampled_tiles_may_come_from_any_film():
     learnt = LEARNT | {"pixel_spacing_mm": 0.1}
     check_same_pixels(learnt, learnt | {"native_spacing_mm": [0.2, 0.2]}, "these shards")
+
+
+def test_what_a_model_does_not_say_is_not_compared():
+    """Checkpoints of other programs know their mean and std, and the size that they resize any tile to."""
+    check_same_pixels({"mean": 0.5, "std": 0.5, "tile_size": 256}, LEARNT, "these shards")

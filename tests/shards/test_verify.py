@@ -292,6 +292,7 @@ def test_quarantine_leaves_whole_samples(copied, built):
     images = mended.images().set_index("image_id")["flags"]
     films = set(built.shards.tiles().set_index("key").loc[list(keys), "image_id"])
     assert set(images.index[images.str.contains("quarantined")]) == films
+    assert [entry["quarantined"] for entry in mended.meta["shards"]] == [3, 1, 0, 0]
     assert quarantine(mended, []) == []
 
 

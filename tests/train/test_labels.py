@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import imagecodecs
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ import torch
 from common.errors import BadInput
 from dali_pipelines import TRAIN_VIEW, LabelledLoader
 from shards import open_shards
-from train.labels import join_folder, join_shards, read_labels, refuse_leakage
+from train.labels import describe_leakage, find_leakage, join_folder, join_shards, read_labels
 
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def test_a_cell_that_is_no_label_is_named_by_line_and_column(write_csv, cell):
     ("text", "message"),
     [
         ("tile_path,mass\na.png,1\nb.png,0\na.png,0\n", "line 4: tile 'a.png' stands there twice"),
+        ("tile_path,mass\na.png,1\na.png,1\n", "line 3: tile 'a.png' stands there twice"),
         ("tile_path,mass\na.png,1\n,0\n", "line 3.*tile_path"),
         ("tile_path,mass\na.png,\nb.png,\n", "no row with a label of: mass"),
         ("tile_path,mass\n", "no rows"),
@@ -147,32 +149,87 @@ def test_labels_join_tile_files_by_place(road, tmp_path):
     np.testing.assert_array_equal(joined.numbers, [0, 1])
     np.testing.assert_array_equal(joined.labels, [[1, 0], [np.nan, 1]])
     missing = pd.concat([frame, pd.DataFrame({"tile_path": ["gone.png"], "mass": [1.0], "calc": [0.0]})])
-    with pytest.raises(BadInput, match=r"my\.csv: tile .*gone\.png does not exist; correct tile_path or --tiles-dir"):
+    with pytest.raises(
+        BadInput, match=r"my\.csv: tile .*gone\.png \(1 such\) does not exist; correct tile_path or --tiles-dir"
+    ):
         join_folder(missing, tmp_path, "my.csv")
     with pytest.raises(BadInput, match="nofolder does not exist; check --tiles-dir"):
         join_folder(frame, tmp_path / "nofolder", "my.csv")
 
 
-def test_a_patient_or_a_tile_on_both_sides_is_refused(road, tmp_path):
+def test_what_is_on_both_sides_is_found(road):
     shards = open_shards(road.shards)
     tiles = shards.tiles("train")
-    patient = tiles["patient_id"].iloc[0]
+    patient, film = tiles["patient_id"].iloc[0], tiles["image_id"].iloc[0]
 
     def part(rows: slice):
         frame = pd.DataFrame({"tile_path": tiles["key"][rows], "mass": np.float32(1)})
         return join_shards(frame, shards, "csv")
 
     val = join_shards(read_labels(road.val_csv, road.classes), shards, "val.csv")
-    refuse_leakage(part(slice(0, 10)), val)
+    assert find_leakage(part(slice(0, 10)), val) == {}
     # Other tiles of the same patient are as bad as the same tiles.
-    with pytest.raises(BadInput, match=rf"patient '{patient}' is in both --train-csv and --val-csv"):
-        refuse_leakage(part(slice(0, 10)), part(slice(10, 20)))
+    assert find_leakage(part(slice(0, 10)), part(slice(10, 20))) == {"patients": [patient], "images": [film]}
+    both = find_leakage(part(slice(0, 12)), part(slice(7, 20)))
+    assert both["tiles"] == sorted(tiles["key"][7:12])
+    line = describe_leakage(both)
+    assert (
+        f"1 patient ({patient}), 1 image ({film}), 5 tiles ({', '.join(sorted(tiles['key'][7:12])[:3])}, … and 2 more)" in line
+    )
 
-    for name in ("a.png", "b.png", "c.png"):
-        (tmp_path / name).write_bytes(b"x")
-    folder = [
-        join_folder(pd.DataFrame({"tile_path": names, "mass": np.float32([1, 0])}), tmp_path, "csv")
-        for names in (["a.png", "b.png"], ["b.png", "c.png"])
+
+@pytest.fixture
+def write_tiles(tmp_path):
+    def write(names: dict[str, int]):
+        """Write flat tiles, each of its grey value, and return a join of some of them."""
+        for name, value in names.items():
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_bytes(_encode(np.full((8, 8), value, np.uint16), path.suffix))
+
+        def join(*chosen: str, regex: str | None = None, **columns):
+            return join_folder(pd.DataFrame({"tile_path": chosen, "mass": np.float32(1), **columns}), tmp_path, "csv", regex)
+
+        return join
+
+    return write
+
+
+def _encode(pixels: np.ndarray, suffix: str) -> bytes:
+    return imagecodecs.png_encode(pixels) if suffix == ".png" else imagecodecs.tiff_encode(pixels, photometric="minisblack")
+
+
+def test_tiles_of_a_folder_are_compared_by_their_pixels(write_tiles):
+    join = write_tiles({"a.png": 1, "b.png": 2, "sub/c.tif": 1, "d.png": 4})
+    assert find_leakage(join("a.png", "b.png"), join("d.png")) == {}
+    assert find_leakage(join("a.png", "b.png"), join("sub/c.tif", "d.png")) == {"tiles": ["sub/c.tif (= a.png)"]}
+    assert find_leakage(join("a.png"), join("a.png", "b.png")) == {"images": ["a.png"], "tiles": ["a.png"]}
+
+
+def test_a_folders_tiles_tell_their_film_and_patient(write_tiles):
+    names = ["patient1_tile_001.png", "patient1_tile_002.png", "x/F1_y0_x0.png", "y/F1_y0_x64.png", "P1/7.png", "P2/7.png"]
+    join = write_tiles({name: value for value, name in enumerate(names)})
+    assert find_leakage(join(names[0]), join(names[1])) == {"images": ["patient1"]}
+    assert find_leakage(join(names[2]), join(names[3])) == {"images": ["F1"]}
+    assert find_leakage(join(names[4]), join(names[5])) == {}  # a mere number is no film's name
+    for regex in (r"patient\d+", r"(patient1)_"):
+        found = find_leakage(join(names[0], regex=regex), join(names[1], regex=regex))
+        assert found == {"patients": ["patient1"], "images": ["patient1"]}
+    with pytest.raises(BadInput, match=r"csv: --patient-regex 'patient.*' does not match 'P1/7\.png'"):
+        join(names[0], names[4], regex=r"patient\d+")
+    with pytest.raises(BadInput, match=r"--patient-regex '\(' is no regular expression"):
+        join(names[0], regex="(")
+    described = [
+        join(names[0], patient_id=["p"], image_id=["one"]),
+        join(names[4], names[1], patient_id=["p", "q"], image_id=["two", np.nan]),
     ]
-    with pytest.raises(BadInput, match=r"tile 'b\.png' is in both --train-csv and --val-csv \(1 such\)"):
-        refuse_leakage(*folder)
+    assert find_leakage(*described) == {"patients": ["p"]}
+    assert described[1].groups.tolist() == ["two", "patient1"]
+
+
+def test_a_csv_may_name_patients_and_films(write_csv):
+    path = write_csv("tile_path,mass,patient_id,image_id,site\na.png,1,007,f,3\nb.png,0,8,,3\n")
+    frame = read_labels(path, ["mass"])
+    assert frame.columns.tolist() == ["tile_path", "mass", "image_id", "patient_id"]
+    assert frame["patient_id"].tolist() == ["007", "8"]
+    assert frame["image_id"].isna().tolist() == [False, True]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadInput
-from train.schedules import byol_momenta, learning_rates
+from train.schedules import byol_momenta, learning_rates, trainable_stages
 
 STEPS = st.integers(1, 3000)
 
@@ -70,3 +70,10 @@ def test_momentum_is_the_papers_formula():
 def test_values_outside_their_range_are_refused(call):
     with pytest.raises(BadInput, match="give"):
         call()
+
+
+def test_stages_unfreeze_after_the_frozen_epochs_at_once_or_one_by_one():
+    assert [trainable_stages(epoch, 2, 0, 5) for epoch in range(1, 6)] == [0, 0, 5, 5, 5]
+    assert [trainable_stages(epoch, 2, 1, 5) for epoch in range(1, 10)] == [0, 0, 1, 2, 3, 4, 5, 5, 5]
+    assert [trainable_stages(epoch, 1, 2, 3) for epoch in range(1, 9)] == [0, 1, 1, 2, 2, 3, 3, 3]
+    assert [trainable_stages(epoch, 0, 0, 5) for epoch in (1, 2)] == [5, 5]

@@ -21,7 +21,7 @@ INFER = "infer --model-path {classifier} --shards {shards} --output-dir {out} --
 BAD = {
     "unknown class": (f"{FINETUNE} --class-names brigth", "has no class 'brigth' (did you mean 'bright'?)"),
     "no labels": (FINETUNE.replace("{train}", "{tmp}/gone.csv"), "gone.csv does not exist"),
-    "a patient on both sides": (FINETUNE.replace("{val}", "{train}"), "is in both --train-csv and --val-csv"),
+    "a patient on both sides": (FINETUNE.replace("{val}", "{train}"), "in both --train-csv and --val-csv: 1 patient (P_"),
     "two sources of tiles": (f"{FINETUNE} --tiles-dir {{tmp}}", "give either --tiles-dir or --shards"),
     "no source of tiles": (FINETUNE.replace("--shards {shards}", ""), "give either --tiles-dir or --shards"),
     "another architecture": (f"{FINETUNE} --arch resnet50", "holds resnet18, not resnet50; pass --arch resnet18"),
@@ -30,6 +30,12 @@ BAD = {
     "garbage for a checkpoint": (FINETUNE.replace("{byol}", "{tmp}/garbage.pth"), "garbage.pth is damaged"),
     "a folder for a checkpoint": (FINETUNE.replace("{byol}", "{tmp}"), "is not a file"),
     "no tiles at all": (f"{FINETUNE} --max-samples 0", "--max-samples 0 is not positive"),
+    "a finetuning config with an unknown key": (
+        f"{FINETUNE} --config {{tmp}}/unknown.yaml",
+        "'batch_sise' (did you mean 'batch_size'?)",
+    ),
+    "weights for other classes": (f"{FINETUNE} --pos-weight 1 2", "--pos-weight has 2 values for 1 classes"),
+    "a seed that is none": (f"{FINETUNE} --seeds 1 x", "--seeds 1 x: give different whole numbers"),
     "shards that are none": (PRETRAIN.replace("{shards}", "{tmp}"), "has no shards.json: it is no finished shard directory"),
     "shards that are nowhere": (PRETRAIN.replace("{shards}", "{tmp}/gone"), "gone does not exist"),
     "a batch above the tiles": (f"{PRETRAIN} --batch-size 4000", "fill no batch of 4000"),
@@ -131,7 +137,7 @@ def test_class_names_come_by_spaces_commas_or_from_a_config(finetuned, mammostre
         f"--config {tmp_path}/one.yaml",
         f"--config {tmp_path}/two.json",
     ):
-        assert "is in both --train-csv and --val-csv" in mammostream(f"{base} {spelling}").error
+        assert "in both --train-csv and --val-csv: 1 patient (P_" in mammostream(f"{base} {spelling}").error
     assert "--class-names" in mammostream(base).error
 
 

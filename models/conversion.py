@@ -1,0 +1,188 @@
+"""State dicts of other programs in this package's names: what they are, what was done to them, and how well they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.normalisation import MEAN, STD
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SCRIPT_MEAN, SCRIPT_STD = (0.5,) * 3, (0.5,) * 3  # of the scripts that the guides describe
+COUNTER = "num_batches_tracked"  # of a batch norm: older files have none, and nothing needs it
+_NESTS = ("model_state_dict", "state_dict", "model")
+_WRAPPED = "byol_model"  # the old classifier's name for the BYOL model in it
+_WRAPPERS = ("module", "_orig_mod", _WRAPPED)  # DistributedDataParallel's, torch.compile's, the old classifier's
+# nn.Sequential(*resnet.children()) numbers what torchvision names; 2, 3 and 8 hold no tensors.
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_RESNET = (*_CHILDREN.values(), "fc")
+_BACKBONES = ("backbone", "backbone_momentum")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A state dict in this package's names, for one-channel input.
+
+    Attributes
+    ----------
+    state
+        Name -> tensor.
+    sources
+        Name -> the name in the file.
+    folded
+        Names that were folded from three channels.
+    normalisation
+        In words: what the file's network takes its input to be normalised by.
+    """
+
+    state: dict[str, Tensor]
+    sources: dict[str, str]
+    folded: list[str]
+    normalisation: str
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file's tensors.
+
+    Attributes
+    ----------
+    source
+        The file.
+    arch
+        The backbone that fits best.
+    normalisation
+        In words: what the file's network takes its input to be normalised by.
+    matched
+        Names, in this package's spelling, that were found with the right shape.
+    folded
+        Those of them that were folded from three channels.
+    missing
+        Names of the model that the file does not have, or has in another shape: they keep their initial values.
+    unexpected
+        Names of the file, as it spells them, that the model has no place for: they are left out.
+    """
+
+    source: str
+    arch: str
+    normalisation: str
+    matched: list[str]
+    folded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+    @property
+    def backbone_share(self) -> float:
+        """The share of the online backbone's tensors that matched, 0-1, without batch norms' counters."""
+        matched, missing = (
+            sum(n.startswith("backbone.") and not n.endswith(COUNTER) for n in names) for names in (self.matched, self.missing)
+        )
+        return matched / max(1, matched + missing)
+
+    def lines(self) -> list[str]:
+        """Return the report as lines to print."""
+        lines = [f"{self.source}: {self.arch}, {len(self.matched)} tensors matched, input normalised by {self.normalisation}"]
+        for what, names in (
+            ("folded from three channels to one", self.folded),
+            ("missing, left as initialised", self.missing),
+            ("unexpected, left out", self.unexpected),
+        ):
+            if names:
+                lines.append(f"  {what}: {len(names)} ({examples(names)})")
+        return lines
+
+
+def examples(names: Sequence[str]) -> str:
+    """Return the first three names, and whether there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def find_state(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state dict in a file's dict: itself, or what lies below ``model_state_dict``, ``state_dict`` or ``model``."""
+    while inner := next((value[name] for name in _NESTS if isinstance(value.get(name), Mapping)), None):
+        value = inner
+    return value
+
+
+def convert_state(state: Mapping[str, Any]) -> Conversion:
+    """Return the tensors of a state dict by this package's names, its first convolutions for one channel.
+
+    Wrappers' prefixes go, wherever they stand; a backbone's children get torchvision's names, whether numbered or not, below
+    ``backbone.``; heads lose the ``layers.`` in between; a wrapped BYOL model is opened, its classification head giving way
+    to the wrapper's. A first convolution of three channels is taken to expect ImageNet's normalisation where the file
+    has torchvision's names, else mean and standard deviation 0.5, as the guides' scripts train.
+    """
+    tensors = [name for name, value in state.items() if isinstance(value, Tensor)]
+    own = {_strip(name)[0] for name in tensors if _WRAPPED not in name.split(".")}
+    sources = {_canonical_name(name): name for name in tensors if _WRAPPED not in name.split(".") or _strip(name)[0] not in own}
+    found = {name: state[source] for name, source in sources.items()}
+
+    torchvision_names = any(_strip(name)[0] == "conv1" for name in tensors)
+    folded = []
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if torchvision_names else (SCRIPT_MEAN, SCRIPT_STD)
+    for backbone in _BACKBONES:
+        names = [f"{backbone}.conv1.weight", f"{backbone}.bn1.running_mean"]
+        weight, running_mean = (found.get(name) for name in names)
+        if weight is not None and running_mean is not None and weight.ndim == 4 and weight.shape[1] == 3:
+            found.update(zip(names, fold_first_convolution(weight, running_mean, mean, std), strict=True))
+            folded += names
+    words = "ImageNet's mean and std" if torchvision_names else "mean 0.5, std 0.5"
+    return Conversion(found, sources, folded, words if folded else f"mean {MEAN}, std {STD}")
+
+
+def _strip(name: str) -> list[str]:
+    return [part for part in name.split(".") if part not in _WRAPPERS] or [name]
+
+
+def _canonical_name(name: str) -> str:
+    parts = _strip(name)
+    if parts[0] in _RESNET or parts[0] in _CHILDREN:
+        parts = ["backbone", *parts]
+    if parts[0] in _BACKBONES:
+        parts[1:2] = [_CHILDREN.get(part, part) for part in parts[1:2]]
+    elif parts[1:2] == ["layers"]:
+        del parts[1]
+    return ".".join(parts)
+
+
+def fold_first_convolution(
+    weight: Tensor,
+    running_mean: Tensor,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> tuple[Tensor, Tensor]:
+    """Turn a three-channel first convolution and its batch norm into a one-channel one that computes the same.
+
+    A grey pixel x replicated over three channels enters channel c as (x - m_c) / s_c; the one-channel network sees
+    u = (x - MEAN) / STD instead. Put x = STD u + MEAN into the sum over channels::
+
+        sum_c w_c * (x - m_c) / s_c  =  (sum_c w_c STD / s_c) * u  +  sum_c sum(w_c) (MEAN - m_c) / s_c
+
+    The first term is the one-channel convolution. The second is a constant per output channel k, and a batch norm
+    that subtracts its running mean r takes y + k with r as it takes y with r - k. (In training mode the batch's own
+    mean removes the constant.) It is exact where the kernel lies within the image: in the padded border, zeros stand
+    for a normalised grey that differs slightly between the two.
+
+    Parameters
+    ----------
+    weight
+        (O, 3, K, K) weight of a convolution without bias.
+    running_mean
+        (O,) running mean of the batch norm behind it.
+    mean, std
+        The normalisation that the three-channel network was trained with.
+
+    Returns
+    -------
+    weight, running_mean
+        (O, 1, K, K) and (O,), in the inputs' types, for an input normalised by :data:`MEAN` and :data:`STD`.
+    """
+    m, s = (torch.tensor(v, dtype=torch.float64, device=weight.device) for v in (mean, std))
+    w = weight.double()
+    folded = (w * (STD / s).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    constant = (w.sum((2, 3)) * ((MEAN - m) / s)).sum(1)
+    return folded.to(weight.dtype), (running_mean.double() - constant).to(running_mean.dtype)

@@ -1,0 +1,54 @@
+"""The stages of a ResNet: which of them train, and which recompute their activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+"""A ResNet's parts with parameters, from the input on."""
+
+
+def train_top_stages(backbone: nn.Module, count: int) -> None:
+    """Let the `count` stages nearest to the output train and freeze the others.
+
+    A frozen stage gets no gradient, and none is computed for it; its batch norms use and keep their running statistics.
+    """
+    for depth, names in enumerate(reversed(STAGES)):
+        trains = depth < count
+        for name in names:
+            backbone.get_submodule(name).train(trains).requires_grad_(trains)
+
+
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """Make each block forget its activations and compute them again in the backward pass (Chen et al. 2016, arXiv:1604.06174).
+
+    Memory falls to about a block's activations and the blocks' inputs, for one forward pass more. Gradients and batch norms
+    are those without it, bit for bit: the second pass leaves the running statistics alone.
+    """
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        for block in backbone.get_submodule(name):
+            # The attribute hides the method: the module's names, and so its state dict, stay as they are.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=partial(_contexts, block))
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _kept_statistics(block)
+
+
+@contextmanager
+def _kept_statistics(block: nn.Module) -> Iterator[None]:
+    """Let batch norms compute as in training, without touching their running statistics."""
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
