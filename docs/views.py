@@ -1,7 +1,7 @@
 """Draw docs/views.jpg: real tiles and what the two recipes make of them. Run it as ``python docs/views.py [OUTPUT]``.
 
-Simulated micro-calcification clusters are planted into copies of the 8 real films first, to see whether fine specks
-survive.
+Simulated micro-calcification clusters are planted into copies of the 8 real films first, so that one can see whether fine
+specks survive.
 """
 
 from __future__ import annotations

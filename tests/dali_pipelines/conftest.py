@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fresh_process import Tiles, call
 
 from shards import archive, codecs
 from shards.reading import Shard
 
 TILE = 48
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Shards and what is in them: pixels by tile number, in reading order."""
-
-    shards: list[Shard]
-    pixels: dict[int, np.ndarray]
-    size: int = TILE
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +57,7 @@ def make_shards(film: np.ndarray) -> Callable[..., Tiles]:
             tar = directory / f"train-{i:06d}.tar"
             archive.write_archive(tar, samples)
             shards.append(Shard(tar, tar.with_suffix(".idx"), "train", count))
-        return Tiles(shards, pixels)
+        return Tiles(shards, pixels, TILE)
 
     return make
 
@@ -86,15 +77,6 @@ class Ended:
     error: str = ""
 
 
-def _call(connection: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    try:
-        connection.send((function(*args), ""))
-    except Exception as error:
-        connection.send((None, f"{type(error).__name__}: {error}"))
-        traceback.print_exc()
-        raise SystemExit(getattr(error, "exit_code", 1)) from None
-
-
 @pytest.fixture(scope="session")
 def in_process() -> Callable[..., Callable[[], Ended]]:
     """Return a starter of a function of a test module in a fresh process; the handle waits for its end, at most a minute.
@@ -106,7 +88,7 @@ def in_process() -> Callable[..., Callable[[], Ended]]:
 
     def start(function: Callable[..., Any], *args: Any) -> Callable[[], Ended]:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_call, args=(theirs, function, args))
+        process = context.Process(target=call, args=(theirs, function, args))
         process.start()
         theirs.close()
 

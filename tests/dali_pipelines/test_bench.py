@@ -100,8 +100,7 @@ def test_contenders_vary_as_much_as_we_do(tiles, maker, recipe):
 def test_measuring_the_loader(packed, tmp_path, mammostream):
     report = tmp_path / "results/loader.md"
     code, out, err = mammostream(
-        f"bench loader --shards {packed} --batch-size 4 --rounds 2 --seconds 0.05 --only mammostream,opencv "
-        f"--output {report}"
+        f"bench loader --shards {packed} --batch-size 4 --rounds 2 --seconds 0.05 --only mammostream,opencv --output {report}"
     )
     assert code == 0, err
     page = report.read_text()

@@ -1,0 +1,30 @@
+"""What a test hands to a fresh process; not in a conftest, since the process must find it by its module's name."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shards.reading import Shard
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Shards and what is in them: pixels by tile number, in reading order."""
+
+    shards: list[Shard]
+    pixels: dict[int, np.ndarray]
+    size: int
+
+
+def call(connection: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        connection.send((function(*args), ""))
+    except Exception as error:
+        connection.send((None, f"{type(error).__name__}: {error}"))
+        traceback.print_exc()
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
