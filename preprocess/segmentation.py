@@ -51,6 +51,8 @@ class Segmentation:
         Name of the method that gave the mask: ``otsu``, ``triangle``, ``nonzero``.
     flags
         What is doubtful: ``no_breast``, ``doubtful_mask``, ``no_spacing``.
+    inside
+        Rows and columns of the mask's grid within the film's bright borders; all of them where it has none.
     """
 
     mask: Any
@@ -59,6 +61,7 @@ class Segmentation:
     side: str
     method: str
     flags: tuple[str, ...]
+    inside: tuple[slice, slice]
 
     @property
     def area_mm2(self) -> float:
@@ -103,10 +106,10 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
     mask = xp.zeros(coarse.shape, dtype=bool)
     mask[inside] = found
     if not bool(mask.any()):
-        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"))
+        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside)
     if score < 1:
         flags = (*flags, "doubtful_mask")
-    return Segmentation(mask, factor, spacing, _side(xp, found), method, flags)
+    return Segmentation(mask, factor, spacing, _side(xp, found), method, flags, inside)
 
 
 def coarse_factor(spacing_mm: float) -> int:

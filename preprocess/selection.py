@@ -225,7 +225,12 @@ def box_means(values: Any, top: Any, left: Any, height: float, width: float) -> 
 
 
 def select_tiles(
-    shape: tuple[int, int], maps: ScoreMaps, config: SelectionConfig, clusters: np.ndarray | None = None, min_step: int = 1
+    shape: tuple[int, int],
+    maps: ScoreMaps,
+    config: SelectionConfig,
+    clusters: np.ndarray | None = None,
+    min_step: int = 1,
+    inside: tuple[slice, slice] = (slice(None), slice(None)),
 ) -> TileSelection:
     """Score every tile of the grid, keep those that pass the gates and the rules, and add rescue tiles.
 
@@ -242,9 +247,12 @@ def select_tiles(
         tile, unless the frequency rule has no say (``--select breast``).
     min_step
         Least distance of tiles in pixels: that of a native pixel, so that no two share a native corner.
+    inside
+        Rows and columns of the image that the grid covers, so that no tile lies on a film's border; an axis that is shorter
+        than a tile within its borders is covered whole.
     """
     size = config.tile_size
-    rows, columns = (grid_positions(n, size, config.stride, min_step) for n in shape)
+    rows, columns = (_grid_axis(n, part, config, min_step) for n, part in zip(shape, inside, strict=True))
     y, x = (grid.ravel() for grid in np.meshgrid(rows, columns, indexing="ij"))
     scores = maps.measure(x, y, size)
     bright, full = _gates(scores, config)
@@ -281,6 +289,13 @@ def select_tiles(
         tiles, rule = tiles.take(best), rule[best]
     unheld = sum(not _holds(tiles, size, box).any() for box in clusters)
     return TileSelection(tiles, rule, scores, fate, clusters, unheld, float(threshold))
+
+
+def _grid_axis(length: int, part: slice, config: SelectionConfig, min_step: int) -> np.ndarray:
+    start, stop, _ = part.indices(length)
+    if stop - start < config.tile_size:
+        start, stop = 0, length
+    return start + grid_positions(stop - start, config.tile_size, config.stride, min_step)
 
 
 def _gates(scores: Scores, config: SelectionConfig) -> tuple[np.ndarray, np.ndarray]:
