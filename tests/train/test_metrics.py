@@ -209,6 +209,11 @@ def test_bootstrap_of_groups_is_wider_than_of_rows():
     assert interval(group.astype(str)) == [low, high]
 
 
+# ---------------------------------------------------------------- thresholds and temperature
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 12))
 def test_no_threshold_is_better_balanced_than_the_fitted_one(seed, n, levels):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, (n, 1)).astype(float)
