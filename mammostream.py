@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from common.errors import BadInput
+from common.errors import BadInput, MachineFault
 from common.options import Group
 
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
@@ -77,7 +77,7 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "mammostream"
         print(f"error: {error.format_message()} (see '{command} --help')", file=sys.stderr)
         sys.exit(2)
-    except (BadInput, click.ClickException) as error:
+    except (BadInput, MachineFault, click.ClickException) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:

@@ -18,6 +18,14 @@ class TooManyBad(BadInput):
     exit_code = 3
 
 
+class MachineFault(Exception):
+    """The machine failed, not the input: no memory, no file handles, a network drive that went away. One line; the exit code
+    is 1. Bulk commands stop, rather than record items as bad: what was finished stays, and a rerun does the rest.
+    """
+
+    exit_code = 1
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
-from common.errors import BadInput, first_line
+from common.errors import BadInput, MachineFault, first_line
 from preprocess.mammogram import Header, Mammogram, ReadingConfig
 
 __all__ = ["IMAGE_SUFFIXES", "Header", "Mammogram", "ReadingConfig", "is_dicom", "read_header", "read_mammogram"]
@@ -13,6 +14,8 @@ __all__ = ["IMAGE_SUFFIXES", "Header", "Mammogram", "ReadingConfig", "is_dicom",
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (*DICOM_SUFFIXES, ".png", ".tif", ".tiff", ".pgm")
 AS_IT_COMES = ReadingConfig()
+# What the next film would meet too, or this one may not meet again. EIO is not among them: one bad sector must not hold up all.
+_MACHINE_FAULTS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
 
 
 def is_dicom(path: Path) -> bool:
@@ -32,6 +35,8 @@ def read_header(path: str | Path) -> Header:
     ------
     BadInput
         The file is missing, is no image of a supported format, or its pixels are not square.
+    MachineFault
+        There is no memory, or the drive went away.
     """
     path = _existing(Path(path))
     try:
@@ -42,8 +47,8 @@ def read_header(path: str | Path) -> Header:
         from preprocess.plain import read_plain_header
 
         return read_plain_header(path)
-    except Exception as error:  # decoders raise what they like; the caller gets one kind of error that names the file
-        raise _unreadable(path, error) from error
+    except Exception as error:  # decoders raise what they like; the caller gets one that names the file
+        raise _named(path, error) from error
 
 
 def read_mammogram(path: str | Path, config: ReadingConfig = AS_IT_COMES, device: str = "cpu") -> Mammogram:
@@ -67,6 +72,8 @@ def read_mammogram(path: str | Path, config: ReadingConfig = AS_IT_COMES, device
     BadInput
         The file is missing, damaged, of no supported format, colour, empty, its pixels are not square, or it is multi-frame
         or FOR PROCESSING and `config` does not ask for that.
+    MachineFault
+        There is no memory, or the drive went away.
     """
     path = _existing(Path(path))
     try:
@@ -81,7 +88,7 @@ def read_mammogram(path: str | Path, config: ReadingConfig = AS_IT_COMES, device
     except Exception as error:
         if type(error).__module__.startswith("cupy"):
             raise  # the GPU is at fault, not the file
-        raise _unreadable(path, error) from error
+        raise _named(path, error) from error
     if device != "cuda":
         return mammogram
     import cupy
@@ -96,7 +103,11 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _unreadable(path: Path, error: Exception) -> BadInput:
+def _named(path: Path, error: Exception) -> BadInput | MachineFault:
+    """Return the error to raise, which names the file."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_FAULTS):
+        what = "not enough memory; use fewer --workers" if isinstance(error, MemoryError) else error.strerror
+        return MachineFault(f"image {path} cannot be read now ({what}); run the command again, it goes on from here")
     if isinstance(error, BadInput):  # tells the mend itself
         return BadInput(f"image {path} {error}")
     kinds = ", ".join(s.lstrip(".") for s in IMAGE_SUFFIXES)

@@ -436,7 +436,12 @@ def info(directory: Path) -> None:
     help="A tile is positive from this share "
     "of a box inside it, or of the tile inside a box; a smaller overlap leaves the cell empty (no label).",
 )
-@click.option("--manifest", type=FILE, help="manifest.parquet with the films' labels, for --image-labels.")
+@click.option(
+    "--manifest",
+    type=FILE,
+    help="manifest.parquet with the films' labels, for --image-labels, and for which films have a lesion without a box; "
+    "default: the one beside --findings.",
+)
 @click.option(
     "--image-labels",
     cls=ListOption,
@@ -455,7 +460,8 @@ def labels(
 ) -> None:
     """Label tiles by boxes or by their films: a CSV of tile_path and one 0/1 column a class, empty where unknown.
 
-    A box makes the tiles positive that hold enough of it, or lie far enough within it; those it only touches stay empty.
+    A box makes the tiles positive that hold enough of it, or lie far enough within it; those it only touches stay empty. So do
+    all tiles of a film that the manifest gives the label, or leaves open, where no box shows the lesion.
     """
     import pandas as pd
 
@@ -465,16 +471,19 @@ def labels(
     from shards.manifest import read_manifest
     from shards.reading import open_shards
 
-    if bool(manifest) != bool(image_labels) or not (findings or manifest):
+    if not (findings or image_labels) or (image_labels and not manifest):
         raise BadInput("give --findings, or --manifest with --image-labels, or all three")
+    if findings and not manifest and (beside := findings.parent / "manifest.parquet").is_file():
+        manifest = beside
+    films = read_manifest(manifest) if manifest else None
     opened = open_shards(directory)
     opened.shards(split)
     tiles = opened.tiles(split)
     table = pd.DataFrame({"tile_path": tiles["key"]})
     if findings:
-        table = tile_labels(tiles, _boxes_of(opened, findings), min_fraction)
-    if manifest:
-        of_films = labels_of_films(tiles, read_manifest(manifest), image_labels)
+        table = tile_labels(tiles, _boxes_of(opened, findings), min_fraction, films)
+    if image_labels:
+        of_films = labels_of_films(tiles, films, image_labels)
         for name in of_films.columns.intersection(table.columns):
             raise BadInput(f"'{name}' is a label of both --findings and --image-labels; leave it out of --image-labels")
         table = pd.concat([table, of_films], axis=1)

@@ -10,7 +10,9 @@ from common.errors import BadInput, nearest
 from shards.manifest import LABEL_PREFIX
 
 
-def tile_labels(tiles: pd.DataFrame, findings: pd.DataFrame, min_fraction: float) -> pd.DataFrame:
+def tile_labels(
+    tiles: pd.DataFrame, findings: pd.DataFrame, min_fraction: float, manifest: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Label tiles by their overlap with boxes.
 
     A tile is positive for a label where at least `min_fraction` of one of its boxes lies inside the tile, or at least that
@@ -25,6 +27,9 @@ def tile_labels(tiles: pd.DataFrame, findings: pd.DataFrame, min_fraction: float
         Boxes in native pixels.
     min_fraction
         Above 0, up to 1.
+    manifest
+        With ``label:<name>`` columns: a film that has the label but no box of it, or of which nobody knows, has no negative
+        tiles, since the lesion may be in any. None, or a label without such a column: each film's boxes are all there is.
 
     Returns
     -------
@@ -44,9 +49,17 @@ def tile_labels(tiles: pd.DataFrame, findings: pd.DataFrame, min_fraction: float
         best = pairs[pairs["label"] == name].groupby("key")["fraction"].max().reindex(tiles["key"], fill_value=0.0)
         column = pd.array([pd.NA] * len(tiles), dtype="Int8")
         column[(best >= min_fraction).to_numpy()] = 1
-        column[(best <= 0).to_numpy()] = 0
+        column[(best <= 0).to_numpy() & ~tiles["image_id"].isin(_unboxed(name, findings, manifest)).to_numpy()] = 0
         labelled[name] = column
     return labelled
+
+
+def _unboxed(name: str, findings: pd.DataFrame, manifest: pd.DataFrame | None) -> pd.Series:
+    """Return the ids of the films that have, or may have, a lesion of this label that no box shows."""
+    if manifest is None or LABEL_PREFIX + name not in manifest:
+        return pd.Series(dtype=object)
+    boxed = manifest["image_id"].isin(findings.loc[findings["label"] == name, "image_id"])
+    return manifest.loc[~boxed & (manifest[LABEL_PREFIX + name] != 0).fillna(True), "image_id"]
 
 
 def image_labels(tiles: pd.DataFrame, manifest: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import resource
 import struct
 import zlib
+from pathlib import Path
 
 import imagecodecs
 import numpy as np
@@ -18,7 +22,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless
 
-from common.errors import BadInput
+from common.errors import BadInput, MachineFault
 from preprocess.reading import read_header, read_mammogram
 
 
@@ -391,3 +395,27 @@ def test_sizes_beyond_any_mammogram_are_refused_before_they_are_decoded(tmp_path
     (tmp_path / "g.dcm").write_bytes(file)
     for name in ("f.pgm", "f.png", "f.dcm", "g.dcm"):
         assert_refused(tmp_path / name)
+
+
+def test_a_machine_without_file_handles_is_not_a_bad_film(tmp_path):
+    """Recorded as bad, a film would stay out of the shards for good."""
+    Image.fromarray(RAMP.astype(np.uint8)).save(tmp_path / "f.png")
+    films = [write_dicom(tmp_path / "f.dcm", RAMP), tmp_path / "f.png"]
+    for film in films:
+        read_mammogram(film)  # all modules are imported
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len([*Path("/proc/self/fd").iterdir()]) + 20, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        for film in films:
+            for read in (read_header, read_mammogram):
+                with pytest.raises(MachineFault, match=rf"{film.name} cannot be read now \(Too many open files\)"):
+                    read(film)
+    finally:
+        for handle in held:
+            os.close(handle)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    read_mammogram(films[0])

@@ -276,6 +276,15 @@ def test_labels_of_films(call, refused, copied, manifest, tmp_path):
     table = pd.read_csv(tmp_path / "l.csv")
     assert table.columns.tolist() == ["tile_path", "mass", "malignant"]
     assert table.loc[5, "mass"] == 1
+    # The manifest beside the boxes tells which films have a lesion that nobody boxed.
+    films_with = frame["image_id"].isin([row.image_id, tiles["image_id"].iloc[-1]])
+    frame.loc[films_with, "label:mass"] = 1
+    write_manifest(frame.fillna({"label:mass": 0}).astype({"label:mass": "Int8"}), tmp_path / "manifest.parquet")
+    assert call(*labels, "--findings", tmp_path / "boxes.parquet")[0] == 0
+    unboxed = (tiles["image_id"] == tiles["image_id"].iloc[-1]).to_numpy()
+    assert tiles["image_id"].iloc[-1] != row.image_id
+    np.testing.assert_array_equal(pd.read_csv(tmp_path / "l.csv")["mass"].isna(), table["mass"].isna() | unboxed)
+    frame = frame.drop(columns="label:mass")
     # What cannot be.
     frame["image_id"] += "_other"
     write_manifest(frame, tmp_path / "other.parquet")

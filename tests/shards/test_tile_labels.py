@@ -88,3 +88,19 @@ def test_csv_has_empty_cells(tmp_path):
 
 def test_no_findings():
     assert tile_labels(tiles_of(("a", 0, 0, 10)), findings_of(), 0.5).columns.tolist() == ["tile_path"]
+
+
+def test_a_film_whose_lesion_has_no_box_has_no_negative_tiles():
+    """VinDr's BI-RADS 2 films (label missing) and mini-MIAS's rows without coordinates (label 1, no box)."""
+    table = tiles_of(*[(film, x, 0, 10) for film in ("boxed", "clean", "unboxed", "unknown", "elsewhere") for x in (0, 20)])
+    findings = findings_of(("boxed", "mass", 0, 0, 10, 10), ("unboxed", "calc", 0, 0, 10, 10))
+    manifest = pd.DataFrame(
+        {
+            "image_id": ["boxed", "clean", "unboxed", "unknown"],
+            "label:mass": pd.array([1, 0, 1, None], "Int8"),
+        }
+    )
+    got = tile_labels(table, findings, 0.5, manifest)
+    assert [None if pd.isna(v) else v for v in got["mass"]] == [1, 0, 0, 0, None, None, None, None, 0, 0]
+    assert got["calc"].tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0, 0]  # the manifest says nothing of it: boxes are all there is
+    assert tile_labels(table, findings, 0.5)["mass"].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
