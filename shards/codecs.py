@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import imagecodecs
+import lazy_loader
 import numpy as np
 import tifffile
 from PIL import Image
 
 from common.errors import BadInput, first_line
 
+imagecodecs = lazy_loader.load("imagecodecs")  # training reads shards through DALI, also where this is not installed
 NUMBER_EXTENSION = "num"
 META_EXTENSION = "json"
 JPEG_QUALITY = 95
@@ -86,9 +87,11 @@ class Codec:
 
 CODECS: dict[str, Codec] = {
     "tif": Codec(_encode_tif, _decode_tif),  # zstd with horizontal predictor
-    "png": Codec(_encode_png, imagecodecs.png_decode),
-    "jhc": Codec(imagecodecs.htj2k_encode, imagecodecs.htj2k_decode),  # HTJ2K codestream, reversible (ISO/IEC 15444-15)
-    "jpg": Codec(_encode_jpg, imagecodecs.jpeg8_decode, lossless=False, bits=8),  # baseline JPEG
+    "png": Codec(_encode_png, lambda data: imagecodecs.png_decode(data)),
+    "jhc": Codec(  # HTJ2K codestream, reversible (ISO/IEC 15444-15)
+        lambda tile: imagecodecs.htj2k_encode(tile), lambda data: imagecodecs.htj2k_decode(data)
+    ),
+    "jpg": Codec(_encode_jpg, lambda data: imagecodecs.jpeg8_decode(data), lossless=False, bits=8),  # baseline JPEG
     "raw": Codec(_encode_raw, _decode_raw),  # little-endian pixels in row order, nothing else; square tiles only
 }
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import imagecodecs
+import lazy_loader
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +19,7 @@ from common.files import read_csv
 from common.progress import progress
 from shards.reading import Shard, ShardSet
 
+imagecodecs = lazy_loader.load("imagecodecs")  # labels of shards need it not
 # What follows the film's name in a tile's: of the shards' keys, and of the guide's patient1_tile_001.png.
 _POSITION = re.compile(r"(_y\d+_x\d+|_tile_\d+)$")
 _IDENTITY = ("image_id", "patient_id")
