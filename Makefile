@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(EXTRA)
 
-.PHONY: setup demo test format clean
+.PHONY: setup demo test gpu-check format clean
 
 setup: $(INSTALLED)
 
@@ -31,6 +31,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# The tests that compare GPU and CPU, and the measurements, in under 8 minutes.
+gpu-check: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu_check.py --output-dir runs/gpu-check
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
