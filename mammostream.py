@@ -14,6 +14,7 @@ from common.options import Group
 
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
 BENCHMARKS = {
+    "build": ("shards.bench_command", "build", "Films a second from file to shard, and by stage."),
     "loader": ("dali_pipelines.commands", "loader", "Tiles a second of the loader and of other libraries' loaders."),
 }
 COMMANDS = {

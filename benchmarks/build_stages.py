@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lazy_loader
 import numpy as np
@@ -27,14 +23,9 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import HTJ2KLossless, JPEGLosslessSV1, RLELossless
 
 from common.machine import describe
-from preprocess.reading import read_mammogram
-from preprocess.segmentation import segment_breast
-from preprocess.tiling import TilingConfig, tile_film
-from shards.build import build_all
-from shards.codecs import encode
+from shards.bench import measure_build, table
 from shards.launch import Launcher
-from shards.merge import finish
-from shards.plan import BuildConfig, make_plan
+from shards.plan import BuildConfig
 
 imagecodecs = lazy_loader.load("imagecodecs")
 SPACING_MM = 0.05
@@ -86,35 +77,6 @@ def manifest(paths: list[Path], bits: int) -> pd.DataFrame:
     )
 
 
-def timed(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, float]:
-    """Return a call's result and its wall time in seconds, a GPU's work included."""
-    start = time.perf_counter()
-    result = function()
-    if device == "cuda":
-        import cupy
-
-        cupy.cuda.runtime.deviceSynchronize()
-    return result, time.perf_counter() - start
-
-
-def stages(paths: list[Path], bits: int, device: str, codec: str) -> dict[str, float]:
-    """Return seconds a film by stage."""
-    config, spent = TilingConfig(), dict.fromkeys(("read", "segment", "map, score, select", "cut, encode"), 0.0)
-    for path in paths:
-        mammogram, seconds = timed(
-            lambda path=path: read_mammogram(path, config, device).with_spacing(SPACING_MM, "assumed"), device
-        )
-        spent["read"] += seconds
-        _, segmenting = timed(lambda mammogram=mammogram: segment_breast(mammogram.pixels, SPACING_MM), device)
-        film, tiling = timed(lambda mammogram=mammogram: tile_film(mammogram, config), device)
-        spent["segment"] += segmenting
-        spent["map, score, select"] += tiling - segmenting
-        tiles = range(len(film.tiles.x))
-        _, seconds = timed(lambda film=film, tiles=tiles: [encode(film.cut(i, config.tile_size, bits), codec) for i in tiles])
-        spent["cut, encode"] += seconds
-    return {name: seconds / len(paths) for name, seconds in spent.items()}
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +86,7 @@ def main() -> None:
     parser.add_argument("--films", type=Path, help="keep the stored films here, and take those that are here")
     arguments = parser.parse_args()
     launcher = Launcher(threads=len(os.sched_getaffinity(0)))
-    rows = []
+    speeds = {}
     with tempfile.TemporaryDirectory() as temporary:
         for form in FORMS:
             folder = (arguments.films or Path(temporary)) / form.replace(" ", "_")
@@ -132,22 +94,11 @@ def main() -> None:
                 folder.mkdir(parents=True)
                 store(folder, form)
             paths = sorted(folder.iterdir())
-            bits = 8 if FORMS[form] == 8 else 16  # of the tiles
-            rates = []
-            for repeat in range(arguments.repeats + 1):
-                config = BuildConfig(device=arguments.device, codec=arguments.codec)
-                plan = make_plan(manifest(paths, FORMS[form]), Path(temporary) / f"shards_{form}_{repeat}", config)
-                _, seconds = timed(lambda plan=plan: (build_all(plan, launcher), finish(plan.output_dir)))
-                rates.append(len(paths) / seconds)
-            rate = statistics.median(rates[1:])  # the first build imports the libraries
-            rows.append((form, rate, stages(paths, bits, arguments.device, arguments.codec)))
+            config = BuildConfig(device=arguments.device, codec=arguments.codec)
+            speeds[form] = measure_build(manifest(paths, FORMS[form]), config, launcher, arguments.repeats)
     print(f"{describe()}\n\nDevice {arguments.device}, codec {arguments.codec}; medians of {arguments.repeats} builds.\n")
-    names = list(rows[0][2])
-    print("| films | films/s | of the old scan alone | " + " | ".join(f"{name}, ms a film" for name in names) + " |")
-    print("|---|---|---|" + "---|" * len(names))
-    for form, rate, spent in rows:
-        cells = " | ".join(f"{1000 * spent[name]:.0f}" for name in names)
-        print(f"| {form} | {rate:.2f} | {rate / OLD_SCAN:.1f}x | {cells} |")
+    print(table(speeds))
+    print(f"\n8-bit PNG: {speeds['8-bit PNG'].films_per_second / OLD_SCAN:.1f} times the old script's scan alone.")
 
 
 if __name__ == "__main__":

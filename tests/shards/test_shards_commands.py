@@ -23,21 +23,6 @@ TILING = ["--tile-size", "64", "--stride", "48", "--device", "cpu", "--workers",
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
-    """Return a function that runs a command as the console script does, in this process: exit code, stdout, stderr."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["mammostream", *map(str, args)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            mammostream.main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
 def refused(call, tmp_path):
     """Return a function that runs a command with bad input and gives its one line; nothing may be written."""
 
