@@ -27,6 +27,7 @@ COMMANDS = {
     "finetune": ("train.commands", "finetune", "Fine-tune a pre-trained backbone for multi-label classification."),
     "infer": ("train.commands", "infer", "Predict tiles of shards, or raw films with a heat map."),
     "evaluate": ("train.commands", "evaluate", "Compare predictions with labels: figures with intervals, and plots."),
+    "export": ("train.export_command", "export", "A trained network as an ONNX file, compared with torch."),
     "report": ("train.commands", "report", "One self-contained page of a run's data, curves and pictures."),
     "bench": ("mammostream", "bench", "Measurements, side by side with what others do."),
 }

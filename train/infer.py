@@ -23,7 +23,7 @@ from preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, TilingConfig, t
 from shards.archive import escape_id, tile_key
 from shards.reading import ShardSet, check_same_pixels
 from train.config import InferConfig
-from train.pictures import draw_heat_map, heat_map
+from train.heat_maps import draw_heat_map, heat_map
 from train.runtime import Runtime, resolve_runtime
 
 PROBABILITY = "prob:"  # column prefix of the tile table
