@@ -41,7 +41,8 @@ def grad_cam(model: MammogramClassifier, tiles: Tensor, class_index: int) -> Ten
     with model.backbone.avgpool.register_forward_pre_hook(keep), torch.no_grad():
         logits = model.classify(tiles)
     # Tiles do not touch each other in evaluation mode: the gradient of the sum holds each tile's own.
-    (gradient,) = torch.autograd.grad(logits[:, class_index].sum(), maps[0])
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(logits[:, class_index].sum(), maps[0])
     weights = gradient.mean(dim=(2, 3), keepdim=True)
     cam = F.relu((weights * maps[0].detach()).sum(1, keepdim=True)).float()
     cam = F.interpolate(cam, size=tiles.shape[2:], mode="bilinear", align_corners=False)[:, 0]
