@@ -112,7 +112,7 @@ class TableWriter:
 
 
 class JsonWriter:
-    """A JSON object of facts and one list of rows, a line a row."""
+    """A JSON object of facts, of which there is one at least, and a list of rows, a line a row."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], rows_name: str) -> None:
         self._path, self._facts, self._name = path, facts, rows_name
@@ -120,8 +120,7 @@ class JsonWriter:
     def __enter__(self) -> Self:
         self._file = self._path.open("w", encoding="utf-8")
         head = json.dumps(self._facts, indent=2, sort_keys=True, allow_nan=False)
-        self._file.write(head.removesuffix("\n}").removesuffix("{}") or "{")
-        self._file.write(f'{"," if self._facts else "{"}\n  {json.dumps(self._name)}: [')
+        self._file.write(head.removesuffix("\n}") + f",\n  {json.dumps(self._name)}: [")
         self._separator = "\n"
         return self
 
