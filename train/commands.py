@@ -173,7 +173,7 @@ def finetune(
             _print_seeds(summary)
         elif runtime.is_main:
             for name, figures in runs[config.seed]["per_class"].items():
-                click.echo(f"{name}: {auc_line(figures, runs[config.seed]['films'])}")
+                click.echo(f"{name}: {auc_line(figures, runs[config.seed])}")
         if runtime.is_main:
             click.echo(f"epoch {max(run['epoch'] for run in runs.values())} of {config.epochs}; checkpoints -> {output_dir}")
 
@@ -198,12 +198,13 @@ def _print_seeds(summary: dict[str, Any]) -> None:
         click.echo(f"{name}: AUC {words(figures['auc'])}, AP {words(figures['ap'])} over {seeds}")
 
 
-def auc_line(figures: dict[str, Any], films: int) -> str:
+def auc_line(figures: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Return a class's AUC with its interval in words."""
     if figures["auc"] is None:
         return f"AUC undefined ({figures['positives']} positive, {figures['negatives']} negative tiles)"
-    interval = figures["auc_interval_over_films"]
-    spread = f" (95 % interval over {films} films {interval[0]:.3f}-{interval[1]:.3f})" if interval else ""
+    interval = figures["intervals"]["auc"]
+    over = metrics["intervals_over"]
+    spread = f" (95 % interval over {metrics[over]} {over} {interval[0]:.3f}-{interval[1]:.3f})" if interval else ""
     tiles = figures["positives"] + figures["negatives"]
     return f"AUC {figures['auc']:.3f}{spread}, {figures['positives']} of {tiles} tiles positive"
 

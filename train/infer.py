@@ -45,6 +45,8 @@ class Predictor:
         How its tiles were made.
     runtime, config
         Device and precision; the options.
+    temperature
+        What the logits are divided by, see :func:`train.metrics.fit_temperature`.
     """
 
     model: MammogramClassifier
@@ -52,13 +54,14 @@ class Predictor:
     preprocessing: dict[str, Any]
     runtime: Runtime
     config: InferConfig
+    temperature: float = 1.0
 
     @torch.no_grad()
     def probabilities(self, tiles: torch.Tensor) -> np.ndarray:
         """Return (N, C) probabilities of normalised tiles (N, 1, H, W)."""
         with self.runtime.autocast():
             logits = self.model.classify(tiles.to(self.runtime.device))
-        return torch.sigmoid(logits.float()).cpu().numpy()
+        return torch.sigmoid(logits.float() / self.temperature).cpu().numpy()
 
     def frame(self, tiles: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
         """Return the tile table with one probability column a class."""
@@ -90,7 +93,8 @@ def load_predictor(path: Path, config: InferConfig) -> Predictor:
     runtime = resolve_runtime(config)
     checkpoint = load_checkpoint(path, "classifier")
     model = restore_classifier(checkpoint, path).to(runtime.device, memory_format=torch.channels_last)
-    return Predictor(model.eval(), list(checkpoint["class_names"]), checkpoint["preprocessing"], runtime, config)
+    names, temperature = list(checkpoint["class_names"]), checkpoint.get("temperature", 1.0)
+    return Predictor(model.eval(), names, checkpoint["preprocessing"], runtime, config, temperature)
 
 
 def predict_shards(predictor: Predictor, shards: ShardSet, split: str | None) -> pd.DataFrame:

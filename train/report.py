@@ -115,7 +115,7 @@ def _pairs(mapping: dict[str, Any]) -> pd.DataFrame:
 def _metrics_table(metrics: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, figures in metrics["per_class"].items():
-        interval = figures.get("auc_interval_over_films") or figures.get("intervals", {}).get("auc")
+        interval = figures["intervals"]["auc"]
         rows.append(
             {
                 "class": name,
@@ -132,7 +132,7 @@ def _metrics_table(metrics: dict[str, Any]) -> dict[str, Any]:
         return _table(f"Evaluation of {what}, intervals over patients", frame)
     caption = (
         f"Validation after the last epoch ({metrics['epoch']}), {metrics['films']} films of {metrics['patients'] or 'unknown'} "
-        "patient(s), intervals over films; the last epoch is reported, not the best one on these films"
+        f"patient(s), intervals over {metrics['intervals_over']}; the last epoch is reported, not the best one on these films"
     )
     return _table(caption, frame)
 
