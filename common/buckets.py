@@ -1,4 +1,4 @@
-"""Objects in an S3 bucket that are read like files: the bucket's server and its keys come from the environment, as AWS's own."""
+"""Objects in an S3 bucket, read like files; the server and its keys come from the environment, as AWS's own programs do it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from common.files import whole_file
 
 SCHEME = "s3://"
 _CACHE = "MAMMOSTREAM_CACHE"  # environment variable: where fetched tables and indexes are kept
-_CONNECT_SECONDS, _ATTEMPTS = 10, 5
+ENDPOINT = "AWS_ENDPOINT_URL"
+_CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 5, 30, 5
+_REFUSALS = (
+    "ACCESS_DENIED",
+    "Access Denied",
+    "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "credentials",
+    "HTTP status 403",
+)
 
 
 class LostConnection(BadInput):
@@ -77,23 +86,23 @@ class BucketPath:
         return SimpleNamespace(st_size=size)
 
     @contextmanager
-    def open(self, mode: str = "rb") -> Iterator[Any]:
-        """Open the object to seek and read in; each read is a request of its own."""
-        with talking_to(self.url), _file_system().open(self.url, mode, cache_type="none") as file:
+    def open(self, mode: str) -> Iterator[Any]:
+        """Open the object to seek and read in, `mode` being ``rb``; each read is a request of its own."""
+        with talking_to(self.url), _file_system().open_input_file(_key(self.url)) as file:
             yield file
 
     def fetch(self, path: Path) -> bool:
         """Copy the object to a file, whole or not at all; return whether there is one."""
         if not self.is_file():
             return False
-        with whole_file(path, sync=False) as temporary, talking_to(self.url):
-            _file_system().get_file(self.url, str(temporary))
+        with whole_file(path, sync=False) as temporary:
+            temporary.write_bytes(self.read_bytes())
         return True
 
     def read_bytes(self) -> bytes:
         """Return the object's bytes; FileNotFoundError where there is none."""
-        with talking_to(self.url):
-            return _file_system().cat_file(self.url)
+        with self.open("rb") as file:
+            return file.read()
 
 
 def cache_folder() -> Path:
@@ -104,7 +113,7 @@ def cache_folder() -> Path:
 
 def lost_connection(url: str, reason: str) -> LostConnection:
     """Return the error of a server that does not answer."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = os.environ.get(ENDPOINT)
     where = f"AWS_ENDPOINT_URL {endpoint}" if endpoint else "AWS (AWS_ENDPOINT_URL is not set)"
     return LostConnection(
         f"bucket {url.removeprefix(SCHEME).partition('/')[0]}: {where} does not answer ({reason}); check the network, "
@@ -123,37 +132,37 @@ def talking_to(url: str) -> Iterator[None]:
     BadInput
         It refuses, or no keys are set.
     """
-    from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, ReadTimeoutError
-
     try:
         yield
     except FileNotFoundError:
         raise
-    except (NoCredentialsError, PermissionError, ClientError) as error:
-        raise BadInput(
-            f"{url} may not be read ({first_line(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        ) from error
-    except (HTTPClientError, ReadTimeoutError, ConnectionError, TimeoutError, OSError) as error:
-        raise lost_connection(url, first_line(error)) from error
+    except OSError as error:
+        reason = first_line(error)
+        if any(word in reason for word in _REFUSALS):
+            raise BadInput(
+                f"{url} may not be read ({reason}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            ) from error
+        raise lost_connection(url, reason) from error
 
 
 def _size(url: str) -> int | None:
     with talking_to(url):
-        try:
-            info = _file_system().info(url, refresh=True)
-        except FileNotFoundError:
-            return None
-    return info["size"] if info["type"] == "file" else None
+        info = _file_system().get_file_info(_key(url))
+    return info.size if info.is_file else None
+
+
+def _key(url: str) -> str:
+    return url.removeprefix(SCHEME)
 
 
 @cache
 def _file_system() -> Any:
-    try:
-        import s3fs
-    except ImportError:
-        raise BadInput("s3:// needs the package s3fs; install it with: pip install 'mammostream[s3]'") from None
-    return s3fs.S3FileSystem(
-        endpoint_url=os.environ.get("AWS_ENDPOINT_URL"),
-        use_listings_cache=False,  # a bucket changes while we run
-        config_kwargs={"retries": {"max_attempts": _ATTEMPTS, "mode": "standard"}, "connect_timeout": _CONNECT_SECONDS},
+    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+
+    # Keys and region are found as AWS's own programs find them.
+    return S3FileSystem(
+        endpoint_override=os.environ.get(ENDPOINT),
+        connect_timeout=_CONNECT_SECONDS,
+        request_timeout=_REQUEST_SECONDS,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
     )
