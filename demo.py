@@ -153,8 +153,6 @@ def _print_table(rows: list[tuple[str, float]], total: float, out: Path) -> None
         click.echo(f"  {purpose:<48} {seconds:7.1f} s")
     tiles = {split: sum(s["tiles"] for s in shards["shards"] if s["split"] == split) for split in ("train", "val")}
     click.echo(f"\n  tiles: {tiles['train']} to train, {tiles['val']} to validate")
-    click.echo(
-        f"  simulated clusters, last epoch, the other patient: {auc_line(metrics['per_class'][CLASS], metrics['films'])}"
-    )
+    click.echo(f"  simulated clusters, last epoch, the other patient: {auc_line(metrics['per_class'][CLASS], metrics)}")
     click.echo("  Two patients and simulated specks: this shows that the plumbing works, not that a diagnosis does.")
     click.echo(f"\nThe report: {(out / 'report.html').absolute()}")

@@ -21,13 +21,25 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline
 
+from common.buckets import lost_connection
 from common.errors import BadInput, first_line
 from common.files import sha256_json
 from dali_pipelines.intensity import ImageFormat
 from dali_pipelines.pipelines import evaluation_pipeline, view_pipeline
-from dali_pipelines.readers import allow_open_files, open_source
+from dali_pipelines.readers import FileSource, ShardSource, allow_open_files, open_source
 from dali_pipelines.recipes import RECIPES, View
 from shards.reading import Shard
+
+
+class UnreadableTile(BadInput):
+    """A tile that DALI cannot read. Which one is looked up when the message is asked for, since that may take time."""
+
+    def __init__(self, source: ShardSource | FileSource, error: str, reason: str) -> None:
+        super().__init__(source, error, reason)
+
+    def __str__(self) -> str:
+        source, error, reason = self.args
+        return source.blame(error, reason)
 
 
 class _Loader:
@@ -152,6 +164,25 @@ class _Loader:
         self._done = 0
         self.epoch += 1
 
+    def start(self) -> None:
+        """Build the pipeline and begin to read, so that the first batch is there, or nearly, when it is asked for.
+
+        Else both happen with the first batch. It may run in another thread than the iteration, before it.
+        """
+        if self._pipeline is None and self._failure is None:
+            try:
+                self._start()
+            except RuntimeError as error:
+                self._fail(error)
+
+    def _fail(self, error: RuntimeError) -> None:
+        """Raise what a failure of DALI means."""
+        # DALI cannot go on after a failure: let go of its memory and threads, and fail again if asked again.
+        self._pipeline, self._failure = None, self._explain(error)
+        if self._failure is error:
+            raise error
+        raise self._failure from error
+
     def _next(self) -> tuple[torch.Tensor, ...]:
         """Return the next batch: images (batch_size, 1, H, W) on the device, then the numbers on the CPU."""
         if self._failure is not None:
@@ -167,11 +198,7 @@ class _Loader:
             images = [torch.from_dlpack(output.as_tensor()) for output in outputs[: -self._source.label_count]]
             numbers = self._source.numbers(*outputs[-self._source.label_count :])
         except RuntimeError as error:
-            # DALI cannot go on after a failure: let go of its memory and threads, and fail again if asked again.
-            self._pipeline, self._failure = None, self._explain(error)
-            if self._failure is error:
-                raise
-            raise self._failure from error
+            self._fail(error)
         self.wait_seconds += time.perf_counter() - start
         # (N, H, W, 1) seen as (N, 1, H, W) is channels_last already: nothing is copied.
         return (*(image.permute(0, 3, 1, 2) for image in images), numbers)
@@ -192,8 +219,11 @@ class _Loader:
         reason = first_line(RuntimeError(text.rpartition("encountered:")[2]))
         if "CUDA" in text or "out of memory" in text:
             return error
+        # Members lie within their tars, which was checked: a bucket that cannot be read is a bucket that is not there.
+        if self._source.bucket is not None and "fn.readers." in text:
+            return lost_connection(self._source.bucket, reason)
         if any(name in text for name in ("fn.readers.", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
-            return BadInput(self._source.blame(text, reason))
+            return UnreadableTile(self._source, text, reason)
         if self._checkpoint is not None and "checkpoint" in text:
             return BadInput(
                 f"the saved loader's state does not fit this loader ({reason}); resume with the same device and views"

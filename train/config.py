@@ -144,16 +144,39 @@ class FinetuneConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class InferConfig(RuntimeConfig):
+class EmbedConfig(RuntimeConfig):
+    """A network run over tiles, without training."""
+
+    compile: str = option(
+        "auto",
+        "torch.compile: a minute at the start, faster after; auto = on a GPU only.",
+        choices=("auto", "on", "off"),
+    )
+
+    def compiles(self, device: str) -> bool:
+        """Whether the network is compiled on a device, ``cpu`` or ``cuda``."""
+        return self.compile == "on" or (self.compile == "auto" and device == "cuda")
+
+
+@dataclass(frozen=True)
+class InferConfig(EmbedConfig):
     """Prediction over shards, films or tile images."""
 
-    threshold: float = option(
-        0.5, "Probability from which a class counts as found, 0-1; tables hold the probabilities themselves."
+    threshold: float | None = option(
+        None,
+        "Probability from which every class counts as found, 0-1; default: the checkpoint's, fitted on its validation, else 0.5. "
+        "Tables hold the probabilities themselves.",
     )
+    temperature: float | None = option(
+        None, "Logits are divided by it, so that probabilities are calibrated; default: the checkpoint's, else 1."
+    )
+    top_tiles: int = option(3, "Of how many of its highest tiles an image's or breast's top score is the mean.")
+    embeddings: bool = option(False, "Add each tile's features to the tile table (Parquet and JSON).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.threshold <= 1:
+        _require_positive(self, "temperature", "top_tiles")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise BadInput(f"--threshold {self.threshold} is not a probability between 0 and 1")
 
 

@@ -18,7 +18,7 @@ from common.files import read_csv, read_parquet, sha256_file, write_json
 from models.checkpoints import load_checkpoint
 from preprocess.reading import IMAGE_SUFFIXES
 from shards.manifest import LABEL_PREFIX
-from train.infer import PROBABILITY, aggregate
+from train.aggregation import PROBABILITY, aggregate
 from train.metrics import evaluate_predictions
 from train.pictures import draw_precision_recall, draw_reliability, draw_roc
 

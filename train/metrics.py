@@ -164,34 +164,6 @@ def classification_metrics(
     return {"per_class": per_class, "exact_match": exact_match, "rows": len(labels)} | means
 
 
-def bootstrap_auc(
-    labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray, n: int = 1000, seed: int = 0
-) -> tuple[float, float] | None:
-    """Return the 95 % interval of one class's AUC over `groups`, see :func:`evaluate_predictions`.
-
-    Parameters
-    ----------
-    labels
-        (N,) of 0, 1 and NaN for a missing label.
-    probabilities
-        (N,) scores.
-    groups
-        (N,) group of each row: film or patient.
-    n
-        Resamples.
-    seed
-        Seed of the resampling.
-
-    Returns
-    -------
-    (low, high) or None
-        None where the AUC itself is undefined or with fewer than two groups.
-    """
-    metrics = evaluate_predictions(np.reshape(labels, (-1, 1)), np.reshape(probabilities, (-1, 1)), [""], groups, None, n, seed)
-    interval = metrics["per_class"][""]["intervals"]["auc"]
-    return interval and tuple(interval)
-
-
 def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Return the mean distance of probability and share of positives over 15 bins of equal width (Guo et al. 2017).
 

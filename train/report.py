@@ -150,7 +150,7 @@ def _add_training(section: _Section, lines: list[dict[str, Any]]) -> None:
 def _add_metrics(section: _Section, metrics: dict[str, Any]) -> None:
     rows = []
     for name, figures in metrics["per_class"].items():
-        interval = figures.get("auc_interval_over_films") or figures.get("intervals", {}).get("auc")
+        interval = figures["intervals"]["auc"]
         spread = f"{interval[0]:.3f} - {interval[1]:.3f}" if interval else ""
         rows.append(
             {
@@ -176,7 +176,7 @@ def _add_metrics(section: _Section, metrics: dict[str, Any]) -> None:
     section.kind = "Fine-tuning"
     caption = (
         f"Validation after the last epoch ({metrics['epoch']}), {metrics['films']} films of {metrics['patients'] or 'unknown'} "
-        "patient(s), intervals over films; the last epoch is reported, not the best one on these films"
+        f"patient(s), intervals over {metrics['intervals_over']}; the last epoch is reported, not the best one on these films"
     )
     section.tables.append(_table(caption, frame))
 

@@ -325,7 +325,8 @@ def test_a_folder_of_tiles_and_the_guides_spelling(pretrained, mammostream, run_
     labels = labels[labels[pretrained.classes].notna().any(axis=1)]
     assert_metrics_are_those_of(pd.read_parquet(tmp_path / "infer/predictions.parquet"), labels, metrics, pretrained.classes)
     assert (metrics["films"], metrics["patients"]) == (1, 0)  # the tiles of one film, by their names
-    assert metrics["per_class"]["bright"]["auc_interval_over_films"] is None  # one film has no spread
+    assert metrics["intervals_over"] == "films"  # nobody says which patients
+    assert metrics["per_class"]["bright"]["intervals"]["auc"] is None  # one film has no spread
 
 
 def test_shards_of_other_tiles_than_the_pretrainings_are_refused(pretrained, run_cli, mammostream, tmp_path):

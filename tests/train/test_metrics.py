@@ -19,7 +19,6 @@ from sklearn.metrics import (
 from train.metrics import (
     CALIBRATION_BINS,
     TEMPERATURES,
-    bootstrap_auc,
     calibrate,
     classification_metrics,
     effective_rank,
@@ -195,23 +194,19 @@ def test_bootstrap_of_groups_is_wider_than_of_rows():
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(20), 30)
     labels = np.repeat(rng.integers(0, 2, 20), 30).astype(float)
-    probabilities = np.repeat(rng.random(20), 30) + 0.3 * labels + 0.05 * rng.random(600)
+    probabilities = np.clip((np.repeat(rng.random(20), 30) + 0.3 * labels + 0.05 * rng.random(600)) / 1.35, 0, 1)
     labels[::7] = np.nan
-    low, high = bootstrap_auc(labels, probabilities, group.astype(str), n=300, seed=1)
-    narrow = bootstrap_auc(labels, probabilities, np.arange(600), n=300, seed=1)
+
+    def interval(groups: np.ndarray) -> list[float]:
+        result = evaluate_predictions(labels[:, None], probabilities[:, None], ["a"], groups, bootstrap=300, seed=1)
+        return result["per_class"]["a"]["intervals"]["auc"]
+
+    low, high = interval(group.astype(str))
+    narrow = interval(np.arange(600))
     known = ~np.isnan(labels)
     assert low < roc_auc_score(labels[known], probabilities[known]) < high
     assert high - low > 2 * (narrow[1] - narrow[0])
-    assert bootstrap_auc(labels, probabilities, group.astype(str), n=300, seed=1) == (low, high)
-
-
-def test_bootstrap_is_none_where_undefined():
-    y, p = np.array([0, 1, 0, 1.0]), np.array([0.1, 0.9, 0.4, 0.3])
-    assert bootstrap_auc(y, p, np.zeros(4)) is None
-    assert bootstrap_auc(np.ones(4), p, np.arange(4)) is None
-    assert bootstrap_auc(np.full(4, np.nan), p, np.arange(4)) is None
-    assert bootstrap_auc(y, np.array([0.1, np.nan, 0.4, 0.3]), np.arange(4)) is None
-    assert bootstrap_auc(np.zeros(0), np.zeros(0), np.zeros(0)) is None
+    assert interval(group.astype(str)) == [low, high]
 
 
 # ---------------------------------------------------------------- thresholds and temperature
