@@ -328,10 +328,11 @@ def _open_shard(predictor: Predictor, shard: Shard | None) -> ShardTiles | None:
         return None
     if predictor.runtime.device.type == "cuda":
         torch.cuda.set_device(predictor.runtime.device)  # each thread has its own
-    return ShardTiles(shard, **_loader_options(predictor))
+    return ShardTiles(shard, **loader_options(predictor))
 
 
-def _loader_options(predictor: Predictor) -> dict[str, Any]:
+def loader_options(predictor: Predictor) -> dict[str, Any]:
+    """Return how the loader makes tiles as the model knows them."""
     record, runtime = predictor.preprocessing, predictor.runtime
     return {
         "batch_size": predictor.config.batch_size,
@@ -391,7 +392,7 @@ def _predict_images(predictor: Predictor, paths: Sequence[Path]) -> Predicted:
     """Return a row a tile image, and the same as its image; bad ones have their reason."""
     names = [str(path) for path in paths]
     place = {name: row for row, name in enumerate(names)}
-    tiles = FileTiles(paths, **_loader_options(predictor))
+    tiles = FileTiles(paths, **loader_options(predictor))
     rows: list[int] = []
     answers: list[Answer] = []
     for keys, batch, _ in tiles:
@@ -492,8 +493,13 @@ def predict_film(predictor: Predictor, film_input: FilmInput, film: Film | None 
     for start in range(0, count, batch):
         tiles = [transform(film.cut(i, size, record["bits"])) for i in range(start, min(start + batch, count))]
         answers.append(predictor.answer(torch.stack(tiles).contiguous(memory_format=torch.channels_last)))
-    boxes = np.array([film.native_box(i, size) for i in range(count)])
-    tiles = pd.DataFrame(
+    return film, predictor.frame(film_tiles(film_input, film, record), answers)
+
+
+def film_tiles(film_input: FilmInput, film: Film, record: dict[str, Any]) -> pd.DataFrame:
+    """Return the tile table of a film without its probabilities."""
+    boxes = np.array([film.native_box(i, record["tile_size"]) for i in range(len(film.tiles.x))])
+    return pd.DataFrame(
         {
             "key": [tile_key(film_input.image_id, y, x) for x, y, _ in boxes],
             "image_id": film_input.image_id,
@@ -504,7 +510,6 @@ def predict_film(predictor: Predictor, film_input: FilmInput, film: Film | None 
             "size": boxes[:, 2],
         }
     )
-    return film, predictor.frame(tiles, answers)
 
 
 def _predict_films(
@@ -531,19 +536,20 @@ def _predict_films(
 
 def draw_film_heat_maps(
     predictor: Predictor, film_input: FilmInput, film: Film, tiles: pd.DataFrame, output_dir: Path
-) -> list[Path]:
-    """Draw one heat map a class over a film and return the pictures' paths."""
+) -> dict[str, Path]:
+    """Draw one heat map a class over a film and return the pictures' paths by class."""
     image = backend_of(film.image).to_host(film.image)
     size = predictor.preprocessing["tile_size"]
+    step = max(1, size // 32)
     boxes = [tuple(edge / film.scale for edge in box) for box in film_input.boxes]
-    paths = []
+    paths = {}
     for name in predictor.class_names:
         probabilities = tiles[PROBABILITY + name].to_numpy()
-        heat = heat_map(image.shape, film.tiles.x, film.tiles.y, size, probabilities, step=max(1, size // 16))
+        heat = heat_map(image.shape, film.tiles.x, film.tiles.y, size, probabilities, step)
         path = output_dir / f"heatmap_{escape_id(film_input.image_id)}_{escape_id(name)}.png"
-        title = f"{film_input.image_id}: probability of {name}, highest {probabilities.max():.2f}"
-        draw_heat_map(image, heat, boxes, path, title + (", boxes as annotated" if boxes else ""))
-        paths.append(path)
+        facts = f"probability of {name}, highest tile {probabilities.max():.2f}" + (", boxes as annotated" if boxes else "")
+        draw_heat_map(image, heat, step, boxes, path, f"{film_input.image_id}\n{facts}")
+        paths[name] = path
     return paths
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from train.config import EmbedConfig, InferConfig
 if TYPE_CHECKING:
     import pandas as pd
 
+    from preprocess.tiling import Film
     from train.infer import FilmInput, Part, Predictor
     from train.parts import Totals
     from train.runtime import Runtime
@@ -50,7 +51,7 @@ max_bad_option = click.option(
 )
 @click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm of films whose own is unknown.")
 @click.option("--findings", type=FILE, help="findings.parquet, whose boxes are drawn on the heat maps.")
-@click.option("--output-dir", type=FILE, help="Folder for the tables, and for heat maps of films.")
+@click.option("--output-dir", type=FILE, help="Folder for the tables, contact sheets, and heat maps of films.")
 @click.option("--output-json", type=FILE, help="JSON with the probabilities of each image.")
 @click.option(
     "--format",
@@ -58,6 +59,19 @@ max_bad_option = click.option(
     type=click.Choice(["parquet", "csv", "json"]),
     default="parquet",
     help="Of the tables in --output-dir; a CSV has no place for thresholds, hashes and versions.",
+)
+@click.option(
+    "--sheet-tiles",
+    type=click.IntRange(min=0),
+    default=24,
+    help="Draw so many of each class's highest tiles as a contact sheet in --output-dir; 0 = none.",
+)
+@click.option("--grad-cam/--no-grad-cam", default=False, help="Show on the contact sheets where in each tile the answer lies.")
+@click.option(
+    "--secondary-capture/--no-secondary-capture",
+    default=False,
+    help="Write each heat map also as DICOM Secondary Capture in its film's study. Films must be DICOM. THE CAPTURE NAMES THE "
+    "PATIENT, as its film does; nothing else that is written does. Not for diagnostic use. Needs the extra 'dicom-out'.",
 )
 @max_bad_option
 @config_options(InferConfig)
@@ -77,6 +91,9 @@ def infer(
     output_dir: Path | None,
     output_json: Path | None,
     table_format: str,
+    sheet_tiles: int,
+    grad_cam: bool,
+    secondary_capture: bool,
     max_bad: str,
     **options: Any,
 ) -> None:
@@ -100,33 +117,55 @@ def infer(
     config = InferConfig(**options)
     if config.embeddings and (table_format == "csv" or output_dir is None):
         raise BadInput("--embeddings needs --output-dir and --format parquet or json: a CSV has no place for lists")
+    if grad_cam and (output_dir is None or not sheet_tiles):
+        raise BadInput("--grad-cam draws on contact sheets: give --output-dir and --sheet-tiles of at least 1")
+    if secondary_capture and (output_dir is None or shards_dir is not None):
+        raise BadInput("--secondary-capture writes heat maps of DICOM films: give films and --output-dir")
     from shards.reading import open_shards
 
     shards = open_shards(shards_dir) if shards_dir else None
     from train.infer import draw_film_heat_maps, film_parts, image_parts, load_predictor, shard_parts
     from train.runtime import join_processes
+    from train.secondary_capture import check_sources, write_secondary_captures
+    from train.top_tiles import FilmTiles, draw_top_tiles, gather_top_tiles, image_reader, shard_reader
 
     with join_processes(config) as runtime:
         predictor = load_predictor(model_path, config, runtime)
         bad: list[dict[str, str]] = []  # image_id and reason of each image whose header cannot be read
         if shards is not None:
-            parts, unit = shard_parts(predictor, shards, split), "tile"
+            parts, unit, read = shard_parts(predictor, shards, split), "tile", shard_reader(predictor, shards)
             inputs: Any = [shards.sha256, split]
         else:
             films = _films(image_path, images_dir, manifest, assume_spacing, findings, bad)
             inputs = [_stamp(film) for film in films]
+            if secondary_capture:
+                check_sources([film.path for film in films])
             if _are_tiles(images_are, films, predictor):
-                parts, unit = image_parts(predictor, [film.path for film in films]), "tile"
+                parts, unit, read = image_parts(predictor, [film.path for film in films]), "tile", image_reader(predictor)
             else:
+                read = FilmTiles(predictor, films, sheet_tiles)
 
-                def draw(film_input: FilmInput, film: Any, tiles: pd.DataFrame) -> None:
-                    draw_film_heat_maps(predictor, film_input, film, tiles, output_dir)
+                def draw(film_input: FilmInput, film: Film, tiles: pd.DataFrame) -> None:
+                    read.keep(film, tiles)
+                    pictures = draw_film_heat_maps(predictor, film_input, film, tiles, output_dir)
+                    if not secondary_capture:
+                        return
+                    try:
+                        write_secondary_captures(film_input.path, pictures, predictor.sha256)
+                    except BadInput as error:
+                        click.echo(f"no secondary capture: {error}", err=True)
 
                 parts, unit = film_parts(predictor, films, draw if output_dir else None), "film"
+
+        def draw_sheets(folder: Path) -> None:
+            top = gather_top_tiles(parts, folder, predictor.class_names, sheet_tiles)
+            draw_top_tiles(predictor, top, read, output_dir, grad_cam)
+
         flag = next(name for name, value in sources.items() if value is not None)
         work = _Work(predictor, parts, unit, bad, inputs, flag, runtime)
         tables = {"format": table_format, "top_tiles": config.top_tiles, "thresholds": predictor.thresholds}
-        totals = _run(work, output_dir, tables, output_json, shards is None, image_path is not None, resolved(ctx))
+        then = draw_sheets if output_dir is not None and sheet_tiles else None
+        totals = _run(work, output_dir, tables, output_json, shards is None, image_path is not None, resolved(ctx), then)
         if totals is None:
             return
         where = " and ".join(str(p) for p in (output_dir, output_json) if p)
@@ -218,8 +257,12 @@ def _run(
     talking: bool,
     single: bool,
     command: dict[str, Any],
+    then: Callable[[Path], None] | None = None,
 ) -> Totals | None:
-    """Predict and merge; return what it came to in the main process, and None in others or where all was there already."""
+    """Predict and merge; return what it came to in the main process, and None in others or where all was there already.
+
+    `then` gets the folder of the parts before it goes.
+    """
     from train.parts import check_record, merge_parts, predict_parts
 
     predictor, runtime = work.predictor, work.runtime
@@ -252,6 +295,8 @@ def _run(
             single=single,
             on_images=printer.show if printer else None,
         )
+        if then is not None:
+            then(folder)
     if output_dir is not None:
         shutil.rmtree(output_dir / PARTS)
         write_yaml(output_dir / "config.yaml", command)

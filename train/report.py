@@ -246,7 +246,9 @@ def _add_predictions(section: _Section, folder: Path) -> dict[str, float]:
     caption = f"Predictions: {tiles} tiles of {len(good)} images, highest first"
     section.tables.append(_table(caption, good[["image_id", "tiles", *scores]]))
     facts = json.loads((pq.read_schema(path).metadata or {}).get(b"mammostream", b"{}"))
-    known = {name: facts[name] for name in ("model_sha256", "shards_sha256", "temperature", "thresholds") if facts.get(name)}
+    known = {
+        name: facts[name] for name in ("model_sha256", "temperature", "thresholds", "precision", "versions") if facts.get(name)
+    }
     if known:
         section.tables.append(_table("Predicted with", _pairs(known)))
     also = f", {len(failed)} failed" if len(failed) else ""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import importlib.util
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,17 +33,26 @@ _ALSO_COPIED = (
 )
 
 
-def require_highdicom() -> None:
-    """Raise BadInput where the package that writes secondary captures is missing."""
-    try:
-        import highdicom  # noqa: F401 - only whether it is there
-    except ImportError:
+def check_sources(films: Sequence[Path]) -> None:
+    """Check, before the work, that secondary captures can be written of films.
+
+    Raises
+    ------
+    BadInput
+        The package that writes them is missing, or a film is no DICOM file.
+    """
+    if importlib.util.find_spec("highdicom") is None:
+        raise BadInput("--secondary-capture needs the package highdicom; install it with: pip install 'mammostream[dicom-out]'")
+    others = [film for film in films if not is_dicom(film)]
+    if others:
         raise BadInput(
-            "--secondary-capture needs the package highdicom; install it with: pip install 'mammostream[dicom-out]'"
-        ) from None
+            f"--secondary-capture takes DICOM films only: {others[0]} is none"
+            + (f", nor are {len(others) - 1} others" if others[1:] else "")
+            + "; a capture belongs to its film's study, which other files do not name"
+        )
 
 
-def write_secondary_captures(film: Path, pictures: dict[str, Path], model_sha256: str) -> list[Path]:
+def write_secondary_captures(film: Path, pictures: Mapping[str, Path], model_sha256: str) -> list[Path]:
     """Write heat maps of a film as DICOM Secondary Captures beside the pictures, one series of the film's study.
 
     Parameters
@@ -68,8 +79,7 @@ def write_secondary_captures(film: Path, pictures: dict[str, Path], model_sha256
     from highdicom.sc import SCImage
     from PIL import Image
 
-    if not is_dicom(film):
-        raise BadInput(f"image {film} is no DICOM file, so there is no study that a secondary capture could belong to")
+    check_sources([film])
     source = pydicom.dcmread(film, stop_before_pixels=True)
     missing = [name for name in _REFERRED_TO if not source.get(name)]
     if missing:
