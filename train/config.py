@@ -164,8 +164,8 @@ class InferConfig(EmbedConfig):
 
     threshold: float | None = option(
         None,
-        "Probability from which every class counts as found, 0-1; default: the checkpoint's, fitted on its validation, else 0.5. "
-        "Tables hold the probabilities themselves.",
+        "Probability from which every class counts as found, 0-1; default: those that the checkpoint's validation gave, else "
+        "0.5. Tables hold the probabilities themselves.",
     )
     temperature: float | None = option(
         None, "Logits are divided by it, so that probabilities are calibrated; default: the checkpoint's, else 1."

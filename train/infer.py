@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
+from scipy.special import expit, logit
 from torch import Tensor, nn
 
 from common.errors import BadInput
@@ -241,9 +242,7 @@ def _thresholds(checkpoint: dict[str, Any], names: Sequence[str], threshold: flo
     if threshold is not None:
         return dict.fromkeys(names, threshold)
     fitted = dict(zip(names, checkpoint.get("thresholds") or (), strict=False))
-    moved = {
-        name: torch.tensor(t, dtype=torch.float64).logit().mul(stretch).sigmoid().item() for name, t in fitted.items() if t
-    }
+    moved = {name: float(expit(logit(t) * stretch)) for name, t in fitted.items() if t is not None}
     return {name: moved.get(name, 0.5) for name in names}
 
 
