@@ -340,6 +340,7 @@ def _loader_options(predictor: Predictor) -> dict[str, Any]:
         "dtype": "float16" if runtime.precision == "fp16" else "float32",
         "device": "gpu" if runtime.device.type == "cuda" else "cpu",
         "num_threads": predictor.config.num_workers,
+        "keep_memory": False,  # a loader a shard, for hours
     }
 
 
@@ -567,3 +568,12 @@ def _check_spacing(spacing: float | None, record: dict[str, Any], path: Path) ->
             f"image {path} has pixels of {spacing:g} mm, the model learnt from {low:g} to {high:g} mm; train on shards built "
             "with --pixel-spacing to use one model for both"
         )
+
+
+if __name__ == "__main__":  # torchrun -m train.infer ... is the command
+    import sys
+
+    from mammostream import main
+
+    sys.argv[:1] = ["mammostream", "infer"]
+    main()
