@@ -18,14 +18,8 @@ SCHEME = "s3://"
 _CACHE = "MAMMOSTREAM_CACHE"  # environment variable: where fetched tables and indexes are kept
 ENDPOINT = "AWS_ENDPOINT_URL"
 _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 5, 30, 5
-_REFUSALS = (
-    "ACCESS_DENIED",
-    "Access Denied",
-    "INVALID_ACCESS_KEY_ID",
-    "SIGNATURE_DOES_NOT_MATCH",
-    "credentials",
-    "HTTP status 403",
-)
+# What a refusal says, as against silence.
+_REFUSALS = ("ACCESS_DENIED", "Access Denied", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
 
 
 class LostConnection(BadInput):

@@ -73,6 +73,7 @@ class _Loader:
         rank: int | None,
         world_size: int | None,
         mmap: bool,
+        keep_memory: bool = True,
     ) -> None:
         default_rank, default_world_size = _rank_and_world_size()
         rank = default_rank if rank is None else rank
@@ -90,7 +91,7 @@ class _Loader:
         self._device_id = torch.cuda.current_device() if device == "gpu" else None
         if not mmap:
             allow_open_files(self._source.count if self._source.resizes else len(self._source.tars))
-        if device == "cpu":
+        if device == "cpu" and keep_memory:
             _keep_freed_memory()
 
         self.tiles = self._source.count
@@ -415,6 +416,9 @@ class LabelledLoader(_Loader):
         Whether the order changes each epoch; otherwise it is the source's.
     dtype, seed, device, num_threads, rank, world_size, tiles, initial_fill, mmap
         As for :class:`PretrainLoader`; `tiles` are positions where the source is files.
+    keep_memory
+        On a CPU, let this process keep the memory that it frees, which is faster. False where one loader follows another for
+        hours: what is kept then falls into pieces, and grows.
 
     Raises
     ------
@@ -441,6 +445,7 @@ class LabelledLoader(_Loader):
         world_size: int | None = None,
         initial_fill: int = 1024,
         mmap: bool = True,
+        keep_memory: bool = True,
     ) -> None:
         super().__init__(
             source,
@@ -458,4 +463,5 @@ class LabelledLoader(_Loader):
             rank=rank,
             world_size=world_size,
             mmap=mmap,
+            keep_memory=keep_memory,
         )

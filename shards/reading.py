@@ -165,8 +165,9 @@ def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str, 
 def open_shards(directory: str | Path) -> ShardSet:
     """Open a finished shard directory, on a disk or in a bucket (``s3://bucket/prefix``).
 
-    Of a bucket, ``shards.json`` is read each time; indexes and tables are fetched once into :func:`common.buckets.cache_folder`;
-    tars are read where they are. The server is $AWS_ENDPOINT_URL, else AWS; keys come from the environment.
+    Of a bucket, ``shards.json`` is read each time; indexes and tables are fetched once into
+    :func:`common.buckets.cache_folder`; tars are read where they are. The server is $AWS_ENDPOINT_URL, else AWS; keys come from
+    the environment.
 
     Raises
     ------

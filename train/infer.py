@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
+from scipy.special import expit, logit
 from torch import Tensor, nn
 
 from common.errors import BadInput
@@ -241,9 +242,7 @@ def _thresholds(checkpoint: dict[str, Any], names: Sequence[str], threshold: flo
     if threshold is not None:
         return dict.fromkeys(names, threshold)
     fitted = dict(zip(names, checkpoint.get("thresholds") or (), strict=False))
-    moved = {
-        name: torch.tensor(t, dtype=torch.float64).logit().mul(stretch).sigmoid().item() for name, t in fitted.items() if t
-    }
+    moved = {name: float(expit(logit(t) * stretch)) for name, t in fitted.items() if t is not None}
     return {name: moved.get(name, 0.5) for name in names}
 
 
@@ -342,6 +341,7 @@ def loader_options(predictor: Predictor) -> dict[str, Any]:
         "dtype": "float16" if runtime.precision == "fp16" else "float32",
         "device": "gpu" if runtime.device.type == "cuda" else "cpu",
         "num_threads": predictor.config.num_workers,
+        "keep_memory": False,  # a loader a shard, for hours
     }
 
 
@@ -574,3 +574,12 @@ def _check_spacing(spacing: float | None, record: dict[str, Any], path: Path) ->
             f"image {path} has pixels of {spacing:g} mm, the model learnt from {low:g} to {high:g} mm; train on shards built "
             "with --pixel-spacing to use one model for both"
         )
+
+
+if __name__ == "__main__":  # torchrun -m train.infer ... is the command
+    import sys
+
+    from mammostream import main
+
+    sys.argv[:1] = ["mammostream", "infer"]
+    main()

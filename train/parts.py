@@ -75,8 +75,8 @@ def check_record(folder: Path, record: Mapping[str, Any], flags: Mapping[str, st
         for name, value in record.items():
             if made.get(name) != value:
                 raise BadInput(
-                    f"{folder} holds parts that were made with another {flags[name]}; go on with that one, delete the folder, or "
-                    "choose another --output-dir"
+                    f"{folder} holds parts that were made with another {flags[name]}; go on with that one, delete the folder, "
+                    "or choose another place for the output"
                 )
     make_folder(folder)
     write_json(path, dict(record))
