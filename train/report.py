@@ -132,9 +132,10 @@ def _bound_pictures(sections: list[_Section]) -> None:
 def _add_training(section: _Section, lines: list[dict[str, Any]]) -> None:
     """Add the curves of a training, its last epoch, and its alarms."""
     section.pictures += curves(lines)
-    rang = [line for line in lines if any("collapse" in name and value for name, value in line.items())]
+    readings = [line for line in lines if "collapse" in line]
+    rang = [line["step"] for line in readings if line["collapse"]]
     if rang:
-        section.alarms.append(f"the collapse alarm rang {len(rang)} times, first at step {rang[0]['step']}")
+        section.alarms.append(f"the collapse alarm rang at {len(rang)} of {len(readings)} readings, first at step {rang[0]}")
     if section.kind != "Pictures":  # a fine-tuning: its metrics.json says more
         return
     section.kind = "Pre-training"

@@ -36,11 +36,13 @@ _KINDS = {
 }
 # The panels of a training in their order; what else is logged follows.
 _CURVES = (
-    *("loss", "train_loss", "val_loss", "mean_auc", "mean_ap", "z_std", "effective_rank", "view_retrieval"),
-    *("retrieval_accuracy", "breast_ratio", "lr", "lr_backbone", "lr_head", "momentum", "grad_norm"),
-    *("pairs_per_second", "data_wait_percent", "mfu", "mfu_percent", "gpu_memory_gib"),
+    *("loss", "train_loss", "val_loss", "mean_auc", "mean_ap", "z_std", "effective_rank", "view_retrieval", "probe"),
+    *("breast_ratio", "target_distance", "lr", "lr_backbone", "lr_head", "momentum", "grad_norm"),
+    *("pairs_per_second", "data_wait_percent", "mfu_percent", "gpu_memory_gib"),
 )
-_NO_CURVE = re.compile(r"^(step|epoch|rows|patients|films)$|/(positives|negatives|threshold)$|^per_class/.*/(?!auc$)")
+_NO_CURVE = re.compile(
+    r"^(step|epoch|rows|patients|films|collapse|collapsed)$|/(positives|negatives|threshold)$|^per_class/.*/(?!auc$)"
+)
 
 
 @dataclass(frozen=True)

@@ -74,5 +74,3 @@ def write_set(
         write_shard_table(directory / f"{name}.parquet", rows, images, metadata)
     finish(directory)
     return directory
-
-
