@@ -106,7 +106,7 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, step: int, boxes: Sequenc
     lines = "\n".join(textwrap.fill(line, round(11 * (2 * panel + 1.2))) for line in title.splitlines())
     figure.suptitle(lines, fontsize=12, parse_math=False)
     figure.supxlabel(CAUTION, fontsize=10, color="#404040")
-    save_figure(figure, path, dpi=150)
+    save_figure(figure, path)
 
 
 def _extent(picture: np.ndarray, step: int) -> tuple[int, int, int, int]:

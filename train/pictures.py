@@ -61,7 +61,7 @@ def draw_panels(lines: Sequence[Mapping[str, Any]], names: Sequence[str], path: 
         axes.grid(alpha=0.3)
     if title:
         figure.suptitle(title, fontsize=11)
-    save_figure(figure, path, dpi=150)
+    save_figure(figure, path)
 
 
 def metric_title(name: str) -> str:
@@ -81,7 +81,7 @@ def draw_views(rows: Mapping[str, np.ndarray], path: Path) -> None:
         The PNG.
     """
     count = len(next(iter(rows.values())))
-    figure = new_figure(1.6 * count + 0.6, 1.6 * len(rows))
+    figure = new_figure(1.5 * count + 0.5, 1.5 * len(rows))
     grid = figure.subplots(len(rows), count, squeeze=False)
     # One grey scale for a tile and its views, so that brightness can be compared.
     scales = np.percentile(np.stack(list(rows.values())), [0.2, 99.8], axis=(0, 2, 3))
@@ -162,22 +162,22 @@ def _classes(
 
 
 def _square(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = new_figure(5, 4.4)
+    figure = new_figure(4.4, 4.2)
     axes = figure.subplots()
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.set_title(title, fontsize=12)
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.tick_params(labelsize=9)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
 def _with_legend(figure: Figure, axes: Axes) -> Figure:
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=9)
     else:
-        axes.text(0.5, 0.5, "undefined: no class has both values", ha="center", fontsize=8)
+        axes.text(0.5, 0.5, "undefined: no class has both values", ha="center", fontsize=10)
     return figure
 
 
@@ -191,7 +191,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, format="png")
+        figure.savefig(temporary, dpi=150, format="png")

@@ -136,9 +136,10 @@ def _add_training(section: _Section, lines: list[dict[str, Any]]) -> None:
     rang = [line["step"] for line in readings if line["collapse"]]
     if rang:
         section.alarms.append(f"the collapse alarm rang at {len(rang)} of {len(readings)} readings, first at step {rang[0]}")
-    if section.kind != "Pictures":  # a fine-tuning: its metrics.json says more
+    if section.kind == "Pictures":  # without its metrics.json, which a fine-tuning writes at its end
+        section.kind = "Fine-tuning" if any("val_loss" in line for line in lines) else "Pre-training"
+    if section.kind != "Pre-training":
         return
-    section.kind = "Pre-training"
     last = next((line for line in reversed(lines) if "epoch_mean/loss" in line), None)
     if last is None:
         return
@@ -276,6 +277,10 @@ def _table(caption: str, frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
     if value is None or isinstance(value, float) and pd.isna(value):
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

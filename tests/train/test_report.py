@@ -211,6 +211,11 @@ def test_a_killed_training_has_its_curves(tmp_path):
     assert parsed.alternatives == ["loss by step", "MFU percent by step"]
 
 
+def test_a_killed_fine_tuning_is_no_pre_training(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train_loss": 0.5, "val_loss": 0.6}\n')
+    assert "<h2>Fine-tuning" in page_of(tmp_path, tmp_path)[0]
+
+
 def test_failed_films_and_images_have_their_reasons(run_dir, tmp_path):
     for name in ("shards", "infer"):
         shutil.copytree(run_dir / name, tmp_path / "run" / name, ignore=shutil.ignore_patterns("*.png"))
