@@ -250,8 +250,8 @@ def _score(ctx: click.Context, param: click.Parameter, value: str) -> str:
     "--score",
     default="max",
     callback=_score,
-    help="An image's or breast's probability: max, its highest tile's; top3 (or another number), the mean of its three highest; "
-    "or noisy_or.",
+    help="An image's or breast's probability: max, its highest tile's; top3 (or another number), the mean of its three "
+    "highest; or noisy_or.",
 )
 @click.option("--patient-column", default="patient_id", help="Column of --labels, where the predictions name no patient.")
 @click.option(

@@ -91,8 +91,8 @@ def read_predictions(path: Path, score: str = "max") -> Predictions:
     Parameters
     ----------
     path
-        A table with ``prob:<class>`` (tiles) or ``max:<class>``, ``top3:<class>`` and ``noisy_or:<class>`` (images and breasts),
-        or a JSON with the probabilities of each tile or image.
+        A table with ``prob:<class>`` (tiles) or ``max:<class>``, ``top3:<class>`` and ``noisy_or:<class>`` (images and
+        breasts), or a JSON with the probabilities of each tile or image.
     score
         Which to take of images and breasts: ``max``, ``noisy_or``, or ``top3`` and the like.
 
