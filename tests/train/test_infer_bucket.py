@@ -191,10 +191,8 @@ def test_what_is_not_there_or_forbidden_is_one_line(server, sharp_classifier, ma
 
 
 def test_a_server_that_goes_is_one_line_and_finished_parts_stay(
-    finetuned, sharp_classifier, run_cli, single_thread_environment, tmp_path, tmp_path_factory
+    server, finetuned, sharp_classifier, run_cli, single_thread_environment, tmp_path
 ):
-    server = Server(tmp_path_factory.mktemp("going"))
-    server.start()
     shards = write_set(open_shards(finetuned.shards), tmp_path / "set", (60,) * 12)
     run_cli(f"infer --model-path {sharp_classifier} --shards {shards} --output-dir {tmp_path}/whole --device cpu")
     place = server.upload(shards, "going")
@@ -212,9 +210,7 @@ def test_a_server_that_goes_is_one_line_and_finished_parts_stay(
     finished = list((folder / "parts").glob("val-0000*[0-9].parquet"))
     assert 0 < len(finished) < 12
     server.start()
-    again = Child([sys.executable, *line], tmp_path / "log2", environment)
-    assert again.end() == 0, again.said
-    server.kill()
+    run_cli(f"infer --model-path {sharp_classifier} --shards {place} --output-dir {folder} --device cpu")
     for name in ("predictions", "image_predictions", "breast_predictions"):
         one, other = ((place / f"{name}.parquet").read_bytes() for place in (folder, tmp_path / "whole"))
         assert one == other
