@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,12 @@ def report(run_dir: Path, output: Path | None) -> None:
     click.echo(f"{pictures} pictures, {path.stat().st_size / 1e6:.1f} MB -> {path}")
 
 
+def _score(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"max|noisy_or|top[1-9]\d*", value):
+        raise BadInput(f"--score {value} is none of max, noisy_or and top3 (or another number)")
+    return value
+
+
 @click.command(cls=Command)
 @click.option("--predictions", "predictions_path", type=FILE, required=True, help="Parquet, CSV or JSON that 'infer' wrote.")
 @click.option(
@@ -241,9 +248,10 @@ def report(run_dir: Path, output: Path | None) -> None:
 )
 @click.option(
     "--score",
-    type=click.Choice(["max", "top3"]),
     default="max",
-    help="An image's or breast's probability: its highest tile's, or the mean of its three highest.",
+    callback=_score,
+    help="An image's or breast's probability: max, its highest tile's; top3 (or another number), the mean of its three "
+    "highest; or noisy_or.",
 )
 @click.option("--patient-column", default="patient_id", help="Column of --labels, where the predictions name no patient.")
 @click.option(

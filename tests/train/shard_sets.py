@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from common.files import sha256_file
-from shards.reading import ShardSet
 from shards.archive import read_index, tile_key, write_archive
 from shards.build import encode_meta
 from shards.codecs import decode, encode, encode_number
 from shards.merge import finish
+from shards.reading import ShardSet
 from shards.tables import read_shard_metadata, write_shard_table
 
 
