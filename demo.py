@@ -128,7 +128,14 @@ def _road(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:
         f"--freeze-backbone-epochs 2 --lr-backbone 5e-4 --lr-head 1e-3 {small}",
     )
     predict = f"infer --model-path {out}/finetune/final_classification_model.pth --device cpu"
-    yield Step("Predict the validation shards", f"{predict} --shards {shards} --split val --output-dir {out}/infer")
+    yield Step(
+        "Predict the validation shards",
+        f"{predict} --shards {shards} --split val --output-dir {out}/infer --grad-cam",
+    )
+    yield Step(
+        "Compare the predictions with the labels",
+        f"evaluate --predictions {out}/infer/predictions.parquet --labels {out}/val_labels.csv --output-dir {out}/evaluate",
+    )
     yield Step(
         "Predict one raw film",
         f"{predict} --image-path {_validation_film(output_dir)} --assume-spacing 0.05 --findings {findings} "

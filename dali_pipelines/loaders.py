@@ -21,13 +21,25 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline
 
+from common.buckets import lost_connection
 from common.errors import BadInput, first_line
 from common.files import sha256_json
 from dali_pipelines.intensity import ImageFormat
 from dali_pipelines.pipelines import evaluation_pipeline, view_pipeline
-from dali_pipelines.readers import allow_open_files, open_source
+from dali_pipelines.readers import FileSource, ShardSource, allow_open_files, open_source
 from dali_pipelines.recipes import RECIPES, View
 from shards.reading import Shard
+
+
+class UnreadableTile(BadInput):
+    """A tile that DALI cannot read. Which one is looked up when the message is asked for, since that may take time."""
+
+    def __init__(self, source: ShardSource | FileSource, error: str, reason: str) -> None:
+        super().__init__(source, error, reason)
+
+    def __str__(self) -> str:
+        source, error, reason = self.args
+        return source.blame(error, reason)
 
 
 class _Loader:
@@ -61,6 +73,7 @@ class _Loader:
         rank: int | None,
         world_size: int | None,
         mmap: bool,
+        keep_memory: bool = True,
     ) -> None:
         default_rank, default_world_size = _rank_and_world_size()
         rank = default_rank if rank is None else rank
@@ -78,7 +91,7 @@ class _Loader:
         self._device_id = torch.cuda.current_device() if device == "gpu" else None
         if not mmap:
             allow_open_files(self._source.count if self._source.resizes else len(self._source.tars))
-        if device == "cpu":
+        if device == "cpu" and keep_memory:
             _keep_freed_memory()
 
         self.tiles = self._source.count
@@ -152,6 +165,25 @@ class _Loader:
         self._done = 0
         self.epoch += 1
 
+    def start(self) -> None:
+        """Build the pipeline and begin to read, so that the first batch is there, or nearly, when it is asked for.
+
+        Else both happen with the first batch. It may run in another thread than the iteration, before it.
+        """
+        if self._pipeline is None and self._failure is None:
+            try:
+                self._start()
+            except RuntimeError as error:
+                self._fail(error)
+
+    def _fail(self, error: RuntimeError) -> None:
+        """Raise what a failure of DALI means."""
+        # DALI cannot go on after a failure: let go of its memory and threads, and fail again if asked again.
+        self._pipeline, self._failure = None, self._explain(error)
+        if self._failure is error:
+            raise error
+        raise self._failure from error
+
     def _next(self) -> tuple[torch.Tensor, ...]:
         """Return the next batch: images (batch_size, 1, H, W) on the device, then the numbers on the CPU."""
         if self._failure is not None:
@@ -167,11 +199,7 @@ class _Loader:
             images = [torch.from_dlpack(output.as_tensor()) for output in outputs[: -self._source.label_count]]
             numbers = self._source.numbers(*outputs[-self._source.label_count :])
         except RuntimeError as error:
-            # DALI cannot go on after a failure: let go of its memory and threads, and fail again if asked again.
-            self._pipeline, self._failure = None, self._explain(error)
-            if self._failure is error:
-                raise
-            raise self._failure from error
+            self._fail(error)
         self.wait_seconds += time.perf_counter() - start
         # (N, H, W, 1) seen as (N, 1, H, W) is channels_last already: nothing is copied.
         return (*(image.permute(0, 3, 1, 2) for image in images), numbers)
@@ -192,8 +220,11 @@ class _Loader:
         reason = first_line(RuntimeError(text.rpartition("encountered:")[2]))
         if "CUDA" in text or "out of memory" in text:
             return error
+        # Members lie within their tars, which was checked: a bucket that cannot be read is a bucket that is not there.
+        if self._source.bucket is not None and "fn.readers." in text:
+            return lost_connection(self._source.bucket, reason)
         if any(name in text for name in ("fn.readers.", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
-            return BadInput(self._source.blame(text, reason))
+            return UnreadableTile(self._source, text, reason)
         if self._checkpoint is not None and "checkpoint" in text:
             return BadInput(
                 f"the saved loader's state does not fit this loader ({reason}); resume with the same device and views"
@@ -385,6 +416,9 @@ class LabelledLoader(_Loader):
         Whether the order changes each epoch; otherwise it is the source's.
     dtype, seed, device, num_threads, rank, world_size, tiles, initial_fill, mmap
         As for :class:`PretrainLoader`; `tiles` are positions where the source is files.
+    keep_memory
+        On a CPU, let this process keep the memory that it frees, which is faster. False where one loader follows another for
+        hours: what is kept then falls into pieces, and grows.
 
     Raises
     ------
@@ -411,6 +445,7 @@ class LabelledLoader(_Loader):
         world_size: int | None = None,
         initial_fill: int = 1024,
         mmap: bool = True,
+        keep_memory: bool = True,
     ) -> None:
         super().__init__(
             source,
@@ -428,4 +463,5 @@ class LabelledLoader(_Loader):
             rank=rank,
             world_size=world_size,
             mmap=mmap,
+            keep_memory=keep_memory,
         )

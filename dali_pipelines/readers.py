@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, types
 
+from common.buckets import SCHEME, BucketPath
 from common.errors import BadInput, first_line
 from shards.archive import Member, Sample, check_index, read_index, write_index
 from shards.codecs import CODECS, NUMBER_EXTENSION, decode, decode_number
@@ -60,6 +61,11 @@ class ShardSource:
     temporary: TemporaryDirectory | None = None
 
     resizes = False  # a shard's tiles have the size they were cut to
+
+    @property
+    def bucket(self) -> str | None:
+        """The first tar, where it lies in a bucket."""
+        return next((tar for tar in self.tars if tar.startswith(SCHEME)), None)
 
     @property
     def label_count(self) -> int:
@@ -139,6 +145,7 @@ class FileSource:
 
     resizes = True  # files may have any size
     raw_bits = None
+    bucket = None
     label_count = 1
 
     @property
@@ -178,7 +185,7 @@ def _first_that_is_no_image(source: ShardSource | FileSource) -> int | None:
 
 
 def _mend(tar: str) -> str:
-    return f"run 'mammostream shards verify --quarantine {Path(tar).parent}'"
+    return f"run 'mammostream shards verify --quarantine {tar.rpartition('/')[0]}'"
 
 
 def allow_open_files(count: int) -> None:
@@ -288,7 +295,7 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
     return ShardSource(tars, indexes, count, next(iter(stored.values())), directories, temporary)
 
 
-def tile_numbers(tar: Path, index: Sequence[Sample]) -> np.ndarray:
+def tile_numbers(tar: Path | BucketPath, index: Sequence[Sample]) -> np.ndarray:
     """Return the tile numbers of a tar's samples in the order of `index`: int64 (N,).
 
     Numbers follow each other, so the first and the last tell them all, unless samples were taken out of the index.
@@ -306,7 +313,7 @@ def tile_numbers(tar: Path, index: Sequence[Sample]) -> np.ndarray:
         return np.array([number(sample) for sample in index], dtype=np.int64)
 
 
-def _check_members(tar: Path, index: Sequence[Sample]) -> None:
+def _check_members(tar: Path | BucketPath, index: Sequence[Sample]) -> None:
     """Check that each sample has a tile and a number; DALI would fail late, without naming it."""
     for sample in index:
         image, number = _member(sample, tuple(CODECS)), _member(sample, (NUMBER_EXTENSION,))
@@ -321,7 +328,7 @@ def _check_members(tar: Path, index: Sequence[Sample]) -> None:
             raise BadInput(f"{wrong.name} of shard {tar} has {wrong.size} bytes; {_mend(str(tar))}")
 
 
-def _check_raw_sizes(tar: Path, index: Sequence[Sample], tile_size: int, bits: int) -> None:
+def _check_raw_sizes(tar: Path | BucketPath, index: Sequence[Sample], tile_size: int, bits: int) -> None:
     expected = tile_size * tile_size * bits // 8
     for sample in index:
         member = _member(sample, tuple(CODECS))
@@ -329,7 +336,7 @@ def _check_raw_sizes(tar: Path, index: Sequence[Sample], tile_size: int, bits: i
             raise BadInput(f"{member.name} of shard {tar} has {member.size} bytes, not {expected}; {_mend(str(tar))}")
 
 
-def _check_first_tile(tar: Path, sample: Sample, tile_size: int) -> int | None:
+def _check_first_tile(tar: Path | BucketPath, sample: Sample, tile_size: int) -> int | None:
     """Decode one tile of a directory on the host: a wrong size or format then ends in one clear line, not in DALI.
 
     Returns the bits a pixel of a raw tile, None for other codecs.

@@ -237,7 +237,7 @@ def _contact_sheet(pictures: Sequence[FilmPicture], title: str) -> PILImage.Imag
             (" ".join(picture.flags), BAD_COLOUR, small),
         )
         for row, (text, colour, its_font) in enumerate(lines):
-            draw.text((left, top + _CELL[1] + 17 * row), _fitted(text, its_font), colour, its_font)
+            draw.text((left, top + _CELL[1] + 17 * row), fitted(text, its_font, _CELL[0]), colour, its_font)
     return few_colours(sheet)
 
 
@@ -269,14 +269,14 @@ def _count_line(picture: FilmPicture) -> str:
     return f"{picture.counts['kept']} of {picture.counts['candidates']} tiles" + (f": {parts}" if parts else "")
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """Shorten a text in its middle until it is no wider than a cell."""
-    if font.getlength(text) <= _CELL[0]:
-        return text
-    half = len(text) // 2
-    while font.getlength(f"{text[:half]}…{text[-half:]}") > _CELL[0]:
-        half -= 1
-    return f"{text[:half]}…{text[-half:]}"
+def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Shorten a text in its middle until it is no wider than `width` pixels."""
+    half = len(text)
+    shortened = text
+    while half and font.getlength(shortened) > width:
+        half = min(half - 1, len(text) // 2)
+        shortened = f"{text[:half]}…{text[-half:]}" if half else "…"
+    return shortened
 
 
 def write_energies(pictures: Sequence[FilmPicture], config: TilingConfig, folder: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.buckets import BucketPath, as_bucket, cache_folder
 from common.errors import BadInput, nearest
-from common.files import read_parquet
+from common.files import read_parquet, sha256_file
 from preprocess.tiling import SPACING_TOLERANCE
 
 if TYPE_CHECKING:
@@ -23,20 +26,39 @@ _PIXEL_CONTRACT = ("tile_size", "pixel_spacing_mm", "mapping")
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar with at least one tile, its index, its split and its number of tiles."""
+    """One tar with at least one tile, its index, its split and its number of tiles. A tar may lie in a bucket."""
 
-    tar: Path
+    tar: Path | BucketPath
     index: Path
     split: str
     tiles: int
 
+    @property
+    def name(self) -> str:
+        """What its files are called, without an ending."""
+        return self.tar.name.removesuffix(".tar")
+
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A finished shard directory: its ``shards.json`` and, when asked for, its tables."""
+    """A finished shard directory: its ``shards.json`` and, when asked for, its tables.
 
-    directory: Path
+    Attributes
+    ----------
+    directory
+        Where the tars lie, on a disk or in a bucket.
+    meta
+        ``shards.json``.
+    tables
+        Where indexes and tables lie: the directory itself, or of a bucket the folder that they are fetched into.
+    sha256
+        Of ``shards.json``, which holds the hash of every tar and index.
+    """
+
+    directory: Path | BucketPath
     meta: dict[str, Any]
+    tables: Path
+    sha256: str
 
     @property
     def codec(self) -> str:
@@ -64,7 +86,7 @@ class ShardSet:
         found = [
             Shard(
                 tar=self.directory / f"{s['name']}.tar",
-                index=self.directory / f"{s['name']}.idx",
+                index=self.tables / f"{s['name']}.idx",
                 split=s["split"],
                 tiles=s["tiles"],
             )
@@ -76,11 +98,28 @@ class ShardSet:
                 raise BadInput(f"{self.directory} has no tiles at all; images.parquet there says why, film by film")
             have = ", ".join(self.splits)
             raise BadInput(f"{self.directory} has no tiles of split '{split}'{nearest(split, self.splits)}; it has: {have}")
+        self._fetch_indexes([shard.index for shard in found])
         return found
+
+    def _fetch_indexes(self, paths: list[Path]) -> None:
+        """Have the indexes of a bucket's shards here; one that is not in the bucket stays missing, as on a disk."""
+        if not isinstance(self.directory, BucketPath):
+            return
+        hashes = {f"{s['name']}.idx": s["idx_sha256"] for s in self.meta["shards"]}
+        wanted = [path for path in paths if not path.is_file() or sha256_file(path) != hashes[path.name]]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda path: (self.directory / path.name).fetch(path), wanted))
 
     @cached_property
     def _tiles(self) -> pd.DataFrame:
-        return read_parquet(self.directory / "tiles.parquet", "tile table", "run 'mammostream shards build' again")
+        return read_parquet(self.table("tiles"), "tile table", "run 'mammostream shards build' again")
+
+    def table(self, name: str) -> Path:
+        """Return the path of the table ``tiles`` or ``images``; a bucket's is fetched first."""
+        path = self.tables / f"{name}.parquet"
+        if isinstance(self.directory, BucketPath) and not path.is_file():
+            (self.directory / path.name).fetch(path)
+        return path
 
     def tiles(self, split: str | None = None) -> pd.DataFrame:
         """Return the tile table (columns: :data:`shards.tables.TILE_SCHEMA`) of a split, or of all."""
@@ -88,7 +127,7 @@ class ShardSet:
 
     def images(self) -> pd.DataFrame:
         """Return the image table (columns: :data:`shards.tables.IMAGE_SCHEMA`)."""
-        return read_parquet(self.directory / "images.parquet", "image table", "run 'mammostream shards build' again")
+        return read_parquet(self.table("images"), "image table", "run 'mammostream shards build' again")
 
 
 def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str, any_tile_size: bool = False) -> None:
@@ -124,23 +163,36 @@ def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str, 
 
 
 def open_shards(directory: str | Path) -> ShardSet:
-    """Open a finished shard directory.
+    """Open a finished shard directory, on a disk or in a bucket (``s3://bucket/prefix``).
+
+    Of a bucket, ``shards.json`` is read each time; indexes and tables are fetched once into
+    :func:`common.buckets.cache_folder`; tars are read where they are. The server is $AWS_ENDPOINT_URL, else AWS; keys come from
+    the environment.
 
     Raises
     ------
     BadInput
-        The directory is missing, holds no ``shards.json``, or one of a newer format.
+        The directory is missing, holds no ``shards.json``, or one of a newer format; a bucket does not answer.
     """
-    directory = Path(directory)
+    directory = as_bucket(directory) or Path(directory)
     path = directory / SHARDS_JSON
     if not path.is_file():
-        state = "has no shards.json: it is no finished shard directory" if directory.is_dir() else "does not exist"
+        there = isinstance(directory, Path) and directory.is_dir()
+        state = "has no shards.json: it is no finished shard directory" if there else "does not exist"
+        if isinstance(directory, BucketPath):
+            raise BadInput(f"{path} does not exist; give the place that 'mammostream shards build' filled: s3://bucket/prefix")
         raise BadInput(f"{directory} {state}; make one with 'mammostream shards build --output-dir {directory}'")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        meta = json.loads(data)
         version = meta["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged; delete it and run 'mammostream shards build' again") from error
     if version != FORMAT_VERSION:
         raise BadInput(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build the shards again")
-    return ShardSet(directory, meta)
+    sha256 = hashlib.sha256(data).hexdigest()
+    tables = directory
+    if isinstance(directory, BucketPath):
+        # Of its own name for each content: what was fetched of an older one is never taken for the new one's.
+        tables = cache_folder() / "shards" / hashlib.sha256(f"{directory} {sha256}".encode()).hexdigest()[:16]
+    return ShardSet(directory, meta, tables, sha256)

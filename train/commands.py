@@ -1,23 +1,18 @@
-"""Commands from shards to answers: pretrain, finetune, infer, report, evaluate."""
+"""Commands around a training: pretrain, finetune, report, evaluate."""
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from common.errors import BadInput
 from common.files import write_json, write_yaml
 from common.options import Command, ListOption, config_file_option, config_options, resolved, split_commas
-from train.config import FinetuneConfig, InferConfig, PretrainConfig
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from train.infer import FilmInput, Predictor
+from train.config import FinetuneConfig, PretrainConfig
 
 FILE = click.Path(path_type=Path)
 
@@ -32,8 +27,11 @@ FILE = click.Path(path_type=Path)
 def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str | None, **options: Any) -> None:
     """Pre-train a backbone by BYOL: two views of each tile, no labels.
 
-    Writes mammogram_byol_last.pth after each epoch, _best (lowest loss), _epoch_010 and so on, and _final; metrics.jsonl with
-    loss, z_std (near 0 = collapse) and data-wait share; views.png and curves.png.
+    Writes mammogram_byol_last.pth after each epoch, _best, _epoch_010 and so on, and _final; metrics.jsonl with loss, z_std
+    (near 0 = collapse) and data-wait share; views.png and curves.png. The best epoch is that of the highest online probe where
+    it runs, else of the lowest loss without a collapse alarm. SIGTERM, SIGUSR1 and Ctrl-C save after the step under way; the
+    exit code is then 75 (Ctrl-C: 130), and --resume auto goes on as if nothing had happened. Several processes: torchrun
+    --nproc-per-node N -m mammostream pretrain ...
     """
     from shards.reading import open_shards
 
@@ -43,15 +41,17 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
     from train.pretrain import CHECKPOINT_NAME
     from train.pretrain import pretrain as run
     from train.resuming import find_resume
+    from train.runtime import join_processes
 
     checkpoint = find_resume(resume, output_dir / CHECKPOINT_NAME.format("last"))
-    metrics = run(shards, output_dir, config, checkpoint, resolved(ctx))
-    if metrics:
-        click.echo(
-            f"loss {metrics['loss']:.4f}, z_std {metrics['z_std']:.4f}, {metrics['pairs_per_second']:.1f} pairs/s, "
-            f"data wait {metrics['data_wait_percent']:.1f} %"
-        )
-    click.echo(f"checkpoints -> {output_dir}")
+    with join_processes(config) as runtime:
+        metrics = run(shards, output_dir, config, checkpoint, resolved(ctx), runtime)
+        if runtime.is_main:
+            click.echo(
+                f"loss {metrics['loss']:.4f}, z_std {metrics['z_std']:.4f}, {metrics['pairs_per_second']:.1f} pairs/s, "
+                f"data wait {metrics['data_wait_percent']:.1f} %"
+            )
+            click.echo(f"checkpoints -> {output_dir}")
 
 
 @click.command(cls=Command)
@@ -210,245 +210,6 @@ def auc_line(figures: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 
 @click.command(cls=Command)
-@click.option("--model-path", type=FILE, required=True, help="Classifier checkpoint that 'finetune' wrote.")
-@click.option("--shards", "shards_dir", type=FILE, help="Predict the tiles of a shard directory.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), help="With --shards: this split only.")
-@click.option("--image-path", type=FILE, help="Predict one film (DICOM, PNG, TIFF, PGM) or one tile image.")
-@click.option("--images-dir", type=FILE, help="Predict each film or tile image below a folder.")
-@click.option("--manifest", type=FILE, help="Predict each film of a manifest.")
-@click.option(
-    "--images-are",
-    type=click.Choice(["auto", "films", "tiles"]),
-    default="auto",
-    help="What --image-path and --images-dir name; auto = tiles where no edge is longer than the model's tile.",
-)
-@click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm of films whose own is unknown.")
-@click.option("--findings", type=FILE, help="findings.parquet, whose boxes are drawn on the heat maps.")
-@click.option("--output-dir", type=FILE, help="Folder for the tables, and for heat maps of films.")
-@click.option("--output-json", type=FILE, help="JSON with the probabilities of each image.")
-@config_options(InferConfig)
-@config_file_option
-@click.pass_context
-def infer(
-    ctx: click.Context,
-    model_path: Path,
-    shards_dir: Path | None,
-    split: str | None,
-    image_path: Path | None,
-    images_dir: Path | None,
-    manifest: Path | None,
-    images_are: str,
-    assume_spacing: float | None,
-    findings: Path | None,
-    output_dir: Path | None,
-    output_json: Path | None,
-    **options: Any,
-) -> None:
-    """Predict the tiles of shards, or raw films through the model's own preprocessing.
-
-    An image's probability of a class is that of its highest tile (max) or the mean of its three highest (top3). A film that
-    cannot be read becomes a row with its reason, and the rest goes on.
-    """
-    sources = {"--shards": shards_dir, "--image-path": image_path, "--images-dir": images_dir, "--manifest": manifest}
-    if sum(value is not None for value in sources.values()) != 1:
-        raise BadInput(f"give one of {', '.join(sources)}")
-    if output_dir is None and output_json is None and image_path is None:
-        raise BadInput("give --output-dir or --output-json: the predictions need a place")
-    config = InferConfig(**options)
-    from shards.reading import open_shards
-
-    shards = open_shards(shards_dir) if shards_dir else None
-    from train.infer import aggregate, load_predictor, predict_shards, predict_tile_images
-
-    predictor = load_predictor(model_path, config)
-    bad: list[dict[str, str]] = []  # image_id and reason of each image that failed
-    if shards is not None:
-        tiles = predict_shards(predictor, shards, split)
-        sides = shards.images()[["image_id", "laterality", "view"]]
-    else:
-        films = _films(image_path, images_dir, manifest, assume_spacing, findings, bad)
-        if _are_tiles(images_are, films, predictor):
-            tiles = predict_tile_images(predictor, [film.path for film in films])
-            sides = None
-        else:
-            tiles = _predict_films(predictor, films, output_dir, bad, single=image_path is not None)
-            sides = _film_sides(films)
-    by = [c for c in ("image_id", "patient_id", "split") if c in tiles.columns]
-    images = aggregate(tiles, by)
-    if sides is not None:
-        images = images.merge(sides, on="image_id", how="left")
-    images = _with_bad(images, bad)
-    if output_dir is not None:
-        _write_tables(output_dir, tiles, images, model_path, predictor, resolved(ctx))
-    if output_json is not None:
-        _write_json(output_json, images, predictor)
-    if shards is None:
-        _print_images(images, predictor, bad)
-    where = " and ".join(str(p) for p in (output_dir, output_json) if p)
-    click.echo(
-        f"{len(tiles)} tiles of {len(images) - len(bad)} images{f', {len(bad)} images failed' if bad else ''}"
-        + (f" -> {where}" if where else "")
-    )
-
-
-def _films(
-    image_path: Path | None,
-    images_dir: Path | None,
-    manifest: Path | None,
-    assume_spacing: float | None,
-    findings: Path | None,
-    bad: list[dict[str, str]],
-) -> list[FilmInput]:
-    """Return the images that were named, films or tiles; those that cannot be read go to `bad`."""
-    from preprocess.reading import read_header
-    from shards.annotations.folder import find_images
-    from shards.manifest import read_findings, read_manifest
-    from train.infer import FilmInput
-
-    boxes: dict[str, tuple] = {}
-    if findings is not None:
-        for image_id, rows in read_findings(findings).groupby("image_id"):
-            boxes[image_id] = tuple(map(tuple, rows[["xmin", "ymin", "xmax", "ymax"]].to_numpy()))
-    if manifest is not None:
-        rows = read_manifest(manifest).to_dict("records")
-    else:
-        # Named by their files alone: no identity is read from a DICOM header into the tables.
-        named = find_images(images_dir) if images_dir else {image_path.stem: image_path}
-        rows = [{"image_id": image_id, "path": path, "patient_id": ""} for image_id, path in named.items()]
-    films = []
-    for row in rows:
-        try:
-            header = read_header(Path(row["path"]))
-        except BadInput as error:
-            if image_path is not None:
-                raise
-            bad.append({"image_id": row["image_id"], "reason": str(error)})
-            continue
-        given = row.get("pixel_spacing_mm", math.nan)
-        films.append(
-            FilmInput(
-                path=Path(row["path"]),
-                image_id=row["image_id"],
-                shape=(header.height, header.width),
-                patient_id=row["patient_id"],
-                laterality=row.get("laterality", header.laterality),
-                spacing_mm=(header.spacing_mm or assume_spacing) if math.isnan(given) else given,
-                boxes=boxes.get(row["image_id"], ()),
-            )
-        )
-    if not films:
-        raise BadInput(f"none of the {len(bad)} images can be read; the first: {bad[0]['reason']}")
-    return films
-
-
-def _are_tiles(images_are: str, films: list[FilmInput], predictor: Predictor) -> bool:
-    """Tell tile images from films: by ``--images-are``, else by whether an edge is longer than the model's tile."""
-    if images_are != "auto":
-        return images_are == "tiles"
-    tiles = all(max(film.shape) <= predictor.preprocessing["tile_size"] for film in films)
-    click.echo(f"taken for {'tiles' if tiles else 'films'}; --images-are says otherwise", err=True)
-    return tiles
-
-
-def _predict_films(
-    predictor: Predictor, films: list[FilmInput], output_dir: Path | None, bad: list[dict[str, str]], single: bool
-) -> pd.DataFrame:
-    """Predict films one by one and return all their tiles; a film that fails goes to `bad`, a single one is an error."""
-    import pandas as pd
-
-    from common.progress import progress
-    from train.infer import draw_film_heat_maps, predict_film
-
-    tables = []
-    for film_input in progress(films, f"predicting ({predictor.runtime})", "film"):
-        try:
-            film, tiles = predict_film(predictor, film_input)
-        except BadInput as error:
-            if single:
-                raise
-            bad.append({"image_id": film_input.image_id, "reason": str(error)})
-            continue
-        tables.append(tiles)
-        if output_dir is not None:
-            draw_film_heat_maps(predictor, film_input, film, tiles, output_dir)
-    if not tables:
-        raise BadInput(f"none of the {len(films)} films could be predicted; the first: {bad[0]['reason']}")
-    return pd.concat(tables, ignore_index=True)
-
-
-def _film_sides(films: list[FilmInput]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame([{"image_id": f.image_id, "laterality": f.laterality} for f in films])
-
-
-def _with_bad(images: pd.DataFrame, bad: list[dict[str, str]]) -> pd.DataFrame:
-    import pandas as pd
-
-    images["reason"] = ""
-    return pd.concat([images, pd.DataFrame(bad)], ignore_index=True) if bad else images
-
-
-def _write_tables(
-    output_dir: Path, tiles: pd.DataFrame, images: pd.DataFrame, model_path: Path, predictor: Predictor, config: dict[str, Any]
-) -> None:
-    """Write the tables of tiles, images and breasts, with the model's hash and its preprocessing as metadata."""
-    import json
-
-    import pyarrow as pa
-
-    from common.files import sha256_file, write_parquet, write_yaml
-    from train.infer import aggregate
-
-    tables = {"predictions": tiles, "image_predictions": images}
-    if "laterality" in images.columns:
-        sides = tiles.merge(images[["image_id", "laterality"]], on="image_id")
-        known = (sides["patient_id"] != "") & (sides["laterality"] != "")
-        if known.any():
-            tables["breast_predictions"] = aggregate(sides[known], ["patient_id", "laterality"])
-    facts = {"model_sha256": sha256_file(model_path), "preprocessing": predictor.preprocessing}
-    for name, frame in tables.items():
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        write_parquet(output_dir / f"{name}.parquet", table.replace_schema_metadata({"mammostream": json.dumps(facts)}))
-    write_yaml(output_dir / "config.yaml", config)
-
-
-def _write_json(path: Path, images: pd.DataFrame, predictor: Predictor) -> None:
-    from common.files import write_json
-
-    records = []
-    for row in images.to_dict("records"):
-        if row["reason"]:
-            records.append({"image": row["image_id"], "error": row["reason"]})
-            continue
-        scores = {name: float(row[f"max:{name}"]) for name in predictor.class_names}
-        top = max(scores, key=scores.get)
-        positive = [name for name, score in scores.items() if score >= predictor.config.threshold]
-        records.append(
-            {
-                "image": row["image_id"],
-                "tiles": int(row["tiles"]),
-                "probabilities": scores,
-                "top_prediction": top,
-                "positive": positive,
-            }
-        )
-    write_json(path, {"threshold": predictor.config.threshold, "class_names": predictor.class_names, "images": records})
-
-
-def _print_images(images: pd.DataFrame, predictor: Predictor, bad: list[dict[str, str]]) -> None:
-    for number, row in enumerate(images[images["reason"] == ""].to_dict("records"), start=1):
-        scores = sorted(((row[f"max:{name}"], name) for name in predictor.class_names), reverse=True)
-        click.echo(f"📸 Image {number}: {row['image_id']}")
-        click.echo(f"🏆 Top prediction: {scores[0][1]} ({scores[0][0]:.3f})")
-        click.echo("📊 All probabilities:")
-        for score, name in scores:
-            click.echo(f"   {'✅' if score >= predictor.config.threshold else '❌'} {name:<18}: {score:.3f}")
-    for failed in bad:
-        click.echo(f"failed: {failed['image_id']}: {failed['reason']}", err=True)
-
-
-@click.command(cls=Command)
 @click.argument("run_dir", type=FILE)
 @click.option("--output", type=FILE, help="The page; default: report.html in RUN_DIR.")
 def report(run_dir: Path, output: Path | None) -> None:
@@ -461,6 +222,12 @@ def report(run_dir: Path, output: Path | None) -> None:
     path = output or run_dir / "report.html"
     pictures = write_report(run_dir, path)
     click.echo(f"{pictures} pictures, {path.stat().st_size / 1e6:.1f} MB -> {path}")
+
+
+def _score(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"max|noisy_or|top[1-9]\d*", value):
+        raise BadInput(f"--score {value} is none of max, noisy_or and top3 (or another number)")
+    return value
 
 
 @click.command(cls=Command)
@@ -481,9 +248,10 @@ def report(run_dir: Path, output: Path | None) -> None:
 )
 @click.option(
     "--score",
-    type=click.Choice(["max", "top3"]),
     default="max",
-    help="An image's or breast's probability: its highest tile's, or the mean of its three highest.",
+    callback=_score,
+    help="An image's or breast's probability: max, its highest tile's; top3 (or another number), the mean of its three "
+    "highest; or noisy_or.",
 )
 @click.option("--patient-column", default="patient_id", help="Column of --labels, where the predictions name no patient.")
 @click.option(

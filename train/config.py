@@ -67,11 +67,45 @@ class PretrainConfig(TrainingConfig):
     proj_dim: int = option(256, "Output width of the heads.")
     compile: str = option("auto", "torch.compile; auto = on a GPU only.", choices=("auto", "on", "off"))
     save_every: int = option(10, "Keep a checkpoint of its own every so many epochs.")
+    save_every_steps: int | None = option(
+        None, "Save the last checkpoint every so many steps too, not only after each epoch; a run goes on from it exactly."
+    )
+    max_steps: int | None = option(None, "Stop after so many steps; the schedules then end there. Default: --epochs decides.")
     limit_tiles: int | None = option(None, "Use only this many tiles, for a quick trial.")
+    views: str | None = option(None, "YAML or JSON file with view1 and view2, instead of the recipe's views.")
+    view_size: int | None = option(
+        None,
+        "Edge of the views in pixels; default: the tiles'. A smaller one shows the whole tile, or the recipe's crop.",
+    )
+    mmap: bool = option(True, "Map the tars into memory; --no-mmap reads them, as network file systems (NFS, Lustre) want it.")
+    accumulate: int = option(
+        1,
+        "Batches a step: their gradients are averaged, so the memory stays that of one. The batch norms still see one batch at "
+        "a time: it does not replace a larger --batch-size.",
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations twice instead of keeping them: less memory for a second forward pass, the same result."
+    )
+    sync_bn: str = option(
+        "auto",
+        "Batch norms over the batches of all processes that torchrun started; auto = wherever there are several.",
+        choices=("auto", "on", "off"),
+    )
+    deterministic: bool = option(
+        False,
+        "Only algorithms that give the same bits each time, so that a resumed run equals an uninterrupted one on a GPU too; "
+        "slower there, since the fastest convolutions are none of them. On a CPU a run is bit-equal without it.",
+    )
+    max_bad_steps: int = option(
+        20,
+        "Stop after so many steps in a row whose gradients are not finite; single ones are skipped and counted. fp16 may need "
+        "up to 16 at the start to find its scale.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "lr", "hidden_dim", "proj_dim", "save_every", "limit_tiles")
+        _require_positive(self, "lr", "hidden_dim", "proj_dim", "save_every", "limit_tiles", "save_every_steps", "max_steps")
+        _require_positive(self, "view_size", "accumulate", "max_bad_steps")
         _require_not_negative(self, "warmup_epochs")
         if self.batch_size < 2:
             raise BadInput("--batch-size 1 is too small for BYOL's batch norm; use at least 2")
@@ -144,16 +178,39 @@ class FinetuneConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class InferConfig(RuntimeConfig):
+class EmbedConfig(RuntimeConfig):
+    """A network run over tiles, without training."""
+
+    compile: str = option(
+        "auto",
+        "torch.compile: a minute at the start, faster after; auto = on a GPU only.",
+        choices=("auto", "on", "off"),
+    )
+
+    def compiles(self, device: str) -> bool:
+        """Whether the network is compiled on a device, ``cpu`` or ``cuda``."""
+        return self.compile == "on" or (self.compile == "auto" and device == "cuda")
+
+
+@dataclass(frozen=True)
+class InferConfig(EmbedConfig):
     """Prediction over shards, films or tile images."""
 
-    threshold: float = option(
-        0.5, "Probability from which a class counts as found, 0-1; tables hold the probabilities themselves."
+    threshold: float | None = option(
+        None,
+        "Probability from which every class counts as found, 0-1; default: those that the checkpoint's validation gave, else "
+        "0.5. Tables hold the probabilities themselves.",
     )
+    temperature: float | None = option(
+        None, "Logits are divided by it, so that probabilities are calibrated; default: the checkpoint's, else 1."
+    )
+    top_tiles: int = option(3, "Of how many of its highest tiles an image's or breast's top score is the mean.")
+    embeddings: bool = option(False, "Add each tile's features to the tile table (Parquet and JSON).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.threshold <= 1:
+        _require_positive(self, "temperature", "top_tiles")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise BadInput(f"--threshold {self.threshold} is not a probability between 0 and 1")
 
 

@@ -18,7 +18,7 @@ from common.files import read_csv, read_parquet, sha256_file, write_json
 from models.checkpoints import load_checkpoint
 from preprocess.reading import IMAGE_SUFFIXES
 from shards.manifest import LABEL_PREFIX
-from train.infer import PROBABILITY, aggregate
+from train.aggregation import PROBABILITY, aggregate
 from train.metrics import evaluate_predictions
 from train.pictures import draw_precision_recall, draw_reliability, draw_roc
 
@@ -91,10 +91,10 @@ def read_predictions(path: Path, score: str = "max") -> Predictions:
     Parameters
     ----------
     path
-        A table with ``prob:<class>`` (tiles) or ``max:<class>`` and ``top3:<class>`` (images and breasts), or a JSON with the
-        probabilities of each image.
+        A table with ``prob:<class>`` (tiles) or ``max:<class>``, ``top3:<class>`` and ``noisy_or:<class>`` (images and
+        breasts), or a JSON with the probabilities of each tile or image.
     score
-        Which of ``max`` and ``top3`` to take of images and breasts.
+        Which to take of images and breasts: ``max``, ``noisy_or``, or ``top3`` and the like.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def match_labels(
     patient_column
         Column of the labels that names the patient where the predictions do not.
     score
-        How to gather tiles by image, ``max`` or ``top3``.
+        How to gather tiles by image: ``max``, ``noisy_or``, or ``top3`` and the like.
 
     Raises
     ------
@@ -308,20 +308,25 @@ def _recorded_thresholds(facts: Mapping[str, Any], columns: Iterable[str]) -> di
 
 
 def _read_json(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read the JSON that ``infer`` writes, or the list of images that the guide's script writes."""
+    """Read a JSON that ``infer`` writes, of tiles, images or breasts, or the list of images that the guide's script writes."""
     if not path.is_file():
         raise BadInput(f"predictions {path} does not exist; {_MEND}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         facts = value if isinstance(value, dict) else {}
-        rows = []
-        for record in facts["images"] if facts else value:
-            scores = record.get("probabilities", record.get("predictions", {}))
-            image = record["image"] if "image" in record else record["image_path"]
-            rows.append({"image_id": image} | {PROBABILITY + name: p for name, p in scores.items()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        records = next(facts[name] for name in ("tiles", "images", "breasts") if name in facts) if facts else value
+        rows = [_json_row(record) for record in records]
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise BadInput(f"predictions {path} cannot be read as JSON of images ({first_line(error)}); {_MEND}") from error
     return pd.DataFrame(rows), facts
+
+
+def _json_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    scores = record.get("probabilities", record.get("predictions", {}))
+    names = [c for c in _IDENTITY if c in record] or ["image" if "image" in record else "image_path"]
+    row = {name if name in _IDENTITY else "image_id": record[name] for name in names}
+    columns = {name: value for name, value in record.items() if ":" in name}  # max:<class> and so on
+    return row | columns | {PROBABILITY + name: p for name, p in scores.items()}
 
 
 def _read_label_table(path: Path, predicted: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -373,7 +378,8 @@ def _tail(path: str, parts: int) -> str:
 def _gather_images(table: pd.DataFrame, score: str) -> pd.DataFrame:
     by = [c for c in ("image_id", "patient_id") if c in table]
     scores = [c.removeprefix(PROBABILITY) for c in table.columns if c.startswith(PROBABILITY)]
-    images = aggregate(table, by)
+    top = re.fullmatch(r"top(\d+)", score)
+    images = aggregate(table, by, int(top[1])) if top else aggregate(table, by)
     return images[[*by, *(f"{score}:{c}" for c in scores)]].rename(columns={f"{score}:{c}": PROBABILITY + c for c in scores})
 
 

@@ -1,16 +1,16 @@
-"""Pictures of a run: its curves, what the network sees, and where on a film it answers."""
+"""Charts of a run: its curves, what the network sees, and how good its answers are."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.files import whole_file
-from preprocess.preview import Box
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +24,24 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_curves(metrics_path: Path, names: Sequence[str], path: Path, title: str) -> None:
-    """Draw metrics of a ``metrics.jsonl`` against the step, a panel each: single steps in grey, epochs in blue.
+    """Draw metrics of a ``metrics.jsonl`` as :func:`draw_panels` does."""
+    draw_panels(read_metrics(metrics_path), names, path, title)
 
-    A name that was never logged is left out.
+
+def draw_panels(lines: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path, title: str = "") -> None:
+    """Draw metrics against the step, a panel each: single steps in grey, epochs in blue.
+
+    Parameters
+    ----------
+    lines
+        Of a ``metrics.jsonl``, see :func:`read_metrics`.
+    names
+        The metrics; one that was never logged is left out. Without any, nothing is drawn.
+    path
+        The PNG.
+    title
+        Line above the panels.
     """
-    lines = read_metrics(metrics_path)
 
     def points(name: str) -> np.ndarray:
         return np.array([(line["step"], line[name]) for line in lines if line.get(name) is not None]).reshape(-1, 2).T
@@ -37,16 +50,24 @@ def draw_curves(metrics_path: Path, names: Sequence[str], path: Path, title: str
     series = {name: both for name, both in series.items() if any(curve.size for curve in both)}
     if not series:
         return
-    figure = _figure(3.2 * len(series), 2.8)
+    figure = new_figure(3.4 * len(series), 2.6 + 0.3 * bool(title))
     for axes, (name, (steps, epochs)) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
-        axes.plot(*steps, color="#9aa7b0" if epochs.size else "#1769aa", marker=None if epochs.size else "o", markersize=3)
-        axes.plot(*epochs, color="#1769aa", marker="o", markersize=3)
-        axes.set_title(name.replace("_", " "), fontsize=9)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=7)
+        axes.plot(*steps, color="#8493a0" if epochs.size else "#1769aa", marker=None if epochs.size else "o", markersize=3)
+        axes.plot(*epochs, color="#1769aa", marker="o", markersize=4)
+        axes.set_title(metric_title(name), fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
         axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def metric_title(name: str) -> str:
+    """Return a metric's name as people write it."""
+    words = re.sub(r"\blr\b", "learning rate", name.replace("_", " "))
+    return re.sub(r"\b(auc|ap|ece|mfu|gpu)\b", lambda found: found[0].upper(), words)
 
 
 def draw_views(rows: Mapping[str, np.ndarray], path: Path) -> None:
@@ -60,7 +81,7 @@ def draw_views(rows: Mapping[str, np.ndarray], path: Path) -> None:
         The PNG.
     """
     count = len(next(iter(rows.values())))
-    figure = _figure(1.6 * count + 0.6, 1.6 * len(rows))
+    figure = new_figure(1.5 * count + 0.5, 1.5 * len(rows))
     grid = figure.subplots(len(rows), count, squeeze=False)
     # One grey scale for a tile and its views, so that brightness can be compared.
     scales = np.percentile(np.stack(list(rows.values())), [0.2, 99.8], axis=(0, 2, 3))
@@ -70,73 +91,7 @@ def draw_views(rows: Mapping[str, np.ndarray], path: Path) -> None:
             axes.set_xticks([])
             axes.set_yticks([])
         line[0].set_ylabel(name, fontsize=9)
-    _save(figure, path)
-
-
-def heat_map(
-    shape: tuple[int, int], x: np.ndarray, y: np.ndarray, size: int, probabilities: np.ndarray, step: int
-) -> np.ndarray:
-    """Blend tile probabilities over a film: each point gets the mean of the tiles that cover it.
-
-    Parameters
-    ----------
-    shape
-        (height, width) of the film in pixels.
-    x, y
-        (N,) top-left corners of the tiles in the same pixels.
-    size
-        Edge length of a tile.
-    probabilities
-        (N,) in [0, 1].
-    step
-        Pixels an edge of a point of the map.
-
-    Returns
-    -------
-    numpy.ndarray
-        (ceil(height / step), ceil(width / step)) float32, NaN where no tile lies.
-    """
-    total, count = (np.zeros((-(-shape[0] // step), -(-shape[1] // step)), np.float32) for _ in range(2))
-    for left, top, probability in zip(x, y, probabilities, strict=True):
-        area = np.s_[top // step : -(-(top + size) // step), left // step : -(-(left + size) // step)]
-        total[area] += probability
-        count[area] += 1
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-
-
-def draw_heat_map(image: np.ndarray, heat: np.ndarray, boxes: Sequence[Box], path: Path, title: str) -> None:
-    """Draw a film with a heat map over it, and beside it the film alone with its boxes.
-
-    Parameters
-    ----------
-    image
-        (H, W) float in [0, 1].
-    heat
-        (h, w) probabilities with the same corners as `image`, NaN where there is none.
-    boxes
-        (xmin, ymin, xmax, ymax) in pixels of `image`.
-    path
-        The PNG.
-    title
-        Line above the picture.
-    """
-    from matplotlib.patches import Rectangle
-
-    height, width = image.shape
-    step = max(1, height // 1000)
-    figure = _figure(9, 4.3 * height / width + 0.5)
-    left, right = figure.subplots(1, 2)
-    for axes in (left, right):
-        axes.imshow(image[::step, ::step], cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-        for xmin, ymin, xmax, ymax in boxes:
-            corner = (xmin, ymin), xmax - xmin, ymax - ymin
-            axes.add_patch(Rectangle(*corner, facecolor="none", edgecolor="#39d0ff", linewidth=1.2))
-        axes.set_axis_off()
-    drawn = right.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1, extent=(0, width, height, 0))
-    bar = figure.colorbar(drawn, ax=right, fraction=0.04, pad=0.02)
-    bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_roc(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -160,7 +115,7 @@ def draw_roc(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequenc
     for name, y, p, colour in _classes(labels, probabilities, class_names, both=True):
         fpr, tpr, _ = roc_curve(y, p)
         axes.plot(fpr, tpr, color=colour, label=f"{name}, AUC {roc_auc_score(y, p):.3f}")
-    _save(_with_legend(figure, axes), path)
+    save_figure(_with_legend(figure, axes), path)
 
 
 def draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -176,7 +131,7 @@ def draw_precision_recall(labels: np.ndarray, probabilities: np.ndarray, class_n
         # Steps, not lines: between two points of the curve, no threshold gives what a line would promise.
         axes.step(recall, precision, where="post", color=colour, label=f"{name}, AP {average_precision_score(y, p):.3f}")
         axes.axhline(y.mean(), color=colour, linestyle=":", linewidth=1)
-    _save(_with_legend(figure, axes), path)
+    save_figure(_with_legend(figure, axes), path)
 
 
 def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -192,7 +147,7 @@ def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, class_names:
         mean, share, count = reliability(y, p)
         axes.plot(mean, share, color=colour, linewidth=1, label=f"{name}, ECE {expected_calibration_error(y, p):.3f}")
         axes.scatter(mean, share, s=8 + 120 * count / count.sum(), color=colour, alpha=0.6)
-    _save(_with_legend(figure, axes), path)
+    save_figure(_with_legend(figure, axes), path)
 
 
 def _classes(
@@ -207,26 +162,27 @@ def _classes(
 
 
 def _square(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = _figure(5, 4.4)
+    figure = new_figure(4.4, 4.2)
     axes = figure.subplots()
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.set_title(title, fontsize=12)
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.tick_params(labelsize=9)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
 def _with_legend(figure: Figure, axes: Axes) -> Figure:
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=9)
     else:
-        axes.text(0.5, 0.5, "undefined: no class has both values", ha="center", fontsize=8)
+        axes.text(0.5, 0.5, "undefined: no class has both values", ha="center", fontsize=10)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure (inches) that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -235,6 +191,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=150, format="png")

@@ -1,4 +1,4 @@
-"""Pictures: a heat map is a mean of tiles, and each picture shows what it was given."""
+"""Charts: each shows what it was given."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import json
 import imagecodecs
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from train.pictures import (
     draw_curves,
-    draw_heat_map,
     draw_precision_recall,
     draw_reliability,
     draw_roc,
     draw_views,
-    heat_map,
     read_metrics,
 )
 
@@ -28,58 +24,6 @@ def read(path):
 
 def near(picture, colour, tolerance=30):
     return (np.abs(picture - np.array(colour)).max(-1) <= tolerance).sum()
-
-
-@settings(max_examples=60)
-@given(st.data())
-def test_heat_map_is_the_mean_of_the_tiles_that_cover_a_point(data):
-    step = data.draw(st.integers(1, 5))
-    size = step * data.draw(st.integers(1, 4))
-    height, width = (data.draw(st.integers(size, 40)) for _ in range(2))
-    count = data.draw(st.integers(0, 6))
-    # Corners on the map's grid: then every point lies in a tile whole or not at all.
-    x, y = (
-        np.array([step * data.draw(st.integers(0, (n - size) // step)) for _ in range(count)], int) for n in (width, height)
-    )
-    p = np.array([data.draw(st.floats(0, 1)) for _ in range(count)])
-    heat = heat_map((height, width), x, y, size, p, step)
-
-    pixels = np.full((height, width), np.nan)
-    for row in range(height):
-        for column in range(width):
-            covering = [p[i] for i in range(count) if y[i] <= row < y[i] + size and x[i] <= column < x[i] + size]
-            if covering:
-                pixels[row, column] = np.mean(covering)
-    assert heat.shape == (-(-height // step), -(-width // step))
-    assert heat.dtype == np.float32
-    np.testing.assert_allclose(heat, pixels[::step, ::step], atol=1e-6)
-
-
-def test_heat_map_of_tiles_off_the_grid_covers_every_pixel_of_them():
-    heat = heat_map((20, 20), np.array([3]), np.array([5]), 8, np.array([0.7]), step=4)
-    covered = np.argwhere(np.isfinite(heat))
-    assert covered.min(0).tolist() == [1, 0]  # rows from 5, columns from 3
-    assert covered.max(0).tolist() == [3, 2]  # rows to 12, columns to 10
-    assert np.unique(heat[np.isfinite(heat)]).tolist() == [pytest.approx(0.7)]
-
-
-def test_heat_map_shows_where_and_how_much(tmp_path):
-    image = np.full((120, 80), 0.2, np.float32)
-    cold, hot = (heat_map(image.shape, np.array([0]), np.array([0]), 60, np.array([p]), step=4) for p in (0.02, 0.98))
-    pictures = {}
-    for name, heat, boxes in (("cold", cold, ()), ("hot", hot, ()), ("boxed", hot, [(10, 20, 40, 50)])):
-        draw_heat_map(image, heat, boxes, tmp_path / f"{name}.png", "title")
-        pictures[name] = read(tmp_path / f"{name}.png")
-    cyan = (0x39, 0xD0, 0xFF)
-    assert near(pictures["boxed"], cyan) > 100 > near(pictures["hot"], cyan)
-    grey = np.abs(pictures["cold"] - 51).max(-1) <= 2
-    rows = np.flatnonzero(grey.sum(1) > 100)  # of the film; the title's letters have less grey
-    top, height, left = rows.min(), np.ptp(rows) + 1, np.flatnonzero(grey[rows].sum(0) > 100).min()
-    changed = np.argwhere(np.abs(pictures["hot"] - pictures["cold"]).max(-1) > 60)
-    assert changed[:, 1].min() > left + height * 80 / 120  # nothing on the film alone
-    # The tile: the upper left 60 x 60 of 120 x 80 pixels.
-    assert changed[:, 0].min() == pytest.approx(top, abs=4)
-    assert np.ptp(changed, axis=0) == pytest.approx([height / 2, height / 2], rel=0.1)
 
 
 def test_curves_show_what_was_logged(tmp_path):
