@@ -6,6 +6,7 @@ Shapes: N tiles a batch, D features of the backbone, P dimensions of the project
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ class BYOLOutput(NamedTuple):
     """(N, P) online projections of view 1, detached."""
     features: Tensor
     """(N, D) online backbone features of view 1, detached."""
+    projections2: Tensor
+    """(N, P) online projections of view 2, detached."""
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
@@ -73,6 +76,9 @@ class MammogramBYOL(nn.Module):
         P, the length of projections and predictions.
     num_classes
         Labels of the classification head.
+    concat_views
+        Both views pass each network in one batch, so that its batch norms see both at once: fewer, larger kernels, but
+        another training (each view's statistics then hold the other's). By default each view passes on its own.
 
     Raises
     ------
@@ -87,9 +93,11 @@ class MammogramBYOL(nn.Module):
         hidden_dim: int = 4096,
         proj_dim: int = 256,
         num_classes: int = 2,
+        concat_views: bool = False,
     ) -> None:
         super().__init__()
         self.input_dim = feature_dim(backbone, input_dim)
+        self.concat_views = concat_views
         self.backbone = backbone
         self.projection_head = build_mlp(self.input_dim, hidden_dim, proj_dim)
         self.prediction_head = build_mlp(proj_dim, hidden_dim, proj_dim)
@@ -100,8 +108,8 @@ class MammogramBYOL(nn.Module):
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
         """Return the symmetric loss of two views of the same tiles.
 
-        Each view passes each network on its own: its batch norms then see one kind of augmentation at a time, which
-        BYOL's reference does too and which changes its results.
+        Unless ``concat_views`` is set, each view passes each network on its own: its batch norms then see one kind of
+        augmentation at a time, which BYOL's reference does too and which changes its results.
 
         Parameters
         ----------
@@ -109,17 +117,19 @@ class MammogramBYOL(nn.Module):
             (N, 1, H, W), normalised; row i of both shows the same tile. N of at least 2 in training mode, for the
             batch norms.
         """
-        features1 = encode(self.backbone, view1)
-        projections1 = self.projection_head(features1)
-        predictions1 = self.prediction_head(projections1)
-        predictions2 = self.prediction_head(self.projection_head(encode(self.backbone, view2)))
+        batches = [torch.cat([view1, view2])] if self.concat_views else [view1, view2]
+        features = [encode(self.backbone, batch) for batch in batches]
+        projections = [self.projection_head(batch) for batch in features]
+        predictions1, predictions2 = _by_view([self.prediction_head(batch) for batch in projections])
 
         with torch.no_grad():
-            targets1 = self.projection_head_momentum(encode(self.backbone_momentum, view1))
-            targets2 = self.projection_head_momentum(encode(self.backbone_momentum, view2))
+            targets1, targets2 = _by_view(
+                [self.projection_head_momentum(encode(self.backbone_momentum, batch)) for batch in batches]
+            )
 
         loss = (byol_loss(predictions1, targets2) + byol_loss(predictions2, targets1)) / 2
-        return BYOLOutput(loss, projections1.detach(), features1.detach())
+        projections1, projections2 = _by_view(projections)
+        return BYOLOutput(loss, projections1.detach(), _by_view(features)[0].detach(), projections2.detach())
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -152,3 +162,8 @@ class MammogramBYOL(nn.Module):
     def classify(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
         return self.classification_head(self.get_features(x))
+
+
+def _by_view(batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return one tensor a view: of batches of a view each, or of one with both, the first view's rows first."""
+    return batches if len(batches) == 2 else batches[0].chunk(2)
