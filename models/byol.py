@@ -32,10 +32,10 @@ class BYOLOutput(NamedTuple):
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
-    """Return the mean negative cosine similarity of predictions and targets, a float32 scalar in [-1, 1].
+    """Return the mean negative cosine similarity of predictions and targets, a scalar in [-1, 1] of at least float32.
 
     It is the paper's squared distance of l2-normalised vectors, 2 - 2 cos, without the constants. It is computed in
-    float32 whatever the inputs' type: half precision has three digits, too few for a loss that settles near -0.98.
+    float32 where the inputs are of half precision, which has three digits: too few for a loss that settles near -0.98.
 
     Parameters
     ----------
@@ -44,7 +44,8 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     z
         (N, P) projections of the target network; the caller keeps gradients out of them.
     """
-    return -(F.normalize(p.float(), dim=1) * F.normalize(z.float(), dim=1)).sum(1).mean()
+    p, z = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (p, z))
+    return -(F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
 
 
 def build_mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
