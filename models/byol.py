@@ -63,7 +63,7 @@ class MammogramBYOL(nn.Module):
 
     The target (``backbone_momentum``, ``projection_head_momentum``) starts as a copy of the online network, never
     gets a gradient, and follows it through :meth:`update_target`. BYOL's loss does not reach the classification
-    head: it stays as it was initialised until a fine-tuning trains it (under DistributedDataParallel freeze it first).
+    head: it stays as it was initialised until a fine-tuning trains it (pre-training freezes it).
 
     Parameters
     ----------

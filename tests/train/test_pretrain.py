@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import imagecodecs
 import numpy as np
 import pytest
@@ -27,17 +19,12 @@ from train.pretrain import TrainingState, pretrain, train_step
 from train.runtime import Runtime, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
 
-TIMING = ("epoch_mean/pairs_per_second", "epoch_mean/data_wait_percent")
 CPU = Runtime(torch.device("cpu"), "fp32")
 
 
 def small_config(**options):
     small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 16, "epochs": 1}
     return PretrainConfig(**(small | {"device": "cpu", "num_workers": 2, "wandb_mode": "disabled"} | options))
-
-
-def lines_without_timing(path):
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(path)]
 
 
 def assert_equal_states(one, other):
@@ -56,14 +43,14 @@ def test_a_step_trains_the_online_network_and_moves_the_target_after_it(road):
         open_shards(road.shards).shards("train"), batch_size=8, tile_size=road.tile_size, mean=0.449, std=0.226
     )
     model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     lrs, momenta = learning_rates(1e-2, 4, 1), byol_momenta(0.9, 4)
     state = TrainingState(model, model, optimizer, CPU.scaler(), lrs, momenta)
     online = [*model.backbone.parameters(), *model.projection_head.parameters()]
     target = [*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()]
     for step, (view1, view2, _) in zip(range(3), loader, strict=False):
         online_before, target_before = ([p.detach().clone() for p in part] for part in (online, target))
-        output, norm = train_step(state, CPU, config, (view1, view2))
+        output, norm = train_step(state, CPU, config, [(view1, view2)])
         assert -1 <= output.loss.item() <= 1
         assert output.projections.shape == (8, 16)
         assert norm.item() > 0
@@ -89,9 +76,9 @@ def test_a_step_clips_the_gradient(road):
         model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16).train()
         before = model.backbone.conv1.weight.detach().clone()
         # Plain SGD: its step is the gradient, so the step's length tells the clipping.
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
         state = TrainingState(model, model, optimizer, CPU.scaler(), np.array([1.0]), np.array([1.0]))
-        _, norm = train_step(state, CPU, small_config(gradient_clip=clip), (view1, view2))
+        _, norm = train_step(state, CPU, small_config(gradient_clip=clip), [(view1, view2)])
         deltas[clip] = (model.backbone.conv1.weight.detach() - before).norm().item()
     assert norm.item() > 1e-2  # the norm before clipping
     assert deltas[1e-3] < 1e-3
@@ -120,7 +107,7 @@ def test_a_run_writes_its_checkpoints_metrics_and_pictures(pretrained):
     assert all(-1 <= loss <= 1 for loss in losses)
     assert all(line["epoch_mean/z_std"] > 0.01 for line in epochs)
     best = load_checkpoint(folder / "mammogram_byol_best.pth", "byol")
-    assert best["metrics"]["loss"] == min(losses) == final["best_loss"]
+    assert best["metrics"]["loss"] == min(losses) == final["resume"]["best"]["loss"]
     assert best["epoch"] == 1 + losses.index(min(losses))
     assert epochs[-1]["step"] == final["step"]
 
@@ -136,7 +123,7 @@ def test_limit_tiles_reads_that_many_and_never_validation_tiles(road, tmp_path):
     shards = open_shards(road.shards)
     metrics = pretrain(shards, tmp_path, small_config(limit_tiles=19, epochs=1))
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 19 // 8
-    assert load_checkpoint(tmp_path / "mammogram_byol_final.pth", "byol")["loader"]["tiles"] == 19
+    assert load_checkpoint(tmp_path / "mammogram_byol_final.pth", "byol")["resume"]["processes"][0]["loader"]["tiles"] == 19
     assert metrics["epoch"] == 1
     with pytest.raises(BadInput, match="7 tiles over 1 processes fill no batch of 8"):
         pretrain(shards, tmp_path, small_config(limit_tiles=7))
@@ -147,7 +134,7 @@ def test_limit_tiles_reads_that_many_and_never_validation_tiles(road, tmp_path):
 
 
 def test_a_diverged_run_ends_with_what_to_change_and_without_a_checkpoint(road, tmp_path):
-    with pytest.raises(BadInput, match="loss of epoch 1 is not finite; lower --lr"):
+    with pytest.raises(BadInput, match="gradients of 3 of the 4 steps of epoch 1 were not finite; lower --lr"):
         pretrain(open_shards(road.shards), tmp_path, small_config(limit_tiles=32, lr=1e35, warmup_epochs=0.0))
     assert not list(tmp_path.glob("*.pth"))
 
@@ -176,44 +163,6 @@ def test_options_out_of_range_are_refused_before_anything_starts(name, value):
 
 
 # ---------------------------------------------------------------- going on
-
-
-def test_a_killed_run_goes_on_bit_for_bit(pretrained, run_cli, single_thread_environment, tmp_path):
-    """Kill -9 after the first epoch's checkpoint, resume: the same weights and the same record as without."""
-    command = f"pretrain --shards {pretrained.shards} --output-dir {tmp_path} {pretrained.pretrain_options}"
-    script = Path(sys.executable).with_name("mammostream")
-    with (tmp_path / "log").open("wb") as log:
-        child = subprocess.Popen([script, *shlex.split(command)], stdout=log, stderr=log, env=single_thread_environment)
-        last = tmp_path / "mammogram_byol_last.pth"
-        deadline = time.monotonic() + 120
-        while not last.exists():
-            assert child.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-    killed_at = load_checkpoint(last, "byol")["epoch"]
-    assert 1 <= killed_at < 4
-    assert not (tmp_path / "mammogram_byol_final.pth").exists()
-
-    run_cli(f"{command} --resume auto")
-    ours, theirs = (
-        load_checkpoint(folder / "mammogram_byol_final.pth", "byol") for folder in (tmp_path, pretrained.pretrained)
-    )
-    assert_equal_states(ours["model_state_dict"], theirs["model_state_dict"])
-    assert ours["epoch"] == 4
-    assert torch.equal(ours["rng"], theirs["rng"])
-    for group, other in zip(
-        ours["optimizer_state_dict"]["param_groups"], theirs["optimizer_state_dict"]["param_groups"], strict=True
-    ):
-        assert group == other
-    lines = lines_without_timing(tmp_path / "metrics.jsonl")
-    assert lines == lines_without_timing(pretrained.pretrained / "metrics.jsonl")
-    assert len(lines) > 4  # single steps too
-    names = {path.name for path in tmp_path.glob("*.pth")}
-    assert names == {path.name for path in pretrained.pretrained.glob("*.pth")}
-    best = [load_checkpoint(folder / "mammogram_byol_best.pth", "byol")["step"] for folder in (tmp_path, pretrained.pretrained)]
-    assert best[0] == best[1]
 
 
 def test_a_run_that_ended_between_two_checkpoints_of_an_epoch_writes_both_on_resuming(road, mammostream, tmp_path):
