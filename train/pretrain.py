@@ -297,7 +297,8 @@ class _Run:
             if is_better(self.metrics, self.best):
                 self.best = self.metrics
                 names.append("best")
-            if epoch % self.config.save_every == 0:
+            whole = steps == _steps_per_epoch(self.config, len(self.loader))  # --max-steps may end within an epoch
+            if whole and epoch % self.config.save_every == 0:
                 names.append(f"epoch_{epoch:03d}")
             if self.state.step == self.state.steps:
                 names.append("final")
@@ -309,7 +310,12 @@ class _Run:
         self.bad_steps.read()
         if unless_bad and self.bad_steps.ongoing:
             return  # the one before it may be of better weights
-        processes = self.runtime.gather({"loader": self.loader.state_dict(), "random": random_state(self.runtime.device)})
+        mine = {
+            "loader": self.loader.state_dict(),
+            "random": random_state(self.runtime.device),
+            "sums": self.state.sums.tolist(),
+        }
+        processes = self.runtime.gather(mine)
         if self.runtime.is_main:
             state, config = self.state, self.config
             checkpoint = {
@@ -325,7 +331,6 @@ class _Run:
                 "preprocessing": self.shards.preprocessing | {"mean": MEAN, "std": STD},
                 "resume": {
                     "scaler": state.scaler.state_dict(),
-                    "sums": state.sums,
                     "best": self.best,
                     "bad_steps": self.bad_steps.state_dict(),
                     "processes": processes,
@@ -349,10 +354,10 @@ class _Run:
         if saved["scaler"]:  # empty where the first half needed no scaler
             state.scaler.load_state_dict(saved["scaler"])
         state.step = checkpoint["step"]
-        state.sums.copy_(saved["sums"])
         self.metrics, self.best = checkpoint["metrics"], saved["best"]
         self.bad_steps.load_state_dict(saved["bad_steps"])
         mine = saved["processes"][runtime.rank]
+        state.sums.copy_(torch.tensor(mine["sums"], dtype=torch.float64))
         self.loader.load_state_dict(mine["loader"])
         set_random_state(mine["random"], runtime.device)
 
