@@ -15,7 +15,7 @@ from models.architectures import ARCHITECTURES
 FILE = click.Path(path_type=Path)
 # What is not given: something that a CPU does in two or three minutes, and what a GPU is there for.
 _DEFAULTS = {
-    "cpu": {"arch": "resnet18", "batch_size": ("8",), "tile_size": 128, "steps": 3, "warmup": 2, "rounds": 5},
+    "cpu": {"arch": "resnet18", "batch_size": ("8",), "tile_size": 128, "steps": 2, "warmup": 2, "rounds": 5},
     "cuda": {
         "arch": "resnet50",
         "batch_size": ("32", "64", "96", "128"),
@@ -31,7 +31,7 @@ _DEFAULTS = {
 @click.option("--arch", type=click.Choice(ARCHITECTURES), help="Backbone; default: resnet50 on a GPU, resnet18 on a CPU.")
 @click.option("--batch-size", cls=ListOption, callback=split_commas, help="Pairs a step; default: 32 64 96 128, on a CPU 8.")
 @click.option("--tile-size", type=click.IntRange(min=32), help="Side of the views in pixels; default: 512, on a CPU 128.")
-@click.option("--steps", type=click.IntRange(min=1), help="Steps a turn; default: 20, on a CPU 3.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps a turn; default: 20, on a CPU 2.")
 @click.option("--warmup", type=click.IntRange(min=2), help="Steps before the first turn; default: 5, on a CPU 2.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each rung; default: 5.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto = the GPU where there is one.")

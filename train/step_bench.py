@@ -164,10 +164,14 @@ def measure(task: Task, names: Sequence[str]) -> dict[str, Result]:
                 bar.update()
             for number in range(task.rounds):
                 for name in group if number % 2 == 0 else group[::-1]:
-                    if name in running and not results[name].failure:
+                    if name in running:
                         _attempt(results[name], running[name].turn, results[name])
+                        if results[name].failure:
+                            del running[name]
+                            _free()
                     bar.update()
             running.clear()
+            torch.compiler.reset()
             _free()
     return results
 
@@ -371,7 +375,6 @@ def _attempt(result: Result, action: Callable[..., Any], *arguments: Any) -> Any
 
 
 def _free() -> None:
-    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

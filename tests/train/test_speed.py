@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import BadInput
@@ -164,6 +165,24 @@ def test_checkpointing_within_a_compiled_step_leaves_the_statistics_alone(monkey
     monkeypatch.setattr(torch, "compile", lambda network, **options: compile_(network, backend="aot_eager", dynamic=False))
     config = small_config(gradient_checkpointing=True)
     assert_same_training(config, CPU, "on", 2, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- what was chosen
+
+
+def test_what_was_left_to_the_machine_is_printed_and_recorded(pretrained, mammostream):
+    """The record is a config file too: the run that it starts is the finished one."""
+    record = pretrained.pretrained / "config.yaml"
+    chosen = yaml.safe_load(record.read_text())["chosen"]
+    assert chosen == {
+        "runtime": "cpu, fp32",
+        "compile": "off",
+        "optimisation": "AdamW, peak lr 0.002 (the guide's, at any batch) for an effective batch of 16, decay 0.0001 of all "
+        "parameters, target momentum to the power 1",
+    }
+    outcome = mammostream(f"pretrain --config {record} --resume auto")
+    assert outcome.code == 0, outcome.err
+    assert "runtime: cpu, fp32; compile: off; optimisation: AdamW, peak lr 0.002" in outcome.out
 
 
 # ---------------------------------------------------------------- garbage
