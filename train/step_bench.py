@@ -156,24 +156,28 @@ def measure(task: Task, names: Sequence[str]) -> dict[str, Result]:
         collecting_on_schedule(),
     ):
         for group in groups:
-            running = {}
-            for name in group:
-                if (contender := _attempt(results[name], _Contender, task, RUNGS[name])) is not None:
-                    running[name] = contender
-                    results[name].peak_bytes = contender.peak_bytes
-                bar.update()
-            for number in range(task.rounds):
-                for name in group if number % 2 == 0 else group[::-1]:
-                    if name in running:
-                        _attempt(results[name], running[name].turn, results[name])
-                        if results[name].failure:
-                            del running[name]
-                            _free()
-                    bar.update()
-            running.clear()
+            _measure_group(task, group, results, bar)
             torch.compiler.reset()
             _free()
     return results
+
+
+def _measure_group(task: Task, names: Sequence[str], results: dict[str, Result], bar: Any) -> None:
+    """Measure rungs that take turns; what they hold goes with the end of this function."""
+    running = {}
+    for name in names:
+        running[name] = _attempt(results[name], _Contender, task, RUNGS[name])
+        if running[name] is not None:
+            results[name].peak_bytes = running[name].peak_bytes
+        bar.update()
+    for number in range(task.rounds):
+        for name in names if number % 2 == 0 else names[::-1]:
+            if running[name] is not None:
+                _attempt(results[name], running[name].turn, results[name])
+            if results[name].failure:
+                running[name] = None
+                _free()
+            bar.update()
 
 
 def profile(task: Task, name: str) -> str:

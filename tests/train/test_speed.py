@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import BadInput
 from models.backbones import build_backbone
-from models.byol import MammogramBYOL
+from models.byol import BYOLOutput, MammogramBYOL
 from train.config import PretrainConfig
 from train.optimisation import build_optimizer, resolve_optimisation
 from train.pretrain import TrainingState, train_step
@@ -157,6 +157,25 @@ def test_compiled_steps_on_the_gpu_are_the_plain_ones(choice, checkpointing):
     runtime = Runtime(torch.device("cuda"), "fp32")
     config = small_config(gradient_checkpointing=checkpointing)
     assert_same_training(config, runtime, choice, 5, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cuda_graphs_give_is_copied_out_of_their_memory(monkeypatch):
+    """The next step writes over it; the gradient passes through the copy."""
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+    given = []
+
+    class Network(torch.nn.Module):
+        def forward(self, view1, view2):
+            given.append(BYOLOutput((view1 * view2).sum(), view1.detach(), view1.detach(), view2.detach()))
+            return given[-1]
+
+    view = torch.ones(3, requires_grad=True)
+    output = accelerate(Network(), "cuda graphs")(view, 2 * torch.ones(3))
+    output.loss.backward()
+    assert torch.equal(view.grad, 2 * torch.ones(3))
+    for copied, original in zip(output, given[0], strict=True):
+        assert torch.equal(copied, original)
+        assert copied.data_ptr() != original.data_ptr()
 
 
 def test_checkpointing_within_a_compiled_step_leaves_the_statistics_alone(monkeypatch):
