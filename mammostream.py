@@ -16,6 +16,11 @@ from common.options import Group
 BENCHMARKS = {
     "build": ("shards.bench_command", "build", "Films a second from file to shard, and by stage."),
     "loader": ("dali_pipelines.commands", "loader", "Tiles a second of the loader and of other libraries' loaders."),
+    "step": (
+        "train.bench_command",
+        "step",
+        "Pairs a second of the training step, one measure after the other, beside a plain one.",
+    ),
 }
 COMMANDS = {
     "demo": ("demo", "demo", "The whole road on 8 real films, on the CPU, in minutes."),
