@@ -157,6 +157,30 @@ class InferConfig(RuntimeConfig):
             raise BadInput(f"--threshold {self.threshold} is not a probability between 0 and 1")
 
 
+@dataclass(frozen=True)
+class ProbeConfig(RuntimeConfig):
+    """Linear and nearest-neighbour probes of frozen features."""
+
+    seeds: tuple[str, ...] = option(
+        ("0", "1", "2"), "Seeds of the random weights, of the labels drawn and of the folds of patients."
+    )
+    score: str = option(
+        "max", "An image's or breast's score: its highest tile's, or the mean of its three highest.", choices=("max", "top3")
+    )
+    bootstrap: int = option(1000, "Resamples of patients for the 95 % intervals (0 = none).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_not_negative(self, "bootstrap")
+        if not all(seed.isdecimal() for seed in self.seeds) or not 0 < len(set(map(int, self.seeds))) == len(self.seeds):
+            raise BadInput(f"--seeds {' '.join(self.seeds)}: give different whole numbers from 0 on")
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        """The seeds as numbers."""
+        return tuple(map(int, self.seeds))
+
+
 def _require_positive(config: RuntimeConfig, *names: str) -> None:
     """Raise BadInput for the first of the options that is given and not above 0."""
     for name in names:

@@ -20,7 +20,7 @@ from models.byol import BYOLOutput, MammogramBYOL
 from models.checkpoints import load_checkpoint, save_checkpoint
 from shards.reading import ShardSet
 from train.config import PretrainConfig
-from train.metrics import effective_rank, z_std
+from train.monitoring import effective_rank, z_std
 from train.pictures import draw_curves, draw_views
 from train.resuming import check_same_options
 from train.runtime import Runtime, resolve_runtime
