@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from common.errors import BadInput
+from common.errors import BadInput, Stopped, speaks_for_all
 from common.options import Group
 
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
@@ -60,7 +60,7 @@ def cli() -> None:
     """Mammograms in, tiles out, shards on disk, a GPU that never waits.
 
     The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> evaluate -> report.
-    Exit codes: 0 done, 2 bad input (one line), 3 too many bad items.
+    Exit codes: 0 done, 2 bad input (one line), 3 too many bad items, 75 stopped and saved (run it again).
     """
 
 
@@ -70,24 +70,29 @@ def bench() -> None:
 
 
 def main() -> None:
-    """Run the command line; print an error as one line and exit with its code."""
+    """Run the command line; print an error as one line, whatever the number of processes, and exit with its code."""
     try:
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "mammostream"
-        print(f"error: {error.format_message()} (see '{command} --help')", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error.format_message()} (see '{command} --help')", 2)
     except (BadInput, click.ClickException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(f"error: {error}", error.exit_code)
+    except Stopped as stopped:
+        _end(str(stopped), stopped.exit_code)
     except BrokenPipeError:
         # The reader of a pipe left ('... | head'): nothing more can be said there, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        _end("stopped", 130)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    if speaks_for_all():
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -16,6 +17,37 @@ class TooManyBad(BadInput):
     """A bulk command finished, but more items failed than its limit allows; the exit code is 3."""
 
     exit_code = 3
+
+
+class Stopped(Exception):
+    """The command was told to stop, saved what it had done and can go on; the message says how.
+
+    The exit code is 75 (``EX_TEMPFAIL`` of sysexits.h: try again), so that a script can tell it from an error.
+    """
+
+    def __init__(self, message: str, exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def speaks_for_all() -> bool:
+    """Whether this process is to print why the command ends: alone always, of torchrun's processes the first that asks.
+
+    Bad input stops all processes alike, but it needs saying once; a fault that one process alone meets is said by that one.
+    """
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not agent_store:
+        return True
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f"mammostream/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (RuntimeError, ValueError, KeyError):  # torchrun itself is gone: better said twice than never
+        return True
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

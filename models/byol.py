@@ -26,6 +26,8 @@ class BYOLOutput(NamedTuple):
     """(N, P) online projections of view 1, detached."""
     features: Tensor
     """(N, D) online backbone features of view 1, detached."""
+    projections2: Tensor
+    """(N, P) online projections of view 2, detached."""
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class MammogramBYOL(nn.Module):
 
     The target (``backbone_momentum``, ``projection_head_momentum``) starts as a copy of the online network, never
     gets a gradient, and follows it through :meth:`update_target`. BYOL's loss does not reach the classification
-    head: it stays as it was initialised until a fine-tuning trains it (under DistributedDataParallel freeze it first).
+    head: it stays as it was initialised until a fine-tuning trains it (pre-training freezes it).
 
     Parameters
     ----------
@@ -112,14 +114,15 @@ class MammogramBYOL(nn.Module):
         features1 = encode(self.backbone, view1)
         projections1 = self.projection_head(features1)
         predictions1 = self.prediction_head(projections1)
-        predictions2 = self.prediction_head(self.projection_head(encode(self.backbone, view2)))
+        projections2 = self.projection_head(encode(self.backbone, view2))
+        predictions2 = self.prediction_head(projections2)
 
         with torch.no_grad():
             targets1 = self.projection_head_momentum(encode(self.backbone_momentum, view1))
             targets2 = self.projection_head_momentum(encode(self.backbone_momentum, view2))
 
         loss = (byol_loss(predictions1, targets2) + byol_loss(predictions2, targets1)) / 2
-        return BYOLOutput(loss, projections1.detach(), features1.detach())
+        return BYOLOutput(loss, projections1.detach(), features1.detach(), projections2.detach())
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:

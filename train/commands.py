@@ -32,8 +32,11 @@ FILE = click.Path(path_type=Path)
 def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str | None, **options: Any) -> None:
     """Pre-train a backbone by BYOL: two views of each tile, no labels.
 
-    Writes mammogram_byol_last.pth after each epoch, _best (lowest loss), _epoch_010 and so on, and _final; metrics.jsonl with
-    loss, z_std (near 0 = collapse) and data-wait share; views.png and curves.png.
+    Writes mammogram_byol_last.pth after each epoch, _best, _epoch_010 and so on, and _final; metrics.jsonl with loss, z_std
+    (near 0 = collapse) and data-wait share; views.png and curves.png. The best epoch is that of the highest online probe where
+    it runs, else of the lowest loss without a collapse alarm. SIGTERM, SIGUSR1 and Ctrl-C save after the step under way; the
+    exit code is then 75 (Ctrl-C: 130), and --resume auto goes on as if nothing had happened. Several processes: torchrun
+    --nproc-per-node N -m mammostream pretrain ...
     """
     from shards.reading import open_shards
 
@@ -43,15 +46,17 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
     from train.pretrain import CHECKPOINT_NAME
     from train.pretrain import pretrain as run
     from train.resuming import find_resume
+    from train.runtime import join_processes
 
     checkpoint = find_resume(resume, output_dir / CHECKPOINT_NAME.format("last"))
-    metrics = run(shards, output_dir, config, checkpoint, resolved(ctx))
-    if metrics:
-        click.echo(
-            f"loss {metrics['loss']:.4f}, z_std {metrics['z_std']:.4f}, {metrics['pairs_per_second']:.1f} pairs/s, "
-            f"data wait {metrics['data_wait_percent']:.1f} %"
-        )
-    click.echo(f"checkpoints -> {output_dir}")
+    with join_processes(config) as runtime:
+        metrics = run(shards, output_dir, config, checkpoint, resolved(ctx), runtime)
+        if runtime.is_main:
+            click.echo(
+                f"loss {metrics['loss']:.4f}, z_std {metrics['z_std']:.4f}, {metrics['pairs_per_second']:.1f} pairs/s, "
+                f"data wait {metrics['data_wait_percent']:.1f} %"
+            )
+            click.echo(f"checkpoints -> {output_dir}")
 
 
 @click.command(cls=Command)

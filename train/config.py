@@ -67,11 +67,58 @@ class PretrainConfig(TrainingConfig):
     proj_dim: int = option(256, "Output width of the heads.")
     compile: str = option("auto", "torch.compile; auto = on a GPU only.", choices=("auto", "on", "off"))
     save_every: int = option(10, "Keep a checkpoint of its own every so many epochs.")
+    save_every_steps: int | None = option(
+        None, "Save the last checkpoint every so many steps too, not only after each epoch; a run goes on from it exactly."
+    )
+    max_steps: int | None = option(None, "Stop after so many steps; the schedules then end there. Default: --epochs decides.")
     limit_tiles: int | None = option(None, "Use only this many tiles, for a quick trial.")
+    views: str | None = option(None, "YAML or JSON file with view1 and view2, instead of the recipe's views.")
+    view_size: int | None = option(
+        None,
+        "Edge of the views in pixels; default: the tiles'. A smaller one shows the whole tile, or the recipe's crop.",
+    )
+    mmap: bool = option(True, "Map the tars into memory; --no-mmap reads them, as network file systems (NFS, Lustre) want it.")
+    accumulate: int = option(
+        1,
+        "Batches a step: their gradients are averaged, so the memory stays that of one. The batch norms still see one batch at "
+        "a time: it does not replace a larger --batch-size.",
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations twice instead of keeping them: less memory for a second forward pass, the same result."
+    )
+    sync_bn: str = option(
+        "auto",
+        "Batch norms over the batches of all processes that torchrun started; auto = wherever there are several.",
+        choices=("auto", "on", "off"),
+    )
+    deterministic: bool = option(
+        False,
+        "Only algorithms that give the same bits each time, so that a resumed run equals an uninterrupted one on a GPU too; "
+        "slower there, since the fastest convolutions are none of them. On a CPU a run is bit-equal without it.",
+    )
+    max_bad_steps: int = option(
+        20,
+        "Stop after so many steps in a row whose gradients are not finite; single ones are skipped and counted. fp16 may need "
+        "up to 16 at the start to find its scale.",
+    )
+    on_collapse: str = option(
+        "warn",
+        "What to do where all tiles begin to look alike to the network: warn, or save and stop with exit code 2.",
+        choices=("warn", "stop"),
+    )
+    probe_csv: str | None = option(
+        None,
+        "CSV of tile_path and 0/1 columns: every few epochs a linear and a nearest-neighbour probe learn from frozen features, "
+        "no patient on both sides; the linear probe's AUC then decides which epoch is best.",
+    )
+    probe_every: int = option(5, "Epochs between two probes; the last epoch is probed, too.")
+    probe_class_names: tuple[str, ...] = option((), "Columns to probe; default: all that hold only 0, 1 and empty.")
+    probe_tiles: int = option(2000, "Probe at most this many of the labelled tiles, the same ones each time.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "lr", "hidden_dim", "proj_dim", "save_every", "limit_tiles")
+        _require_positive(self, "lr", "hidden_dim", "proj_dim", "save_every", "limit_tiles", "save_every_steps", "max_steps")
+        _require_positive(self, "view_size", "accumulate", "max_bad_steps", "probe_every", "probe_tiles")
         _require_not_negative(self, "warmup_epochs")
         if self.batch_size < 2:
             raise BadInput("--batch-size 1 is too small for BYOL's batch norm; use at least 2")

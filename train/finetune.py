@@ -27,7 +27,7 @@ from train.labels import LabelledTiles
 from train.losses import Loss, build_loss, mix, positive_weights
 from train.metrics import bootstrap_auc, classification_metrics, fit_temperature, fit_thresholds
 from train.pictures import draw_curves
-from train.resuming import check_same_options, random_state, set_random_state
+from train.resuming import check_same_options, load_to_resume, random_state, set_random_state
 from train.runtime import Runtime, resolve_runtime
 from train.schedules import learning_rates, trainable_stages
 from train.stages import STAGES, checkpoint_activations, train_top_stages
@@ -416,10 +416,8 @@ def _restore(
     path: Path, state: TrainingState, loader: LabelledLoader, config: FinetuneConfig, fingerprint: str, runtime: Runtime
 ) -> dict[str, Any]:
     """Put a run back where a checkpoint left it and return that epoch's metrics."""
-    checkpoint = load_checkpoint(path, "classifier")
-    saved = checkpoint.get("resume")
-    if saved is None:
-        raise BadInput(f"checkpoint {path} holds nothing to go on from; resume from one that this version wrote")
+    checkpoint = load_to_resume(path, "classifier")
+    saved = checkpoint["resume"]
     check_same_options(path, checkpoint["config"], config, _FREE)
     if saved["data"] != fingerprint:
         raise BadInput(f"checkpoint {path} was trained with other classes, labels or tiles; resume with the same CSVs")

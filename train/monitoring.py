@@ -18,6 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.byol import BYOLOutput, MammogramBYOL
+
+ADVICE = (
+    "lower --lr, raise --momentum towards 0.996 or the --batch-size, and look at views.png: views that differ too much, or too "
+    "little, teach nothing; the best checkpoint is of an epoch before it"
+)
+_SPREAD_LIMIT = 0.4
 READ_EVERY = 10
 """Steps between two readings: reading waits for the device."""
 WINDOW = 5
@@ -74,11 +81,14 @@ def retrieval_accuracy(one: Tensor, other: Tensor) -> Tensor:
     return (similarity.argmax(1) == torch.arange(len(one), device=one.device)).float().mean()
 
 
-def parameter_distance(target: Sequence[Tensor], online: Sequence[Tensor]) -> Tensor:
+@torch.no_grad()
+def target_distance(model: MammogramBYOL) -> Tensor:
     """Return how far the target's parameters are from the online network's, as a share of the latter's length.
 
-    A scalar tensor on the device. A momentum near 1 keeps the target behind (larger); 0 makes it a copy (0).
+    A scalar tensor on the device. The nearer the momentum is to 1, the further the target lags behind; at 0 it is a copy.
     """
+    target = [*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()]
+    online = [*model.backbone.parameters(), *model.projection_head.parameters()]
     apart = torch.stack(torch._foreach_norm(torch._foreach_sub(target, online))).norm()
     return apart / torch.stack(torch._foreach_norm(online)).norm()
 
@@ -91,6 +101,25 @@ def device_figures(device: torch.device) -> dict[str, float]:
     with contextlib.suppress(Exception):  # NVML or its Python package is missing, or a container may not ask
         figures["gpu_utilisation_percent"] = float(torch.cuda.utilization(device))
     return figures
+
+
+def collapse_alarm(dimension: int, first_step: int) -> CollapseAlarm:
+    """Return the alarm of a pre-training whose projections have so many dimensions, and whose warm-up ends after a step.
+
+    The limits were set by runs on real films (benchmarks/pretrain_films.py).
+    """
+    spread = dimension**-0.5
+    return CollapseAlarm(
+        [
+            Sign(
+                "z_std",
+                _SPREAD_LIMIT * spread,
+                f"about {spread:.4g} (1 / sqrt({dimension}))",
+                "all tiles get much the same projection",
+            ),
+        ],
+        first_step,
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +193,7 @@ class Monitor:
         (N,) tile numbers, ascending, and the share of each that is breast.
     """
 
-    _MEASURES = ("loss", "grad_norm", "z_std", "view_retrieval")
+    _MEASURES = ("grad_norm", "z_std", "view_retrieval")
 
     def __init__(self, alarm: CollapseAlarm, tiles: np.ndarray, breast_ratios: np.ndarray) -> None:
         self.alarm = alarm
@@ -175,16 +204,10 @@ class Monitor:
         self._epoch: dict[str, list[float]] = {}  # measure -> sum and count over the epoch
         self._rang = False  # in this epoch
 
-    def record(self, output: Any, norm: Tensor, numbers: Tensor) -> None:
-        """Take in a step's output, its gradient norm, and the tile numbers (N,) on the CPU; waits for nothing.
-
-        Parameters
-        ----------
-        output
-            With ``loss`` and the views' ``projections`` and ``projections2``, detached.
-        """
+    def record(self, output: BYOLOutput, norm: Tensor, numbers: Tensor) -> None:
+        """Take in a step's output, its gradient norm, and the tile numbers (N,) on the CPU; waits for nothing."""
         one, other = output.projections, output.projections2
-        values = (output.loss, norm, z_std(one), retrieval_accuracy(one, other))
+        values = (norm, z_std(one), retrieval_accuracy(one, other))
         self._on_device.append(torch.stack([value.detach().float() for value in values]))
         self._ratios_seen.append(float(self._ratios[np.searchsorted(self._tiles, numbers.numpy())].mean()))
 
@@ -197,15 +220,18 @@ class Monitor:
         means = {name: _mean([s[name] for s in self._steps]) for name in (self._steps[0] if self._steps else ())}
         means["effective_rank"] = float(effective_rank(features))
         self._steps = []
-        self._add("effective_rank", means["effective_rank"])
         lines = self.alarm.feed(step, means)
         self._rang |= bool(self.alarm.since)
         return means, lines
 
-    def end_epoch(self) -> tuple[dict[str, float], bool]:
-        """Return the means over the epoch, and whether the alarm rang in it; the next epoch starts anew."""
+    def end_epoch(self, features: Tensor) -> tuple[dict[str, float], bool]:
+        """Return the means over the epoch, the effective rank of `features`, and whether the alarm rang in the epoch.
+
+        The next epoch starts anew.
+        """
         self._drain()
-        means = {name: total / count if count else math.nan for name, (total, count) in self._epoch.items()}
+        means = {name: total / count for name, (total, count) in self._epoch.items()}
+        means["effective_rank"] = float(effective_rank(features))
         rang, self._epoch, self._rang = self._rang, {}, bool(self.alarm.since)
         return means, rang
 
@@ -232,13 +258,10 @@ class Monitor:
             step = dict(zip(self._MEASURES, values, strict=True)) | {"breast_ratio": ratio}
             self._steps.append(step)
             for name, value in step.items():
-                self._add(name, value)
+                if math.isfinite(value):  # a step that was skipped has no say
+                    total, count = self._epoch.get(name, (0.0, 0))
+                    self._epoch[name] = [total + value, count + 1]
         self._on_device, self._ratios_seen = [], []
-
-    def _add(self, name: str, value: float) -> None:
-        if math.isfinite(value):  # a step that was skipped has no say
-            total, count = self._epoch.get(name, (0.0, 0))
-            self._epoch[name] = [total + value, count + 1]
 
 
 def _mean(values: Sequence[float]) -> float:

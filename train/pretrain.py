@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from common.errors import BadInput
+from common.errors import BadInput, Stopped
 from common.normalisation import MEAN, STD
 from common.progress import progress
 from dali_pipelines import RECIPES, LabelledLoader, PretrainLoader
+from dali_pipelines.recipes import views_from_yaml, views_to_dict
 from models.backbones import build_backbone
 from models.byol import BYOLOutput, MammogramBYOL
-from models.checkpoints import load_checkpoint, save_checkpoint
+from models.checkpoints import save_checkpoint
 from shards.reading import ShardSet
+from train.bad_steps import BadSteps, KeptStatistics
 from train.config import PretrainConfig
-from train.monitoring import effective_rank, z_std
+from train.memory import memory_explained
+from train.monitoring import ADVICE, READ_EVERY, Monitor, collapse_alarm, device_figures, target_distance
 from train.pictures import draw_curves, draw_views
-from train.resuming import check_same_options
-from train.runtime import Runtime, resolve_runtime
+from train.probing import OnlineProbe, read_probe_set
+from train.resuming import check_same_options, load_to_resume, random_state, set_random_state
+from train.runtime import Runtime, make_deterministic, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
-from train.tracking import Tracker
+from train.stages import checkpoint_activations
+from train.stopping import StopSignals
+from train.sync_batch_norm import synchronise_batch_norms
+from train.tracking import Tracker, drop_lines
 
-LOG_EVERY = 10  # steps between reads of the loss: reading it waits for the device
 VIEWS_SHOWN = 6
 BASE_BATCH = 32
 BASE_LR = {"guide": 2e-3, "mammo": 3e-4}  # at BASE_BATCH
 CHECKPOINT_NAME = "mammogram_byol_{}.pth"
+# What may change between the two halves of a run without changing its result, or by intent. The views' file may move: the
+# loader compares what it says.
+_FREE = {"num_workers", "wandb_project", "wandb_mode", "save_every", "save_every_steps", "device", "precision", "compile"}
+_FREE |= {"mmap", "views", "gradient_checkpointing", "deterministic", "max_bad_steps", "on_collapse"}
+
+Views = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -39,12 +56,23 @@ class TrainingState:
     """What a step needs and changes."""
 
     model: MammogramBYOL
-    compiled: torch.nn.Module  # the model itself, or its compiled form, which shares its tensors
-    optimizer: torch.optim.Optimizer
+    network: nn.Module  # the model itself, or what runs it: compiled, over several processes; they share its tensors
+    optimizer: torch.optim.Optimizer  # one that skips where its attribute found_inf is 1, as torch's fused ones do
     scaler: torch.amp.GradScaler
     lrs: np.ndarray  # (steps,)
     momenta: np.ndarray  # (steps,)
     step: int = 0
+    sums: Tensor = field(init=False)  # (2,) float64: of this epoch, the loss's sum and the number of steps that were not bad
+    statistics: KeptStatistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=next(self.model.parameters()).device)
+        self.statistics = KeptStatistics(self.model)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return len(self.lrs)
 
 
 def pretrain(
@@ -53,6 +81,7 @@ def pretrain(
     config: PretrainConfig,
     resume: Path | None = None,
     command: Mapping[str, Any] | None = None,
+    runtime: Runtime | None = None,
 ) -> dict[str, Any]:
     """Pre-train a backbone by BYOL and write checkpoints, ``metrics.jsonl`` and pictures.
 
@@ -65,9 +94,12 @@ def pretrain(
     config
         The options.
     resume
-        A checkpoint of this run to go on from, or None.
+        A checkpoint of this run to go on from, or None. It may have been saved after any step: the rest of the run is what it
+        would have been, on a CPU in fp32 bit for bit.
     command
         The command's own options, recorded beside `config` in ``config.yaml``.
+    runtime
+        Device, precision and processes; None resolves them from `config` for one process.
 
     Returns
     -------
@@ -77,110 +109,323 @@ def pretrain(
     Raises
     ------
     BadInput
-        Too few tiles for a batch, or a checkpoint of another architecture or of other options.
+        Too few tiles for a batch, a checkpoint of another architecture or of other options, too many steps without finite
+        gradients, a full disk, or too little memory.
+    Stopped
+        SIGTERM, SIGUSR1 or Ctrl-C came; the last checkpoint is saved.
     """
-    torch.manual_seed(config.seed)
-    runtime = resolve_runtime(config)
-    loader = _loader(shards, config, runtime)
-    state = _initial_state(config, runtime, len(loader))
-    best = math.inf
-    if resume is not None:
-        best = _restore(resume, state, loader, config, shards)
-    metrics: dict[str, Any] = {}
-    options = asdict(config) | dict(command or {})
-    step = state.step if resume else None
-    with Tracker(output_dir, config.wandb_project, config.wandb_mode, options, resume_step=step) as tracker:
-        if not resume:
-            _draw_some_views(shards, config, runtime, output_dir / "views.png")
-        with progress(None, f"pre-training ({runtime})", "pair", total=config.epochs * len(loader) * config.batch_size) as bar:
-            bar.update(state.step * config.batch_size)
-            while loader.epoch < config.epochs:
-                metrics = _epoch(state, loader, runtime, config, tracker, bar)
-                checkpoint = _checkpoint(state, loader, config, shards, metrics, min(best, metrics["loss"]))
-                names = []
-                if metrics["loss"] < best:
-                    best = metrics["loss"]
-                    names.append("best")
-                if loader.epoch % config.save_every == 0:
-                    names.append(f"epoch_{loader.epoch:03d}")
-                if loader.epoch == config.epochs:
-                    names.append("final")
-                # A resumed run takes the last one's epoch for done: so it comes after all others of that epoch.
-                for name in [*names, "last"]:
-                    save_checkpoint(output_dir / CHECKPOINT_NAME.format(name), checkpoint)
-    draw_curves(tracker.path, ["loss", "z_std", "effective_rank", "lr"], output_dir / "curves.png", "BYOL pre-training")
-    return metrics
+    runtime = runtime or resolve_runtime(config)
+    if config.deterministic:
+        make_deterministic()
+    with memory_explained(runtime.device, config.batch_size, config.accumulate), StopSignals() as signals:
+        torch.manual_seed(config.seed)
+        loader = _loader(shards, config, runtime)
+        state = _initial_state(config, runtime, len(loader))
+        bad_steps = BadSteps(output_dir / "bad_batches.jsonl", config.max_bad_steps, runtime)
+        monitor, probe = _monitor(shards, config, state), _online_probe(shards, config, runtime)
+        run = _Run(shards, output_dir, config, runtime, loader, state, bad_steps, signals, monitor, probe)
+        if resume is not None:
+            run.restore(resume)
+        options = asdict(config) | dict(command or {})
+        step = state.step if resume else None
+        if runtime.is_main:
+            drop_lines(bad_steps.path, state.step)
+            tracker = Tracker(output_dir, config.wandb_project, config.wandb_mode, options, resume_step=step)
+            if not resume:
+                _draw_some_views(shards, config, runtime, output_dir / "views.png")
+        with tracker if runtime.is_main else nullcontext() as run.tracker:
+            run.train()
+    if runtime.is_main:
+        names = ["loss", "z_std", "effective_rank", "view_retrieval", "probe", "lr"]
+        draw_curves(output_dir / "metrics.jsonl", names, output_dir / "curves.png", "BYOL pre-training")
+    return runtime.from_main(run.metrics)
 
 
 def train_step(
-    state: TrainingState, runtime: Runtime, config: PretrainConfig, views: Sequence[torch.Tensor]
-) -> tuple[BYOLOutput, torch.Tensor]:
+    state: TrainingState, runtime: Runtime, config: PretrainConfig, batches: Iterable[Views], count: int = 1
+) -> tuple[BYOLOutput, Tensor]:
     """Take one optimiser step and move the target; nothing here waits for the device.
+
+    A step whose gradients are not finite changes neither the weights nor the optimiser nor the batch norms.
 
     Parameters
     ----------
-    views
-        Two (N, 1, H, W) float32 tensors on the device.
+    batches
+        The step's `count` batches, taken one after the other: two (N, 1, H, W) float32 tensors each, on the device.
+    count
+        Their number: the gradient is the mean of theirs.
 
     Returns
     -------
     output, gradient norm
-        Detached tensors on the device; the norm is a scalar.
+        Of the last batch, but the loss is the mean over all; the norm, before clipping, is a scalar, not finite in a bad step.
+        Detached, on the device.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = float(state.lrs[state.step])
-
-    with runtime.autocast():
-        output = state.compiled(*views)
-
     state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(output.loss).backward()
+    state.statistics.keep()
+
+    losses = []
+    for number, views in enumerate(batches, start=1):
+        # The processes exchange gradients once a step.
+        with runtime.keeping_gradients(state.network) if number < count else nullcontext():
+            with runtime.autocast():
+                output = state.network(*views)
+            state.scaler.scale(output.loss / count).backward()
+        losses.append(output.loss.detach())
 
     state.scaler.unscale_(state.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip)
+    bad = ~norm.isfinite()
+
+    state.optimizer.found_inf = bad.float()
     state.scaler.step(state.optimizer)
     state.scaler.update()
+    state.statistics.restore(bad)
 
     state.model.update_target(float(state.momenta[state.step]))
+    loss = torch.stack(losses).mean()
+    state.sums += torch.stack([loss.where(~bad, 0), (~bad).float()])
     state.step += 1
-    return output._replace(loss=output.loss.detach()), norm.detach()
+    return output._replace(loss=loss), norm
 
 
-def _epoch(
-    state: TrainingState, loader: PretrainLoader, runtime: Runtime, config: PretrainConfig, tracker: Tracker, bar: Any
-) -> dict[str, Any]:
-    state.model.train()
-    losses = []
-    waited, started = loader.wait_seconds, bar.format_dict["elapsed"]
-    epoch = loader.epoch + 1
-    for view1, view2, _ in loader:
-        output, norm = train_step(state, runtime, config, (view1, view2))
-        losses.append(output.loss)
-        bar.update(len(view1))
-        if state.step % LOG_EVERY == 0:
-            momentum, lr = float(state.momenta[state.step - 1]), float(state.lrs[state.step - 1])
-            # One wait for the device every LOG_EVERY steps.
-            step = {"loss": float(output.loss), "z_std": float(z_std(output.projections)), "grad_norm": float(norm)}
-            tracker.log(state.step, step | {"lr": lr, "momentum": momentum, "epoch": epoch})
-            elapsed = bar.format_dict["elapsed"] - started
-            share = (loader.wait_seconds - waited) / max(elapsed, 1e-9)
-            bar.set_postfix(epoch=epoch, loss=f"{step['loss']:.3f}", lr=f"{lr:.1e}", data_wait=f"{share:.0%}")
-    elapsed = max(bar.format_dict["elapsed"] - started, 1e-9)
-    mean_loss = float(torch.stack(losses).mean())
-    if not math.isfinite(mean_loss):
-        raise BadInput(f"the loss of epoch {epoch} is not finite; lower --lr, or use --precision fp32")
-    metrics = {
-        "loss": mean_loss,
-        "z_std": float(z_std(output.projections)),
-        "effective_rank": float(effective_rank(output.features)),
-        "lr": float(state.lrs[state.step - 1]),
-        "momentum": float(state.momenta[state.step - 1]),
-        "pairs_per_second": len(losses) * config.batch_size / elapsed,
-        "data_wait_percent": 100 * (loader.wait_seconds - waited) / elapsed,
-        "epoch": epoch,
-    }
-    tracker.log(state.step, {"epoch_mean": metrics})
-    return metrics
+@dataclass
+class _Run:
+    """A run under way: what its steps, its records and its checkpoints share."""
+
+    shards: ShardSet
+    output_dir: Path
+    config: PretrainConfig
+    runtime: Runtime
+    loader: PretrainLoader
+    state: TrainingState
+    bad_steps: BadSteps
+    signals: StopSignals
+    monitor: Monitor  # the main process's batches
+    probe: OnlineProbe | None  # of the main process
+    tracker: Tracker | None = None  # of the main process
+    metrics: dict[str, Any] = field(default_factory=dict)  # the last whole epoch's, in the main process
+    best: dict[str, Any] | None = None  # the best epoch's
+
+    def train(self) -> None:
+        """Take the steps that are left."""
+        state, config, runtime = self.state, self.config, self.runtime
+        state.model.train()
+        clock = _Clock(self.loader)
+        batches = _endlessly(self.loader)
+        per_epoch = _steps_per_epoch(config, len(self.loader))
+        pairs = len(self.loader) * config.batch_size * runtime.world_size * state.steps / per_epoch
+        done = pairs * state.step / state.steps
+        with progress(None, f"pre-training ({runtime})", "pair", round(pairs), round(done), not runtime.is_main) as bar:
+            while state.step < state.steps:
+                count = min(config.accumulate, len(self.loader) - state.step % per_epoch * config.accumulate)
+                numbers: list[Tensor] = []
+                output, norm = train_step(state, runtime, config, _views(batches, count, numbers), count)
+                self.bad_steps.note(state.step, norm, numbers)
+                if runtime.is_main:
+                    self.monitor.record(output, norm, torch.cat(numbers))
+
+                clock.pairs += count * config.batch_size
+                bar.update(count * config.batch_size * runtime.world_size)
+                epoch, place = divmod(state.step - 1, per_epoch)
+                if state.step % READ_EVERY == 0:
+                    self._log(output, norm, epoch + 1, clock, bar)
+                stop = self.signals.exit_code(runtime, state.step)
+                if place + 1 == per_epoch or state.step == state.steps:
+                    self._end_epoch(output, epoch + 1, place + 1, clock)
+                elif stop or (config.save_every_steps and state.step % config.save_every_steps == 0):
+                    self._save(["last"], unless_bad=not stop)
+                if (
+                    state.step % READ_EVERY == 0
+                    and config.on_collapse == "stop"
+                    and runtime.from_main(self.monitor.alarm.since)
+                ):
+                    self._save(["last"])
+                    raise BadInput(f"stopped after step {state.step} by --on-collapse stop; {ADVICE}")
+                if stop and state.step < state.steps:
+                    raise Stopped(
+                        f"stopped after step {state.step} of {state.steps} and saved; go on with the same command and "
+                        "--resume auto",
+                        stop,
+                    )
+
+    def _log(self, output: BYOLOutput, norm: Tensor, epoch: int, clock: _Clock, bar: Any) -> None:
+        """Log the step; here the host waits for the device."""
+        self.bad_steps.read()
+        loss = float(self.runtime.total(output.loss)) / self.runtime.world_size
+        if self.tracker is None:
+            return
+        step, model = self.state.step, self.state.model
+        lr, momentum = float(self.state.lrs[step - 1]), float(self.state.momenta[step - 1])
+        measures, alarms = self.monitor.read(step, output.features)
+        figures = {"loss": loss} | measures | {"lr": lr, "momentum": momentum}
+        figures |= {"target_distance": float(target_distance(model)), "collapse": int(bool(self.monitor.alarm.since))}
+        figures |= {"bad_steps": self.bad_steps.total, "epoch": epoch} | device_figures(self.runtime.device)
+        self.tracker.log(step, figures)
+        for line in alarms:
+            bar.write(f"warning: step {step}: {line}", file=sys.stderr)
+        wait = clock.figures()["data_wait_percent"]
+        bar.set_postfix(
+            epoch=epoch, loss=f"{loss:.3f}", lr=f"{lr:.1e}", momentum=f"{momentum:.4f}", data_wait=f"{wait:.0f}%", refresh=False
+        )
+
+    def _end_epoch(self, output: BYOLOutput, epoch: int, steps: int, clock: _Clock) -> None:
+        """Log the epoch of so many steps and save its checkpoints."""
+        self.bad_steps.read()
+        loss, good = (self.runtime.total(self.state.sums) / self.runtime.world_size).tolist()
+        if 2 * good < steps:
+            raise BadInput(
+                f"the gradients of {steps - round(good)} of the {steps} steps of epoch {epoch} were not finite; lower --lr, or "
+                f"use --precision fp32 (their tiles: {self.bad_steps.path})"
+            )
+        speeds = self.runtime.gather(clock.figures())
+        clock.restart()
+        self.state.sums.zero_()
+        names = []
+        if self.tracker is not None:
+            measures, rang = self.monitor.end_epoch(output.features)
+            self.metrics = {
+                "loss": loss / good,
+                **measures,
+                "collapsed": rang,
+                "lr": float(self.state.lrs[self.state.step - 1]),
+                "momentum": float(self.state.momenta[self.state.step - 1]),
+                "pairs_per_second": sum(speed["pairs_per_second"] for speed in speeds),
+                "data_wait_percent": max(speed["data_wait_percent"] for speed in speeds),
+                "bad_steps": self.bad_steps.total,
+                "epoch": epoch,
+            }
+            if self.probe is not None and (epoch % self.config.probe_every == 0 or self.state.step == self.state.steps):
+                self._probe()
+            ranks = {"rank": dict(enumerate(speeds))} if len(speeds) > 1 else {}
+            self.tracker.log(self.state.step, {"epoch_mean": self.metrics | ranks})
+            if is_better(self.metrics, self.best):
+                self.best = self.metrics
+                names.append("best")
+            if epoch % self.config.save_every == 0:
+                names.append(f"epoch_{epoch:03d}")
+            if self.state.step == self.state.steps:
+                names.append("final")
+        # A resumed run takes the last one's epoch for done: so it comes after all others of that epoch.
+        self._save([*names, "last"])
+
+    def _probe(self) -> None:
+        """Probe the backbone as it is; the figures go into the epoch's."""
+        aucs = self.probe(self.state.model.backbone)
+        self.tracker.log(self.state.step, {"probe": aucs})
+        self.metrics["probe"] = aucs["linear"]["mean"]
+
+    def _save(self, names: Sequence[str], unless_bad: bool = False) -> None:
+        """Write the checkpoint under each of the names; the processes leave together."""
+        self.bad_steps.read()
+        if unless_bad and self.bad_steps.ongoing:
+            return  # the one before it may be of better weights
+        processes = self.runtime.gather({"loader": self.loader.state_dict(), "random": random_state(self.runtime.device)})
+        if self.runtime.is_main:
+            state, config = self.state, self.config
+            checkpoint = {
+                "kind": "byol",
+                "arch": config.arch,
+                "model_state_dict": state.model.state_dict(),
+                "optimizer_state_dict": state.optimizer.state_dict(),
+                "config": asdict(config),
+                "views": views_to_dict(_chosen_views(config)),
+                "epoch": state.step // _steps_per_epoch(config, len(self.loader)),
+                "step": state.step,
+                "metrics": self.metrics,
+                "preprocessing": self.shards.preprocessing | {"mean": MEAN, "std": STD},
+                "resume": {
+                    "scaler": state.scaler.state_dict(),
+                    "sums": state.sums,
+                    "best": self.best,
+                    "bad_steps": self.bad_steps.state_dict(),
+                    "monitor": self.monitor.state_dict(),
+                    "processes": processes,
+                },
+            }
+            for name in names:
+                save_checkpoint(self.output_dir / CHECKPOINT_NAME.format(name), checkpoint)
+        self.runtime.wait()
+
+    def restore(self, path: Path) -> None:
+        """Put the run back where a checkpoint left it."""
+        checkpoint = load_to_resume(path, "byol")
+        saved, state, runtime = checkpoint["resume"], self.state, self.runtime
+        check_same_options(path, checkpoint["config"], self.config, _FREE)
+        if checkpoint["preprocessing"]["shard_config_hash"] != self.shards.preprocessing["shard_config_hash"]:
+            raise BadInput(f"checkpoint {path} was trained on other --shards than {self.shards.directory}; resume with them")
+        if len(saved["processes"]) != runtime.world_size:
+            raise BadInput(f"checkpoint {path} was trained by {len(saved['processes'])} processes; resume with as many")
+        state.model.load_state_dict(checkpoint["model_state_dict"])
+        state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        if saved["scaler"]:  # empty where the first half needed no scaler
+            state.scaler.load_state_dict(saved["scaler"])
+        state.step = checkpoint["step"]
+        state.sums.copy_(saved["sums"])
+        self.metrics, self.best = checkpoint["metrics"], saved["best"]
+        self.bad_steps.load_state_dict(saved["bad_steps"])
+        self.monitor.load_state_dict(saved["monitor"])
+        mine = saved["processes"][runtime.rank]
+        self.loader.load_state_dict(mine["loader"])
+        set_random_state(mine["random"], runtime.device)
+
+
+def is_better(metrics: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+    """Return whether an epoch is better than the best one before it.
+
+    By the online probe (``probe``, higher is better) where it ran; an epoch without it is never better than one with it.
+    Elsewhere by the lowest loss, but not of an epoch that set off the collapse alarm (``collapsed``): a collapsed network has
+    the lowest loss of all.
+    """
+
+    def merit(figures: Mapping[str, Any]) -> tuple[bool, float]:
+        probe = figures.get("probe")
+        return probe is not None, -figures["loss"] if probe is None else probe
+
+    if metrics.get("collapsed"):
+        return False
+    return best is None or merit(metrics) > merit(best)
+
+
+class _Clock:
+    """Speed and waiting since the epoch began, or since this process took it up."""
+
+    def __init__(self, loader: PretrainLoader) -> None:
+        self._loader = loader
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self.pairs = 0
+        self._started, self._waited = time.perf_counter(), self._loader.wait_seconds
+
+    def figures(self) -> dict[str, float]:
+        """Return this process's pairs a second, and the share of the time that it waited for data, in percent."""
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        waited = self._loader.wait_seconds - self._waited
+        return {"pairs_per_second": self.pairs / elapsed, "data_wait_percent": 100 * waited / elapsed}
+
+
+def _endlessly(loader: PretrainLoader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    while True:
+        yield from loader
+
+
+def _views(batches: Iterator[tuple[Tensor, Tensor, Tensor]], count: int, numbers: list[Tensor]) -> Iterator[Views]:
+    """Yield the views of the next batches and note the numbers of their tiles."""
+    for view1, view2, tiles in itertools.islice(batches, count):
+        numbers.append(tiles)
+        yield view1, view2
+
+
+def _steps_per_epoch(config: PretrainConfig, batches: int) -> int:
+    return math.ceil(batches / config.accumulate)  # an epoch's last step takes the batches that are left
+
+
+def _chosen_views(config: PretrainConfig) -> tuple[Any, Any]:
+    return RECIPES[config.recipe] if config.views is None else views_from_yaml(Path(config.views))
 
 
 def _loader(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> PretrainLoader:
@@ -191,21 +436,38 @@ def _loader(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> Pretr
     return PretrainLoader(
         shards.shards("train"),
         batch_size=config.batch_size,
-        views=RECIPES[config.recipe],
+        views=_chosen_views(config),
         tile_size=shards.preprocessing["tile_size"],
+        view_size=config.view_size,
         mean=MEAN,
         std=STD,
         seed=config.seed,
         device="gpu" if runtime.device.type == "cuda" else "cpu",
         num_threads=config.num_workers,
         tiles=limited,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        mmap=config.mmap,
     )
+
+
+def _monitor(shards: ShardSet, config: PretrainConfig, state: TrainingState) -> Monitor:
+    tiles = shards.tiles("train").sort_values("tile")
+    warmup = int(state.lrs.argmax())
+    return Monitor(collapse_alarm(config.proj_dim, warmup), tiles["tile"].to_numpy(), tiles["breast_ratio"].to_numpy())
+
+
+def _online_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> OnlineProbe | None:
+    if config.probe_csv is None:
+        return None
+    probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards, config.probe_tiles)
+    return OnlineProbe(probe_set, runtime, config)
 
 
 def _draw_some_views(shards: ShardSet, config: PretrainConfig, runtime: Runtime, path: Path) -> None:
     """Draw a few tiles and their two views, from loaders of their own: the training's loader starts untouched."""
-    few = replace(config, batch_size=min(config.batch_size, VIEWS_SHOWN))
-    view1, view2, numbers = next(iter(_loader(shards, few, runtime)))
+    few = replace(config, batch_size=min(config.batch_size, VIEWS_SHOWN), view_size=None)
+    view1, view2, numbers = next(iter(_loader(shards, few, replace(runtime, rank=0, world_size=1))))
     plain = LabelledLoader(
         shards.shards("train"),
         batch_size=len(numbers),
@@ -213,6 +475,8 @@ def _draw_some_views(shards: ShardSet, config: PretrainConfig, runtime: Runtime,
         mean=MEAN,
         std=STD,
         tiles=numbers.tolist(),
+        rank=0,
+        world_size=1,
     )
     tiles, order = next(iter(plain))
     tiles = tiles[torch.searchsorted(order, numbers)]
@@ -220,21 +484,28 @@ def _draw_some_views(shards: ShardSet, config: PretrainConfig, runtime: Runtime,
     draw_views({name: (batch.float().cpu() * STD + MEAN)[:, 0].numpy() for name, batch in rows.items()}, path)
 
 
-def _initial_state(config: PretrainConfig, runtime: Runtime, steps_per_epoch: int) -> TrainingState:
+def _initial_state(config: PretrainConfig, runtime: Runtime, batches_per_epoch: int) -> TrainingState:
     backbone = build_backbone(config.arch, config.weights)
     model = MammogramBYOL(backbone, hidden_dim=config.hidden_dim, proj_dim=config.proj_dim)
+    model.classification_head.requires_grad_(False)  # the loss does not reach it
+    if config.sync_bn == "on" or (config.sync_bn == "auto" and runtime.world_size > 1):
+        model = synchronise_batch_norms(model, runtime.device)
     model = model.to(runtime.device, memory_format=torch.channels_last)
-    compile_it = config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda")
+    if config.gradient_checkpointing:
+        checkpoint_activations(model.backbone)
+    network = runtime.parallel(model)
+    if config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda"):
+        network = torch.compile(network)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=0.0, weight_decay=config.weight_decay, fused=True if runtime.device.type == "cuda" else None
-    )
-    peak = config.lr if config.lr is not None else BASE_LR[config.recipe] * math.sqrt(config.batch_size / BASE_BATCH)
-    steps = config.epochs * steps_per_epoch
-    warmup = min(config.warmup_epochs, config.epochs / 10) * steps_per_epoch
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+    batch = config.batch_size * config.accumulate * runtime.world_size
+    peak = config.lr if config.lr is not None else BASE_LR[config.recipe] * math.sqrt(batch / BASE_BATCH)
+    per_epoch = _steps_per_epoch(config, batches_per_epoch)
+    steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
+    warmup = min(config.warmup_epochs * per_epoch, steps / 10)
     return TrainingState(
         model=model,
-        compiled=torch.compile(model) if compile_it else model,
+        network=network,
         optimizer=optimizer,
         scaler=runtime.scaler(),
         lrs=learning_rates(peak, steps, round(warmup)),
@@ -242,39 +513,10 @@ def _initial_state(config: PretrainConfig, runtime: Runtime, steps_per_epoch: in
     )
 
 
-def _checkpoint(
-    state: TrainingState, loader: PretrainLoader, config: PretrainConfig, shards: ShardSet, metrics: dict, best: float
-) -> dict[str, Any]:
-    return {
-        "kind": "byol",
-        "arch": config.arch,
-        "model_state_dict": state.model.state_dict(),
-        "optimizer_state_dict": state.optimizer.state_dict(),
-        "scaler_state_dict": state.scaler.state_dict(),
-        "config": asdict(config),
-        "epoch": loader.epoch,
-        "step": state.step,
-        "metrics": metrics,
-        "best_loss": best,
-        "preprocessing": shards.preprocessing | {"mean": MEAN, "std": STD},
-        "loader": loader.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
+if __name__ == "__main__":  # torchrun -m train.pretrain ... is the command
+    import sys
 
+    from mammostream import main
 
-def _restore(path: Path, state: TrainingState, loader: PretrainLoader, config: PretrainConfig, shards: ShardSet) -> float:
-    """Put a run back where a checkpoint left it and return its best loss so far."""
-    checkpoint = load_checkpoint(path, "byol")
-    # What may change between the two halves of a run without changing its result, or by intent.
-    free = {"num_workers", "wandb_project", "wandb_mode", "save_every", "device", "precision", "compile"}
-    check_same_options(path, checkpoint["config"], config, free)
-    if checkpoint["preprocessing"]["shard_config_hash"] != shards.preprocessing["shard_config_hash"]:
-        raise BadInput(f"checkpoint {path} was trained on other --shards than {shards.directory}; resume with them")
-    state.model.load_state_dict(checkpoint["model_state_dict"])
-    state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-    if checkpoint["scaler_state_dict"]:  # empty where the first half needed no scaler
-        state.scaler.load_state_dict(checkpoint["scaler_state_dict"])
-    state.step = checkpoint["step"]
-    loader.load_state_dict(checkpoint["loader"])
-    torch.set_rng_state(checkpoint["rng"])
-    return checkpoint["best_loss"]
+    sys.argv[:1] = ["mammostream", "pretrain"]
+    main()

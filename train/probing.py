@@ -334,8 +334,7 @@ def imagenet_network(arch: str, weights: str | Path = "imagenet") -> Network:
 def linear_scores(fit: np.ndarray, labels: np.ndarray, score: np.ndarray) -> np.ndarray:
     """Return the probabilities (M,) of a logistic regression on standardised features.
 
-    The weights' penalty is C = 1 / D: a prior under which the logit of a tile has a variance of about 1, however many the
-    features are.
+    With scikit-learn's penalty (L2, C = 1), the same for every network.
 
     Parameters
     ----------
@@ -344,7 +343,7 @@ def linear_scores(fit: np.ndarray, labels: np.ndarray, score: np.ndarray) -> np.
     score
         (M, D) features.
     """
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / fit.shape[1], max_iter=1000))
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(fit, labels)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from common.errors import BadInput
+from models.checkpoints import load_checkpoint
 from train.config import TrainingConfig
 
 
@@ -35,6 +36,41 @@ def find_resume(resume: str | None, last: Path) -> Path | None:
     if resume == "auto":
         return last if last.exists() else None
     return Path(resume)
+
+
+def load_to_resume(path: Path, kind: str) -> dict[str, Any]:
+    """Read the checkpoint to go on from.
+
+    Parameters
+    ----------
+    path
+        The checkpoint.
+    kind
+        As for :func:`models.checkpoints.load_checkpoint`.
+
+    Raises
+    ------
+    BadInput
+        It cannot be read, or holds nothing to go on from. Where an older one beside it can, the error names it.
+    """
+    try:
+        return _load(path, kind)
+    except BadInput as error:
+        others = [other for other in path.parent.glob("*.pth") if other != path] if path.is_file() else []
+        for older in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True):
+            try:
+                step = _load(older, kind)["step"]
+            except BadInput:
+                continue
+            raise BadInput(f"{error}. An older one is whole, of step {step}: go on with --resume {older}") from error
+        raise
+
+
+def _load(path: Path, kind: str) -> dict[str, Any]:
+    checkpoint = load_checkpoint(path, kind)
+    if "resume" not in checkpoint:
+        raise BadInput(f"checkpoint {path} holds nothing to go on from; resume from one that this version wrote")
+    return checkpoint
 
 
 def check_same_options(path: Path, trained: Mapping[str, Any], config: TrainingConfig, free: Collection[str]) -> None:

@@ -60,7 +60,14 @@ class Runtime:
         """
         if self.world_size == 1:
             return model
-        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        # Batch norms' statistics are not sent about in each step: they are shared where they are used.
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def keeping_gradients(self, network: nn.Module) -> AbstractContextManager:
+        """Return a context in which backward passes of what :meth:`parallel` made add up gradients and send nothing."""
+        return network.no_sync() if self.world_size > 1 else nullcontext()
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum of the processes' values; a tensor on the device."""
@@ -68,6 +75,18 @@ class Runtime:
             value = value.clone()
             distributed.all_reduce(value)
         return value
+
+    def largest(self, value: int) -> int:
+        """Return the largest of the processes' values; waits for them and for the device."""
+        if self.world_size == 1:
+            return value
+        box = torch.tensor(value, device=self.device)
+        distributed.all_reduce(box, distributed.ReduceOp.MAX)
+        return int(box)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.largest(0)
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give all processes the main one's batch-norm statistics, which are those that checkpoints hold."""
@@ -112,6 +131,17 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return Runtime(device, precision)
+
+
+def make_deterministic() -> None:
+    """Let torch take only algorithms that give the same bits each time; an operation that has none raises an error.
+
+    They are slower, on a GPU: cuDNN neither tries out the fastest convolutions nor uses those that add up in any order. It
+    concerns the whole process.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from common.errors import BadInput, first_line
-from common.files import write_text, write_yaml
+from common.files import write_text, write_yaml, writing
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -71,7 +71,7 @@ class Tracker:
         run_dir = Path(run_dir)
         self.path = run_dir / "metrics.jsonl"
         if resume_step is not None:
-            _drop_lines(self.path, resume_step)
+            drop_lines(self.path, resume_step)
         write_yaml(run_dir / "config.yaml", dict(config))
         try:
             self._file = self.path.open("w" if resume_step is None else "a", encoding="utf-8")
@@ -96,8 +96,9 @@ class Tracker:
         """
         numbers_by_name = _flatten(metrics)
         line = {"step": int(step)} | numbers_by_name | {"step": int(step)}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         if self._run is not None:
             try:
                 self._run.log({k: v for k, v in numbers_by_name.items() if v is not None}, step=int(step))
@@ -106,7 +107,8 @@ class Tracker:
 
     def close(self, exit_code: int = 0) -> None:
         """Close the file and end the wandb run; `exit_code` other than 0 marks it as failed. Twice is once."""
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
         run, self._run = self._run, None
         if run is not None:
             try:
@@ -118,7 +120,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close(exit_code=0 if kind is None else 1)
+        self.close(exit_code=0 if kind is None else getattr(error, "exit_code", 1))
 
     def _give_up(self, error: Exception) -> None:
         """Go on without wandb: hours of training are worth more than its curves."""
@@ -167,8 +169,8 @@ def _has_key(wandb: Any) -> bool:
         return bool(wandb.api.api_key)
 
 
-def _drop_lines(path: Path, resume_step: int) -> None:
-    """Rewrite the file without a torn last line (its writer was killed) and without steps after `resume_step`."""
+def drop_lines(path: Path, resume_step: int) -> None:
+    """Rewrite a file of JSON lines without a torn last one (its writer was killed) and without steps after `resume_step`."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
