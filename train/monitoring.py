@@ -24,7 +24,6 @@ ADVICE = (
     "lower --lr, raise --momentum towards 0.996 or the --batch-size, and look at views.png: views that differ too much, or too "
     "little, teach nothing; the best checkpoint is of an epoch before it"
 )
-_SPREAD_LIMIT = 0.4
 READ_EVERY = 10
 """Steps between two readings: reading waits for the device."""
 WINDOW = 5
@@ -103,25 +102,6 @@ def device_figures(device: torch.device) -> dict[str, float]:
     return figures
 
 
-def collapse_alarm(dimension: int, first_step: int) -> CollapseAlarm:
-    """Return the alarm of a pre-training whose projections have so many dimensions, and whose warm-up ends after a step.
-
-    The limits were set by runs on real films (benchmarks/pretrain_films.py).
-    """
-    spread = dimension**-0.5
-    return CollapseAlarm(
-        [
-            Sign(
-                "z_std",
-                _SPREAD_LIMIT * spread,
-                f"about {spread:.4g} (1 / sqrt({dimension}))",
-                "all tiles get much the same projection",
-            ),
-        ],
-        first_step,
-    )
-
-
 @dataclass(frozen=True)
 class Sign:
     """One measure by which collapse shows."""
@@ -180,6 +160,24 @@ class CollapseAlarm:
         """Go on where :meth:`state_dict` was taken."""
         self._readings |= {name: [tuple(reading) for reading in readings] for name, readings in state["readings"].items()}
         self.since = dict(state["since"])
+
+
+def collapse_alarm(dimension: int, first_step: int) -> CollapseAlarm:
+    """Return the alarm of a pre-training whose projections have so many dimensions, and whose warm-up ends after a step.
+
+    Two signs. ``z_std`` below half of ``1 / sqrt(d)``: the length of the mean of unit vectors is about
+    ``sqrt(1 - d z_std ** 2)``, so that two tiles' projections then have a cosine above 3/4 on average. An effective rank of
+    the features below 2: they all but lie on one line. On real films (benchmarks/pretrain_films.py) runs that learn stay
+    well above both, and runs made to collapse fall below.
+    """
+    spread = dimension**-0.5
+    return CollapseAlarm(
+        [
+            Sign("z_std", spread / 2, f"about {spread:.4g} (1 / sqrt({dimension}))", "all tiles look alike to the network"),
+            Sign("effective_rank", 2.0, "well above 2", "the features of all tiles lie on one line"),
+        ],
+        first_step,
+    )
 
 
 class Monitor:

@@ -237,19 +237,22 @@ class _Run:
                     self._end_epoch(output, epoch + 1, place + 1, clock)
                 elif stop or (config.save_every_steps and state.step % config.save_every_steps == 0):
                     self._save(["last"], unless_bad=not stop)
-                if (
-                    state.step % READ_EVERY == 0
-                    and config.on_collapse == "stop"
-                    and runtime.from_main(self.monitor.alarm.since)
-                ):
-                    self._save(["last"])
-                    raise BadInput(f"stopped after step {state.step} by --on-collapse stop; {ADVICE}")
+                if state.step % READ_EVERY == 0 and config.on_collapse == "stop":
+                    self._stop_if_collapsed()
                 if stop and state.step < state.steps:
                     raise Stopped(
                         f"stopped after step {state.step} of {state.steps} and saved; go on with the same command and "
                         "--resume auto",
                         stop,
                     )
+
+    def _stop_if_collapsed(self) -> None:
+        """Save and end the run while the alarm rings."""
+        since = self.runtime.from_main(self.monitor.alarm.since)
+        if since:
+            self._save(["last"])
+            signs = " and ".join(f"{name} is too low since step {step}" for name, step in since.items())
+            raise BadInput(f"collapse: {signs}; stopped after step {self.state.step} and saved. To mend it: {ADVICE}")
 
     def _log(self, output: BYOLOutput, norm: Tensor, epoch: int, clock: _Clock, bar: Any) -> None:
         """Log the step; here the host waits for the device."""
