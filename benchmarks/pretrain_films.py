@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--contrast", type=float, default=25, help="a speck's peak in deviations of the local noise")
     parser.add_argument("--page", type=Path, help="write the Markdown here, too")
     parser.add_argument("--picture", type=Path, help="PNG of the curves; default: curves.png in the output folder")
-    parser.add_argument("--output-dir", type=Path, help="keep the runs here; default: a temporary folder")
+    parser.add_argument(
+        "--output-dir", type=Path, help="keep the runs, and go on with those there; default: a temporary folder"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         out = options.output_dir or Path(temporary)
@@ -105,11 +107,14 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
 
 
 def make_data(out: Path, shards: Path, labels: Path, contrast: float) -> None:
-    """Plant clusters, cut tiles, and label them by cluster and by view."""
+    """Plant clusters, cut tiles, and label them by cluster and by view, unless that is done."""
+    if labels.exists():
+        return
     log = out / "log.txt"
     manifest, findings = out / "simulated/manifest.parquet", out / "simulated/findings.parquet"
     command(
-        f"prepare --images-root {FILMS} --output-dir {out}/films --assume-spacing 0.05 --patient-regex 'P_\\d+' --val-fraction 0",
+        f"prepare --images-root {FILMS} --output-dir {out}/films --assume-spacing 0.05 --patient-regex 'P_\\d+' "
+        "--val-fraction 0",
         log,
     )
     command(
@@ -127,13 +132,12 @@ def make_data(out: Path, shards: Path, labels: Path, contrast: float) -> None:
 
 
 def pretrain(folder: Path, shards: Path, line: str, predictor: bool = True) -> dict:
-    """Pre-train in a process of its own; return the curves and the alarm's lines."""
+    """Pre-train in a process of its own, or go on where it was cut off; return the curves and the alarm's lines."""
     log = folder / "log.txt"
-    begun = time.perf_counter()
-    command(f"pretrain --shards {shards} --output-dir {folder} {line} {NETWORK}", log, predictor)
+    command(f"pretrain --shards {shards} --output-dir {folder} {line} {NETWORK} --resume auto", log, predictor)
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     alarms = [text for text in log.read_text().splitlines() if "collapse: " in text]
-    return {"curve": pd.DataFrame(lines), "alarms": alarms, "seconds": time.perf_counter() - begun}
+    return {"curve": pd.DataFrame(lines), "alarms": alarms}
 
 
 def command(line: str, log: Path, predictor: bool = True) -> None:
