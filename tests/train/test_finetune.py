@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from processes import assert_same_tree, torchrun_to_end
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from common.errors import BadInput
@@ -514,22 +515,6 @@ RESUMED = (
 )
 
 
-def assert_same_tree(ours, theirs, place=""):
-    """Dicts, lists, tensors: the same, bit for bit."""
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), place
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), place
-        for name in ours:
-            assert_same_tree(ours[name], theirs[name], f"{place}/{name}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), place
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same_tree(a, b, f"{place}[{i}]")
-    else:
-        assert ours == theirs, place
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(pretrained, run_cli) -> Path:
     folder = pretrained.root / "uninterrupted"
@@ -620,19 +605,10 @@ with join_processes(config) as runtime:
 """
 
 
-def torchrun(arguments: list[str], environment: dict[str, str]) -> str:
-    root = Path(__file__).resolve().parents[2]
-    environment = environment | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env=environment, timeout=300, cwd=root)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_two_processes_take_the_step_of_one(single_thread_environment, tmp_path):
     """The loss is the mean over all known labels, wherever they are, and so are the gradients."""
     (tmp_path / "step.py").write_text(STEP)
-    torchrun([str(tmp_path / "step.py"), str(tmp_path / "two.pt")], single_thread_environment)
+    torchrun_to_end([str(tmp_path / "step.py"), str(tmp_path / "two.pt")], single_thread_environment)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
 
     config = FinetuneConfig(dropout=0.0)
@@ -652,7 +628,7 @@ def test_two_processes_report_what_one_finds(pretrained, run_cli, single_thread_
         f"finetune {pretrained.finetune_options} --output-dir {tmp_path}/run --epochs 3 --freeze-backbone-epochs 1 "
         "--unfreeze-every 1 --lr-backbone 1e-3 --lr-head 1e-2 --max-samples 33"
     )
-    said = torchrun(["-m", "mammostream", *shlex.split(options)], single_thread_environment)
+    said = torchrun_to_end(["-m", "mammostream", *shlex.split(options)], single_thread_environment)
     assert said.count("Train Loss") == 3  # one process speaks
     final = final_of(tmp_path / "run")
     assert final["step"] == 6  # 16 and 17 tiles by 16: the first process waits for the second's last

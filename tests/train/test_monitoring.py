@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from models.backbones import build_backbone
 from models.byol import MammogramBYOL
+from shards import open_shards
+from train.config import PretrainConfig
 from train.monitoring import (
     WINDOW,
     CollapseAlarm,
@@ -23,6 +25,8 @@ from train.monitoring import (
     target_distance,
     z_std,
 )
+from train.pictures import read_metrics
+from train.pretrain import pretrain
 
 SIGNS = [Sign("z_std", 0.1, "about 0.5", "all tiles look alike"), Sign("effective_rank", 2.0, "above 4", "one direction")]
 
@@ -190,3 +194,45 @@ def test_a_resumed_monitor_reports_what_an_uninterrupted_one_does(at):
     resumed.load_state_dict(cut.state_dict())
     assert found + watch(resumed, at + 1, 30, 1e-3) == wanted
     assert resumed.state_dict() == whole.state_dict()
+
+
+# ---------------------------------------------------------------- real training
+
+
+def train(road, folder, **options):
+    """A tiny run whose learning rate soon makes it collapse where it can; return its lines."""
+    small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 64, "epochs": 100}
+    small |= {"device": "cpu", "num_workers": 2, "wandb_mode": "disabled", "lr": 1e-3, "warmup_epochs": 0.0}
+    config = PretrainConfig(**(small | {"max_steps": 100, "momentum": 0.99} | options))
+    pretrain(open_shards(road.shards), folder, config)
+    return read_metrics(folder / "metrics.jsonl")
+
+
+class WithoutPredictor(MammogramBYOL):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.prediction_head = torch.nn.Identity()
+
+
+def test_a_healthy_run_is_silent_and_logs_every_measure(road, tmp_path, capfd):
+    lines = train(road, tmp_path)
+    assert "collapse:" not in capfd.readouterr().err
+    steps = [line for line in lines if "loss" in line]
+    assert [line["collapse"] for line in steps] == [0] * 10
+    ratios = open_shards(road.shards).tiles("train")["breast_ratio"]
+    for line in steps:
+        assert {"grad_norm", "z_std", "effective_rank", "view_retrieval", "target_distance", "momentum", "lr"} <= line.keys()
+        assert ratios.min() <= line["breast_ratio"] <= ratios.max()
+        assert 0 <= line["view_retrieval"] <= 1
+    epochs = [line for line in lines if "epoch_mean/loss" in line]
+    assert all(line["epoch_mean/collapsed"] == 0 for line in epochs)
+    print([(l["loss"], l["z_std"], l["effective_rank"], l["view_retrieval"]) for l in steps])
+
+
+def test_a_collapsing_run_sets_off_the_alarm_and_no_later_epoch_is_best(road, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("train.pretrain.MammogramBYOL", WithoutPredictor)
+    lines = train(road, tmp_path)
+    err = capfd.readouterr().err
+    steps = [line for line in lines if "loss" in line]
+    print([(l["loss"], l["z_std"], l["effective_rank"], l["view_retrieval"]) for l in steps])
+    assert "collapse: z_std is" in err

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import imagecodecs
 import numpy as np
 import pytest
@@ -27,17 +19,12 @@ from train.pretrain import TrainingState, pretrain, train_step
 from train.runtime import Runtime, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
 
-TIMING = ("epoch_mean/pairs_per_second", "epoch_mean/data_wait_percent")
 CPU = Runtime(torch.device("cpu"), "fp32")
 
 
 def small_config(**options):
     small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 16, "epochs": 1}
     return PretrainConfig(**(small | {"device": "cpu", "num_workers": 2, "wandb_mode": "disabled"} | options))
-
-
-def lines_without_timing(path):
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(path)]
 
 
 def assert_equal_states(one, other):
@@ -176,44 +163,6 @@ def test_options_out_of_range_are_refused_before_anything_starts(name, value):
 
 
 # ---------------------------------------------------------------- going on
-
-
-def test_a_killed_run_goes_on_bit_for_bit(pretrained, run_cli, single_thread_environment, tmp_path):
-    """Kill -9 after the first epoch's checkpoint, resume: the same weights and the same record as without."""
-    command = f"pretrain --shards {pretrained.shards} --output-dir {tmp_path} {pretrained.pretrain_options}"
-    script = Path(sys.executable).with_name("mammostream")
-    with (tmp_path / "log").open("wb") as log:
-        child = subprocess.Popen([script, *shlex.split(command)], stdout=log, stderr=log, env=single_thread_environment)
-        last = tmp_path / "mammogram_byol_last.pth"
-        deadline = time.monotonic() + 120
-        while not last.exists():
-            assert child.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-    killed_at = load_checkpoint(last, "byol")["epoch"]
-    assert 1 <= killed_at < 4
-    assert not (tmp_path / "mammogram_byol_final.pth").exists()
-
-    run_cli(f"{command} --resume auto")
-    ours, theirs = (
-        load_checkpoint(folder / "mammogram_byol_final.pth", "byol") for folder in (tmp_path, pretrained.pretrained)
-    )
-    assert_equal_states(ours["model_state_dict"], theirs["model_state_dict"])
-    assert ours["epoch"] == 4
-    assert torch.equal(*(end["resume"]["processes"][0]["random"]["cpu"] for end in (ours, theirs)))
-    for group, other in zip(
-        ours["optimizer_state_dict"]["param_groups"], theirs["optimizer_state_dict"]["param_groups"], strict=True
-    ):
-        assert group == other
-    lines = lines_without_timing(tmp_path / "metrics.jsonl")
-    assert lines == lines_without_timing(pretrained.pretrained / "metrics.jsonl")
-    assert len(lines) > 4  # single steps too
-    names = {path.name for path in tmp_path.glob("*.pth")}
-    assert names == {path.name for path in pretrained.pretrained.glob("*.pth")}
-    best = [load_checkpoint(folder / "mammogram_byol_best.pth", "byol")["step"] for folder in (tmp_path, pretrained.pretrained)]
-    assert best[0] == best[1]
 
 
 def test_a_run_that_ended_between_two_checkpoints_of_an_epoch_writes_both_on_resuming(road, mammostream, tmp_path):
