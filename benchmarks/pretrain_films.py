@@ -6,7 +6,7 @@ Plants simulated calcification clusters into the films of the PyPI package `mamm
 them into small tiles and pre-trains ResNet-18 on all of them without labels, once a seed, through the commands that a user
 types. Then `mammostream probe` compares the frozen features with the same network's random initialisation: whether a tile
 holds a planted cluster, and whether it comes from a CC or an MLO view, learnt on one patient and scored on the other, both
-ways round. Two more runs are made to collapse: one without predictor, one whose target is the online network itself.
+ways round. Three more runs lack what keeps BYOL from collapsing: the predictor, the slow target (momentum 0), or both.
 Prints Markdown; `--page` writes it to a file, `--picture` draws the curves.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="pre-trainings, and random initialisations beside them")
     parser.add_argument("--epochs", type=int, default=30, help="epochs of the pre-trainings")
-    parser.add_argument("--collapse-epochs", type=int, default=10, help="epochs of the two runs made to collapse")
+    parser.add_argument("--collapse-epochs", type=int, default=10, help="epochs of the runs without predictor or slow target")
     parser.add_argument("--contrast", type=float, default=25, help="a speck's peak in deviations of the local noise")
     parser.add_argument("--page", type=Path, help="write the Markdown here, too")
     parser.add_argument("--picture", type=Path, help="PNG of the curves; default: curves.png in the output folder")
@@ -70,6 +70,7 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
         runs[name] = pretrain(out / f"seed_{seed}", shards, f"{TRAINING} --epochs {options.epochs} --seed {seed}")
     short = f"{TRAINING} --epochs {options.collapse_epochs}"
     runs["no predictor"] = pretrain(out / "no_predictor", shards, short, predictor=False)
+    runs["no predictor, momentum 0"] = pretrain(out / "neither", shards, f"{short} --momentum 0", predictor=False)
     runs["momentum 0"] = pretrain(out / "momentum_0", shards, f"{short} --momentum 0")
     checkpoints = " ".join(str(out / f"seed_{seed}/mammogram_byol_final.pth") for seed in range(options.seeds))
     seeds = " ".join(map(str, range(options.seeds)))
