@@ -1,4 +1,4 @@
-"""ResNet backbones for one-channel tiles, with weights of their own, of ImageNet or of a file."""
+"""Backbones for one-channel tiles, with weights of their own, of ImageNet or of a file."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from models.tensors import load_state, read_torch
 # The first recipe's weights, for every architecture. The second recipe scores higher on ImageNet itself, but losses
 # that press classes together give features that transfer less well (Kornblith et al. 2021, arXiv:2010.16402).
 _IMAGENET_RECIPE = "IMAGENET1K_V1"
+_CLASSIFYING = ("fc.", "classifier.2.")  # the last layer of a ResNet, of a ConvNeXt
 
 
 def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
-    """Build a torchvision ResNet with one input channel and no classification layer.
+    """Build a torchvision ResNet or ConvNeXt with one input channel and no classification layer.
+
+    ConvNeXt drops none of its blocks at random (torchvision's drops up to a tenth of them in training): BYOL's target has to
+    see the same network as the online one.
 
     Parameters
     ----------
     arch
-        ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101`` (He et al. 2016, arXiv:1512.03385).
+        ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101`` (He et al. 2016, arXiv:1512.03385), or ``convnext_tiny``
+        (Liu et al. 2022, arXiv:2201.03545).
     weights
         ``"none"`` (random), ``"imagenet"`` (torchvision's, from its cache or the network), or the path of a file with
         torchvision's tensor names, or of a checkpoint, whose online backbone is taken. Three channels are folded into one,
-        see :func:`models.conversion.convert_state`; a classification layer ``fc`` is dropped.
+        see :func:`models.conversion.convert_state`; the last, classifying layer is dropped.
 
     Returns
     -------
     nn.Module
         Maps (N, 1, H, W) normalised by :mod:`common.normalisation` to (N, num_features). Two attributes say what it is:
-        ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, else 2048).
+        ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, 2048 for resnet50 and 101, 768 for convnext_tiny).
 
     Raises
     ------
@@ -43,16 +48,12 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     """
     if arch not in ARCHITECTURES:
         raise BadInput(f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}")
-    backbone = torchvision.models.get_model(arch, weights=None)
+    backbone = _build_convnext(arch) if arch.startswith("convnext") else _build_resnet(arch)
     backbone.arch = arch
-    backbone.num_features = backbone.fc.in_features
-    backbone.fc = nn.Identity()
-    backbone.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
-    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     if str(weights) != "none":
         found = convert_state(find_state(_read_weights(arch, weights))).state
         online = {name.removeprefix("backbone."): tensor for name, tensor in found.items() if name.startswith("backbone.")}
-        state = {name: tensor for name, tensor in online.items() if not name.startswith("fc.")}
+        state = {name: tensor for name, tensor in online.items() if not name.startswith(_CLASSIFYING)}
         load_state(backbone, state, f"weights '{weights}' for {arch}")
     return backbone
 
@@ -91,6 +92,26 @@ def feature_dim(backbone: nn.Module, given: int | None = None) -> int:
     if None not in (known, given) and known != given:
         raise BadInput(f"the backbone {getattr(backbone, 'arch', '')} gives {known} features; pass input_dim={known}")
     return given if known is None else known
+
+
+def _build_resnet(arch: str) -> nn.Module:
+    backbone = torchvision.models.get_model(arch, weights=None)
+    backbone.num_features = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    backbone.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    return backbone
+
+
+def _build_convnext(arch: str) -> nn.Module:
+    backbone = torchvision.models.get_model(arch, weights=None, stochastic_depth_prob=0.0)
+    backbone.num_features = backbone.classifier[2].in_features
+    backbone.classifier[2] = nn.Identity()
+    stem = backbone.features[0]
+    stem[0] = nn.Conv2d(1, stem[0].out_channels, kernel_size=4, stride=4)
+    nn.init.trunc_normal_(stem[0].weight, std=0.02)  # as torchvision does
+    nn.init.zeros_(stem[0].bias)
+    return backbone
 
 
 def _read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:

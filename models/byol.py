@@ -6,6 +6,7 @@ Shapes: N tiles a batch, D features of the backbone, P dimensions of the project
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,10 @@ class BYOLOutput(NamedTuple):
 
 
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
-    """Return the mean negative cosine similarity of predictions and targets, a float32 scalar in [-1, 1].
+    """Return the mean negative cosine similarity of predictions and targets, a scalar in [-1, 1] of at least float32.
 
     It is the paper's squared distance of l2-normalised vectors, 2 - 2 cos, without the constants. It is computed in
-    float32 whatever the inputs' type: half precision has three digits, too few for a loss that settles near -0.98.
+    float32 where the inputs are of half precision, which has three digits: too few for a loss that settles near -0.98.
 
     Parameters
     ----------
@@ -43,7 +44,8 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     z
         (N, P) projections of the target network; the caller keeps gradients out of them.
     """
-    return -(F.normalize(p.float(), dim=1) * F.normalize(z.float(), dim=1)).sum(1).mean()
+    p, z = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (p, z))
+    return -(F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
 
 
 def build_mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
@@ -75,6 +77,9 @@ class MammogramBYOL(nn.Module):
         P, the length of projections and predictions.
     num_classes
         Labels of the classification head.
+    concat_views
+        Both views pass each network in one batch, so that its batch norms see both at once: fewer, larger kernels, but
+        another training (each view's statistics then hold the other's). By default each view passes on its own.
 
     Raises
     ------
@@ -89,9 +94,11 @@ class MammogramBYOL(nn.Module):
         hidden_dim: int = 4096,
         proj_dim: int = 256,
         num_classes: int = 2,
+        concat_views: bool = False,
     ) -> None:
         super().__init__()
         self.input_dim = feature_dim(backbone, input_dim)
+        self.concat_views = concat_views
         self.backbone = backbone
         self.projection_head = build_mlp(self.input_dim, hidden_dim, proj_dim)
         self.prediction_head = build_mlp(proj_dim, hidden_dim, proj_dim)
@@ -102,8 +109,8 @@ class MammogramBYOL(nn.Module):
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
         """Return the symmetric loss of two views of the same tiles.
 
-        Each view passes each network on its own: its batch norms then see one kind of augmentation at a time, which
-        BYOL's reference does too and which changes its results.
+        Unless ``concat_views`` is set, each view passes each network on its own: its batch norms then see one kind of
+        augmentation at a time, which BYOL's reference does too and which changes its results.
 
         Parameters
         ----------
@@ -111,18 +118,19 @@ class MammogramBYOL(nn.Module):
             (N, 1, H, W), normalised; row i of both shows the same tile. N of at least 2 in training mode, for the
             batch norms.
         """
-        features1 = encode(self.backbone, view1)
-        projections1 = self.projection_head(features1)
-        predictions1 = self.prediction_head(projections1)
-        projections2 = self.projection_head(encode(self.backbone, view2))
-        predictions2 = self.prediction_head(projections2)
+        batches = [torch.cat([view1, view2])] if self.concat_views else [view1, view2]
+        features = [encode(self.backbone, batch) for batch in batches]
+        projections = [self.projection_head(batch) for batch in features]
+        predictions1, predictions2 = _by_view([self.prediction_head(batch) for batch in projections])
 
         with torch.no_grad():
-            targets1 = self.projection_head_momentum(encode(self.backbone_momentum, view1))
-            targets2 = self.projection_head_momentum(encode(self.backbone_momentum, view2))
+            targets1, targets2 = _by_view(
+                [self.projection_head_momentum(encode(self.backbone_momentum, batch)) for batch in batches]
+            )
 
         loss = (byol_loss(predictions1, targets2) + byol_loss(predictions2, targets1)) / 2
-        return BYOLOutput(loss, projections1.detach(), features1.detach(), projections2.detach())
+        projections1, projections2 = _by_view(projections)
+        return BYOLOutput(loss, projections1.detach(), _by_view(features)[0].detach(), projections2.detach())
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -155,3 +163,8 @@ class MammogramBYOL(nn.Module):
     def classify(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
         return self.classification_head(self.get_features(x))
+
+
+def _by_view(batches: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return one tensor a view: of batches of a view each, or of one with both, the first view's rows first."""
+    return batches if len(batches) == 2 else batches[0].chunk(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,10 @@ _WRAPPED = "byol_model"  # the old classifier's name for the BYOL model in it
 _WRAPPERS = ("module", "_orig_mod", _WRAPPED)  # DistributedDataParallel's, torch.compile's, the old classifier's
 # nn.Sequential(*resnet.children()) numbers what torchvision names; 2, 3 and 8 hold no tensors.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-_RESNET = (*_CHILDREN.values(), "fc")
+_TORCHVISION = (*_CHILDREN.values(), "fc", "features", "classifier")  # a ResNet's children, a ConvNeXt's
 _BACKBONES = ("backbone", "backbone_momentum")
+# The first convolution, what behind it takes its constant up (a batch norm's running mean, or the bias), and with which sign.
+_STEMS = (("conv1.weight", "bn1.running_mean", -1), ("features.0.0.weight", "features.0.0.bias", 1))
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,15 @@ def convert_state(state: Mapping[str, Any]) -> Conversion:
     sources = {_canonical_name(name): name for name in tensors if _WRAPPED not in name.split(".") or _strip(name)[0] not in own}
     found = {name: state[source] for name, source in sources.items()}
 
-    torchvision_names = any(_strip(name)[0] == "conv1" for name in tensors)
+    torchvision_names = any(_strip(name)[0] in ("conv1", "features") for name in tensors)
     folded = []
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if torchvision_names else (SCRIPT_MEAN, SCRIPT_STD)
-    for backbone in _BACKBONES:
-        names = [f"{backbone}.conv1.weight", f"{backbone}.bn1.running_mean"]
-        weight, running_mean = (found.get(name) for name in names)
-        if weight is not None and running_mean is not None and weight.ndim == 4 and weight.shape[1] == 3:
-            found.update(zip(names, fold_first_convolution(weight, running_mean, mean, std), strict=True))
+    for backbone, (convolution, absorber, sign) in itertools.product(_BACKBONES, _STEMS):
+        names = [f"{backbone}.{convolution}", f"{backbone}.{absorber}"]
+        weight, absorbing = (found.get(name) for name in names)
+        if weight is not None and absorbing is not None and weight.ndim == 4 and weight.shape[1] == 3:
+            grey, constant = fold_first_convolution(weight, mean, std)
+            found |= {names[0]: grey, names[1]: (absorbing.double() + sign * constant).to(absorbing.dtype)}
             folded += names
     words = "ImageNet's mean and std" if torchvision_names else "mean 0.5, std 0.5"
     return Conversion(found, sources, folded, words if folded else f"mean {MEAN}, std {STD}")
@@ -140,7 +144,7 @@ def _strip(name: str) -> list[str]:
 
 def _canonical_name(name: str) -> str:
     parts = _strip(name)
-    if parts[0] in _RESNET or parts[0] in _CHILDREN:
+    if parts[0] in _TORCHVISION or parts[0] in _CHILDREN:
         parts = ["backbone", *parts]
     if parts[0] in _BACKBONES:
         parts[1:2] = [_CHILDREN.get(part, part) for part in parts[1:2]]
@@ -150,39 +154,37 @@ def _canonical_name(name: str) -> str:
 
 
 def fold_first_convolution(
-    weight: Tensor,
-    running_mean: Tensor,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    weight: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> tuple[Tensor, Tensor]:
-    """Turn a three-channel first convolution and its batch norm into a one-channel one that computes the same.
+    """Turn a three-channel first convolution into a one-channel one that gives the same but for a constant.
 
     A grey pixel x replicated over three channels enters channel c as (x - m_c) / s_c; the one-channel network sees
     u = (x - MEAN) / STD instead. Put x = STD u + MEAN into the sum over channels::
 
         sum_c w_c * (x - m_c) / s_c  =  (sum_c w_c STD / s_c) * u  +  sum_c sum(w_c) (MEAN - m_c) / s_c
 
-    The first term is the one-channel convolution. The second is a constant per output channel k, and a batch norm
-    that subtracts its running mean r takes y + k with r as it takes y with r - k. (In training mode the batch's own
-    mean removes the constant.) It is exact where the kernel lies within the image: in the padded border, zeros stand
-    for a normalised grey that differs slightly between the two.
+    The first term is the one-channel convolution. The second is a constant k per output channel. A convolution's bias takes
+    it up. So does a batch norm: it takes y + k with its running mean r as it takes y with r - k. (In training mode the
+    batch's own mean removes the constant.) It is exact where the kernel lies within the image, so everywhere for ConvNeXt,
+    whose first convolution pads nothing. In a ResNet's padded border, zeros stand for a normalised grey that differs slightly
+    between the two: two rows and columns of the first convolution's outputs on each side.
 
     Parameters
     ----------
     weight
-        (O, 3, K, K) weight of a convolution without bias.
-    running_mean
-        (O,) running mean of the batch norm behind it.
+        (O, 3, K, K) weight of the convolution.
     mean, std
         The normalisation that the three-channel network was trained with.
 
     Returns
     -------
-    weight, running_mean
-        (O, 1, K, K) and (O,), in the inputs' types, for an input normalised by :data:`MEAN` and :data:`STD`.
+    weight
+        (O, 1, K, K) in the input's type, for an input normalised by :data:`MEAN` and :data:`STD`.
+    constant
+        (O,) float64 k.
     """
     m, s = (torch.tensor(v, dtype=torch.float64, device=weight.device) for v in (mean, std))
     w = weight.double()
     folded = (w * (STD / s).view(1, 3, 1, 1)).sum(1, keepdim=True)
     constant = (w.sum((2, 3)) * ((MEAN - m) / s)).sum(1)
-    return folded.to(weight.dtype), (running_mean.double() - constant).to(running_mean.dtype)
+    return folded.to(weight.dtype), constant

@@ -53,19 +53,36 @@ class PretrainConfig(TrainingConfig):
 
     recipe: str = option(
         "guide",
-        "Views and base learning rate: guide (2e-3, rotation, scale, flips, contrast, blur) or mammo (3e-4, also crops).",
+        "Views, learning rate and what scales with the effective batch (batch x processes x accumulated). guide: rotation, "
+        "scale, flips, contrast, blur; AdamW, 2e-3 at any batch, decay of all parameters. mammo: also crops; AdamW, 3e-4 x "
+        "sqrt(batch / 32), no decay of norms and biases, momentum to the power batch / 32.",
         choices=("guide", "mammo"),
     )
     arch: str = option("resnet50", "Backbone.", choices=ARCHITECTURES)
     weights: str = option("none", "Backbone to start from: none, imagenet, or a file with a state dict.")
     epochs: int = option(100, "Passes over the tiles.")
     warmup_epochs: float = option(10.0, "Epochs of linear warm-up; at most a tenth of --epochs is used.")
-    lr: float | None = option(None, "Peak learning rate; default: the recipe's at batch 32, times sqrt(batch / 32).")
-    weight_decay: float = option(1e-4, "AdamW's weight decay.")
-    momentum: float = option(0.996, "Momentum of the target network at the start; a cosine takes it to 1.")
+    optimizer: str = option(
+        "auto",
+        "auto = the recipe's, AdamW; lars = layer-wise rates for large batches (You et al. 2017), 0.2 x batch / 256.",
+        choices=("auto", "adamw", "lars"),
+    )
+    lr: float | None = option(None, "Peak learning rate; default: the recipe's or the optimizer's.")
+    weight_decay: float | None = option(None, "Weight decay; default: 1e-4 for AdamW, 1.5e-6 for LARS.")
+    momentum: float = option(
+        0.996, "Momentum of the target network at the start, at a batch of 32 with --recipe mammo; a cosine takes it to 1."
+    )
+    concat_views: bool = option(
+        False, "Pass both views through the networks in one batch, so that batch norms see both; default: each on its own."
+    )
     hidden_dim: int = option(4096, "Hidden width of the projection and prediction heads.")
     proj_dim: int = option(256, "Output width of the heads.")
-    compile: str = option("auto", "torch.compile; auto = on a GPU only.", choices=("auto", "on", "off"))
+    compile: str = option(
+        "auto", "torch.compile; auto = on a GPU that Triton supports (compute capability 7.0).", choices=("auto", "on", "off")
+    )
+    cuda_graphs: bool = option(
+        False, "Replay the compiled step as CUDA graphs: for small batches, where starting kernels takes longer than they do."
+    )
     save_every: int = option(10, "Keep a checkpoint of its own every so many epochs.")
     save_every_steps: int | None = option(
         None, "Save the last checkpoint every so many steps too, not only after each epoch; a run goes on from it exactly."
@@ -141,7 +158,7 @@ class FinetuneConfig(TrainingConfig):
     )
     unfreeze_every: int = option(
         0,
-        "After the frozen epochs unfreeze a stage of the ResNet every so many epochs, the last stage first (0 = all at once).",
+        "After the frozen epochs unfreeze a stage of the backbone every so many epochs, the last one first (0 = all at once).",
     )
     label_smoothing: float = option(0.1, "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2.")
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
@@ -237,10 +254,10 @@ def _require_positive(config: RuntimeConfig, *names: str) -> None:
 
 
 def _require_not_negative(config: RuntimeConfig, *names: str) -> None:
-    """Raise BadInput for the first of the options that is below 0."""
+    """Raise BadInput for the first of the options that is given and below 0."""
     for name in names:
         value = getattr(config, name)
-        if not value >= 0:
+        if value is not None and not value >= 0:
             raise BadInput(f"--{name.replace('_', '-')} {value} is negative")
 
 

@@ -30,7 +30,7 @@ from train.pictures import draw_curves
 from train.resuming import check_same_options, load_to_resume, random_state, set_random_state
 from train.runtime import Runtime, resolve_runtime
 from train.schedules import learning_rates, trainable_stages
-from train.stages import STAGES, checkpoint_activations, train_top_stages
+from train.stages import STAGE_COUNT, checkpoint_activations, train_top_stages
 from train.tracking import Tracker
 
 SAVE_EVERY = 10
@@ -392,7 +392,7 @@ def _score(metrics: Mapping[str, Any]) -> float:
 
 
 def _stages(epoch: int, config: FinetuneConfig) -> int:
-    return trainable_stages(epoch, config.freeze_backbone_epochs, config.unfreeze_every, len(STAGES))
+    return trainable_stages(epoch, config.freeze_backbone_epochs, config.unfreeze_every, STAGE_COUNT)
 
 
 def _stopped(state: TrainingState, config: FinetuneConfig) -> bool:
@@ -463,8 +463,8 @@ def _epoch_lines(epoch: int, epochs: int, metrics: dict[str, Any], stages: int, 
     lines = []
     if stages == 0:
         lines.append(f"🧊 Epoch {epoch}: Backbone frozen (training only classification head)")
-    elif stages < len(STAGES):
-        lines.append(f"🔓 Epoch {epoch}: Backbone partly frozen (training its last {stages} of {len(STAGES)} stages)")
+    elif stages < STAGE_COUNT:
+        lines.append(f"🔓 Epoch {epoch}: Backbone partly frozen (training its last {stages} of {STAGE_COUNT} stages)")
     lines += [
         f"Epoch {epoch:3d}/{epochs}:",
         f"  Train Loss: {figure('train_loss')}",

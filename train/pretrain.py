@@ -29,24 +29,24 @@ from train.bad_steps import BadSteps, KeptStatistics
 from train.config import PretrainConfig
 from train.memory import memory_explained
 from train.monitoring import ADVICE, READ_EVERY, Monitor, collapse_alarm, device_figures, target_distance
+from train.optimisation import build_optimizer, resolve_optimisation
 from train.pictures import draw_curves, draw_views
 from train.probing import OnlineProbe, read_probe_set
 from train.resuming import check_same_options, load_to_resume, random_state, set_random_state
 from train.runtime import Runtime, make_deterministic, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
+from train.speed import accelerate, collecting_on_schedule, resolve_compile, search_convolutions
 from train.stages import checkpoint_activations
 from train.stopping import StopSignals
 from train.sync_batch_norm import synchronise_batch_norms
 from train.tracking import Tracker, drop_lines
 
 VIEWS_SHOWN = 6
-BASE_BATCH = 32
-BASE_LR = {"guide": 2e-3, "mammo": 3e-4}  # at BASE_BATCH
 CHECKPOINT_NAME = "mammogram_byol_{}.pth"
 # What may change between the two halves of a run without changing its result, or by intent. The views' file may move: the
 # loader compares what it says.
 _FREE = {"num_workers", "wandb_project", "wandb_mode", "save_every", "save_every_steps", "device", "precision", "compile"}
-_FREE |= {"mmap", "views", "gradient_checkpointing", "deterministic", "max_bad_steps", "on_collapse"}
+_FREE |= {"cuda_graphs", "mmap", "views", "gradient_checkpointing", "deterministic", "max_bad_steps", "on_collapse"}
 
 Views = tuple[Tensor, Tensor]
 
@@ -62,6 +62,7 @@ class TrainingState:
     lrs: np.ndarray  # (steps,)
     momenta: np.ndarray  # (steps,)
     step: int = 0
+    chosen: dict[str, str] = field(default_factory=dict)  # what the options left to the machine and the recipe, in words
     sums: Tensor = field(init=False)  # (2,) float64: of this epoch, the loss's sum and the number of steps that were not bad
     statistics: KeptStatistics = field(init=False)
 
@@ -126,7 +127,7 @@ def pretrain(
         run = _Run(shards, output_dir, config, runtime, loader, state, bad_steps, signals, monitor, probe)
         if resume is not None:
             run.restore(resume)
-        options = asdict(config) | dict(command or {})
+        options = asdict(config) | dict(command or {}) | {"chosen": state.chosen}
         step = state.step if resume else None
         if runtime.is_main:
             drop_lines(bad_steps.path, state.step)
@@ -218,7 +219,12 @@ class _Run:
         per_epoch = _steps_per_epoch(config, len(self.loader))
         per_batch = config.batch_size * runtime.world_size
         total, done = (per_batch * self._batches_before(step) for step in (state.steps, state.step))
-        with progress(None, f"pre-training ({runtime})", "pair", total, done, not runtime.is_main) as bar:
+        with (
+            progress(None, f"pre-training ({runtime})", "pair", total, done, not runtime.is_main) as bar,
+            collecting_on_schedule() as collect,
+        ):
+            if runtime.is_main:
+                bar.write("; ".join(f"{name}: {value}" for name, value in state.chosen.items()))
             while state.step < state.steps:
                 count = self._batches_before(state.step + 1) - self._batches_before(state.step)
                 numbers: list[Tensor] = []
@@ -226,6 +232,7 @@ class _Run:
                 self.bad_steps.note(state.step, norm, numbers)
                 if runtime.is_main:
                     self.monitor.record(output, norm, torch.cat(numbers))
+                collect(state.step)
 
                 clock.pairs += count * config.batch_size
                 bar.update(count * per_batch)
@@ -312,7 +319,8 @@ class _Run:
             if is_better(self.metrics, self.best):
                 self.best = self.metrics
                 names.append("best")
-            if epoch % self.config.save_every == 0:
+            whole = steps == _steps_per_epoch(self.config, len(self.loader))  # --max-steps may end within an epoch
+            if whole and epoch % self.config.save_every == 0:
                 names.append(f"epoch_{epoch:03d}")
             if self.state.step == self.state.steps:
                 names.append("final")
@@ -330,7 +338,12 @@ class _Run:
         self.bad_steps.read()
         if unless_bad and self.bad_steps.ongoing:
             return  # the one before it may be of better weights
-        processes = self.runtime.gather({"loader": self.loader.state_dict(), "random": random_state(self.runtime.device)})
+        mine = {
+            "loader": self.loader.state_dict(),
+            "random": random_state(self.runtime.device),
+            "sums": self.state.sums.tolist(),
+        }
+        processes = self.runtime.gather(mine)
         if self.runtime.is_main:
             state, config = self.state, self.config
             checkpoint = {
@@ -346,7 +359,6 @@ class _Run:
                 "preprocessing": self.shards.preprocessing | {"mean": MEAN, "std": STD},
                 "resume": {
                     "scaler": state.scaler.state_dict(),
-                    "sums": state.sums,
                     "best": self.best,
                     "bad_steps": self.bad_steps.state_dict(),
                     "monitor": self.monitor.state_dict(),
@@ -371,11 +383,11 @@ class _Run:
         if saved["scaler"]:  # empty where the first half needed no scaler
             state.scaler.load_state_dict(saved["scaler"])
         state.step = checkpoint["step"]
-        state.sums.copy_(saved["sums"])
         self.metrics, self.best = checkpoint["metrics"], saved["best"]
         self.bad_steps.load_state_dict(saved["bad_steps"])
         self.monitor.load_state_dict(saved["monitor"])
         mine = saved["processes"][runtime.rank]
+        state.sums.copy_(torch.tensor(mine["sums"], dtype=torch.float64))
         self.loader.load_state_dict(mine["loader"])
         set_random_state(mine["random"], runtime.device)
 
@@ -493,31 +505,29 @@ def _draw_some_views(shards: ShardSet, config: PretrainConfig, runtime: Runtime,
 
 
 def _initial_state(config: PretrainConfig, runtime: Runtime, batches_per_epoch: int) -> TrainingState:
+    optimisation = resolve_optimisation(config, config.batch_size * config.accumulate * runtime.world_size)
+    compiling = resolve_compile(config, runtime)
+    if not config.deterministic:
+        search_convolutions(runtime.device)
     backbone = build_backbone(config.arch, config.weights)
-    model = MammogramBYOL(backbone, hidden_dim=config.hidden_dim, proj_dim=config.proj_dim)
+    model = MammogramBYOL(backbone, hidden_dim=config.hidden_dim, proj_dim=config.proj_dim, concat_views=config.concat_views)
     model.classification_head.requires_grad_(False)  # the loss does not reach it
     if config.sync_bn == "on" or (config.sync_bn == "auto" and runtime.world_size > 1):
         model = synchronise_batch_norms(model, runtime.device)
     model = model.to(runtime.device, memory_format=torch.channels_last)
     if config.gradient_checkpointing:
-        checkpoint_activations(model.backbone)
-    network = runtime.parallel(model)
-    if config.compile == "on" or (config.compile == "auto" and runtime.device.type == "cuda"):
-        network = torch.compile(network)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
-    batch = config.batch_size * config.accumulate * runtime.world_size
-    peak = config.lr if config.lr is not None else BASE_LR[config.recipe] * math.sqrt(batch / BASE_BATCH)
+        checkpoint_activations(model.backbone, compiled=compiling != "off")
     per_epoch = _steps_per_epoch(config, batches_per_epoch)
     steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
     warmup = min(config.warmup_epochs * per_epoch, steps / 10)
     return TrainingState(
         model=model,
-        network=network,
-        optimizer=optimizer,
+        network=accelerate(runtime.parallel(model), compiling),
+        optimizer=build_optimizer(model, optimisation),
         scaler=runtime.scaler(),
-        lrs=learning_rates(peak, steps, round(warmup)),
-        momenta=byol_momenta(config.momentum, steps),
+        lrs=learning_rates(optimisation.lr, steps, round(warmup)),
+        momenta=byol_momenta(config.momentum, steps, optimisation.momentum_exponent),
+        chosen={"runtime": str(runtime), "compile": compiling, "optimisation": str(optimisation)},
     )
 
 

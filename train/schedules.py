@@ -47,7 +47,7 @@ def learning_rates(base: float, total_steps: int, warmup_steps: int = 0, final: 
     return np.concatenate([ramp, fall])[:total_steps]
 
 
-def byol_momenta(base: float, total_steps: int) -> np.ndarray:
+def byol_momenta(base: float, total_steps: int, exponent: float = 1.0) -> np.ndarray:
     """Return the target's momentum, ``1 - (1 - base) (cos(pi t / T) + 1) / 2`` (Grill et al. 2020, "Implementation details").
 
     T is the last step, so that the first has `base` and the last 1 (the paper stops a step short of 1).
@@ -58,11 +58,14 @@ def byol_momenta(base: float, total_steps: int) -> np.ndarray:
         The first step's momentum in [0, 1]; 0.996 in the paper.
     total_steps
         Steps of the run, at least 1; a run of one step has `base`.
+    exponent
+        Each momentum is raised to it: by the EMA scaling rule the batch over the one that `base` is for (Busbridge et al.
+        2023, arXiv:2307.13813).
 
     Returns
     -------
     np.ndarray
-        (total_steps,) float64, rising from `base` to 1.
+        (total_steps,) float64, rising from ``base ** exponent`` to 1.
 
     Raises
     ------
@@ -72,7 +75,7 @@ def byol_momenta(base: float, total_steps: int) -> np.ndarray:
     _require_steps(total_steps)
     if not 0 <= base <= 1:
         raise BadInput(f"the target's momentum is {base}; give one from 0 to 1 (0.996 in the paper)")
-    return 1 - (1 - base) * _half_cosine(total_steps)
+    return (1 - (1 - base) * _half_cosine(total_steps)) ** exponent
 
 
 def trainable_stages(epoch: int, frozen_epochs: int, every: int, stages: int) -> int:

@@ -54,7 +54,7 @@ class GlooBatchNorm(_BatchNorm):
             return super().forward(x)
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1, *(1 for _ in dims[1:])]
-        values = x.float()
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
         sums = all_reduce(torch.cat([values.sum(dims), values.new_tensor([values.numel() / x.shape[1]])]))
         mean, count = sums[:-1] / sums[-1], sums[-1].detach()
         centred = values - mean.view(shape)

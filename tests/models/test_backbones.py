@@ -8,7 +8,10 @@ import torchvision
 
 from common.errors import BadInput
 from common.normalisation import MEAN, STD
+from models.architectures import ARCHITECTURES
 from models.backbones import build_backbone, feature_dim, one_channel
+from models.byol import MammogramBYOL
+from models.checkpoints import save_checkpoint
 from models.conversion import IMAGENET_MEAN, IMAGENET_STD, fold_first_convolution
 
 
@@ -23,8 +26,28 @@ def three_channel_resnet() -> torch.nn.Module:
     return net
 
 
-@pytest.mark.parametrize(("arch", "dim"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048), ("resnet101", 2048)])
-def test_every_architecture_gives_flat_features(arch, dim):
+def three_channel_convnext() -> torch.nn.Module:
+    """A ConvNeXt-T in evaluation mode whose stem's bias and blocks' scales have learnt something."""
+    torch.manual_seed(0)
+    net = torchvision.models.convnext_tiny(weights=None).eval()
+    torch.nn.init.normal_(net.features[0][0].bias, std=0.2)
+    for name, parameter in net.named_parameters():
+        if name.endswith("layer_scale"):
+            torch.nn.init.uniform_(parameter, 0.2, 1)
+    return net
+
+
+def imagenet_input(x: torch.Tensor) -> torch.Tensor:
+    m, s = (torch.tensor(v, dtype=x.dtype).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x.expand(-1, 3, -1, -1) - m) / s
+
+
+DIMS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "convnext_tiny": 768}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_gives_flat_features(arch):
+    dim = DIMS[arch]
     backbone = build_backbone(arch).eval()
     assert (backbone.arch, backbone.num_features) == (arch, dim)
     with torch.no_grad():
@@ -43,8 +66,8 @@ def test_folding_is_exact_away_from_the_border(mean, std):
     m, s = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
     with torch.no_grad():
         expected = net.bn1(net.conv1((x.expand(-1, 3, -1, -1) - m) / s))
-        weight, running_mean = fold_first_convolution(net.conv1.weight, net.bn1.running_mean, mean, std)
-        net.bn1.running_mean.copy_(running_mean)
+        weight, constant = fold_first_convolution(net.conv1.weight, mean, std)
+        net.bn1.running_mean.sub_(constant)
         y = torch.nn.functional.conv2d((x - MEAN) / STD, weight, stride=2, padding=3)
         result = net.bn1(y)
     interior = (..., slice(2, -2), slice(2, -2))  # 7 x 7, stride 2, padding 3: two outputs touch each border
@@ -55,17 +78,59 @@ def test_three_channel_weights_from_a_file_are_folded(tmp_path):
     net = three_channel_resnet()
     torch.save(net.state_dict(), tmp_path / "rgb.pth")
     backbone = build_backbone("resnet18", tmp_path / "rgb.pth").eval()
-    weight, running_mean = fold_first_convolution(net.conv1.weight, net.bn1.running_mean)
+    weight, constant = fold_first_convolution(net.conv1.weight)
     assert torch.equal(backbone.conv1.weight, weight)
-    assert torch.equal(backbone.bn1.running_mean, running_mean)
+    assert torch.equal(backbone.bn1.running_mean, (net.bn1.running_mean.double() - constant).float())
     assert torch.equal(backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
     # The whole network, on tiles large enough that the border's share of the average is small.
     x = torch.rand(1, 1, 256, 256)
-    m, s = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     net.fc = torch.nn.Identity()
     with torch.no_grad():
-        folded, replicated = backbone((x - MEAN) / STD), net((x.expand(-1, 3, -1, -1) - m) / s)
+        folded, replicated = backbone((x - MEAN) / STD), net(imagenet_input(x))
     assert torch.nn.functional.cosine_similarity(folded, replicated).item() > 0.999
+
+
+def test_a_three_channel_convnext_from_a_file_is_the_same_network(tmp_path):
+    """Exact to the last pixel: its first convolution pads nothing, and its bias takes the constant up."""
+    net = three_channel_convnext()
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in net.state_dict().items()}}, tmp_path / "rgb.pth")
+    backbone = build_backbone("convnext_tiny", tmp_path / "rgb.pth").eval()
+    assert torch.equal(backbone.features[7][2].block[5].weight, net.features[7][2].block[5].weight)
+    net.classifier[2] = torch.nn.Identity()
+    x = torch.rand(2, 1, 64, 32)
+    with torch.no_grad():
+        stem, expected_stem = backbone.features[0]((x - MEAN) / STD), net.features[0](imagenet_input(x))
+        features, expected = backbone((x - MEAN) / STD), net(imagenet_input(x))
+    torch.testing.assert_close(stem, expected_stem, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_convnext_drops_no_blocks_at_random():
+    backbone = build_backbone("convnext_tiny").train()
+    x = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(backbone(x), backbone(x))
+
+
+def test_the_online_backbone_of_a_checkpoint_starts_another(tmp_path):
+    torch.manual_seed(1)
+    model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=8, proj_dim=4)
+    for parameter in model.backbone_momentum.parameters():
+        parameter.data.zero_()
+    checkpoint = {"kind": "byol", "arch": "resnet18", "model_state_dict": model.state_dict(), "config": {}}
+    save_checkpoint(tmp_path / "mammogram_byol_best.pth", checkpoint)
+    backbone = build_backbone("resnet18", tmp_path / "mammogram_byol_best.pth")
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(backbone.state_dict()[name], tensor), name
+
+
+def test_weights_none_are_drawn_by_the_seed():
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(build_backbone("resnet18", "none").conv1.weight)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_one_channel_weights_without_batch_counters_load_as_they_are(tmp_path):

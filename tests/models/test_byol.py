@@ -94,8 +94,31 @@ def test_forward_is_the_symmetric_loss_with_batch_norm_per_view():
     assert out.loss.shape == ()
     assert out.loss.item() == pytest.approx(expected, abs=1e-5)
     np.testing.assert_allclose(out.projections.numpy(), z[0], atol=1e-4)
+    np.testing.assert_allclose(out.projections2.numpy(), z[1], atol=1e-4)
     np.testing.assert_allclose(out.features.numpy(), h[0], atol=1e-4)
     assert model(view2, view1).loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_concatenated_views_share_their_batch_norm_statistics():
+    """The same as each view on its own through networks whose batch norms take the statistics of both."""
+    model = small_byol()
+    model.concat_views = True
+    view1, view2 = torch.randn(4, 1, 9, 9), 2 * torch.randn(4, 1, 9, 9) + 1
+    out = model(view1, view2)
+    h = numpy_backbone(torch.cat([view1, view2]).double().numpy(), model.backbone)
+    z = numpy_head(h, model.projection_head)
+    p = numpy_head(z, model.prediction_head)
+    t = numpy_head(
+        numpy_backbone(torch.cat([view1, view2]).double().numpy(), model.backbone_momentum), model.projection_head_momentum
+    )
+    expected = (numpy_loss(p[:4], t[4:]) + numpy_loss(p[4:], t[:4])) / 2
+    assert out.loss.item() == pytest.approx(expected, abs=1e-5)
+    np.testing.assert_allclose(out.projections.numpy(), z[:4], atol=1e-4)
+    np.testing.assert_allclose(out.projections2.numpy(), z[4:], atol=1e-4)
+    np.testing.assert_allclose(out.features.numpy(), h[:4], atol=1e-4)
+    assert model.backbone[1].num_batches_tracked == 1
+    model.concat_views = False
+    assert abs(model(view1, view2).loss.item() - expected) > 1e-3
 
 
 def test_gradients_reach_the_online_network_alone():

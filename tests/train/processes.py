@@ -39,6 +39,11 @@ def torchrun_to_end(arguments: Sequence[str], environment: dict[str, str]) -> st
     return done.stdout
 
 
+def workers_of(launcher: int) -> list[int]:
+    """Return the ids of the processes that a torchrun has started, which are all its children, in the order of their start."""
+    return sorted(int(pid) for file in Path(f"/proc/{launcher}/task").glob("*/children") for pid in file.read_text().split())
+
+
 class Child:
     """A command that runs, whose stdout and stderr go to a file."""
 
@@ -64,15 +69,6 @@ class Child:
     def end(self, seconds: float = 120) -> int:
         """Wait for the end and return the exit code."""
         return self.process.wait(seconds)
-
-    def workers(self) -> list[int]:
-        """Return the ids of the processes that torchrun started, by rank."""
-        return sorted(
-            int(pid)
-            for file in Path(f"/proc/{self.process.pid}/task").glob("*/children")
-            for pid in file.read_text().split()
-            if b"RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
-        )
 
 
 def assert_same_tree(ours: Any, theirs: Any, place: str = "") -> None:

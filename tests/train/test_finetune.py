@@ -34,7 +34,7 @@ from train.labels import join_shards, read_labels
 from train.losses import build_loss
 from train.pictures import read_metrics
 from train.runtime import Runtime
-from train.stages import STAGES, checkpoint_activations, train_top_stages
+from train.stages import STAGE_COUNT, checkpoint_activations, stages_of, train_top_stages
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 
@@ -137,7 +137,7 @@ def small_batch(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, 1, 48, 48, generator=generator), labels
 
 
-def take_step(state: TrainingState, config: FinetuneConfig, stages: int = len(STAGES), rows: int = 6) -> torch.Tensor:
+def take_step(state: TrainingState, config: FinetuneConfig, stages: int = STAGE_COUNT, rows: int = 6) -> torch.Tensor:
     state.model.train()
     train_top_stages(state.model.backbone, stages)
     return train_step(state, state.model, CPU, config, *small_batch(rows))
@@ -152,7 +152,7 @@ def test_stages_train_from_the_output_down_and_the_others_stand_still(stages):
     take_step(state, config, stages)
     after = state.model.state_dict()
     gradients = {name for name, p in state.model.named_parameters() if p.grad is not None}
-    for depth, names in enumerate(reversed(STAGES)):
+    for depth, names in enumerate(reversed(stages_of(state.model.backbone))):
         for name in names:
             part = [n for n in before if n.startswith(f"backbone.{name}.")]
             assert part

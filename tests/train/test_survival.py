@@ -26,7 +26,7 @@ from train.stopping import StopSignals
 
 # Nine batches an epoch, two a step: the fifth and last step of each epoch has one. A step's line at step 10.
 RUN = (
-    "--arch resnet18 --hidden-dim 32 --proj-dim 16 --batch-size 4 --accumulate 2 --limit-tiles 38 --epochs 3 --save-every 2 "
+    "--arch resnet18 --hidden-dim 32 --proj-dim 16 --batch-size 3 --accumulate 2 --limit-tiles 28 --epochs 3 --save-every 2 "
     "--lr 1e-3"
 )
 CPU = Runtime(torch.device("cpu"), "fp32")
