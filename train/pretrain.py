@@ -27,6 +27,7 @@ from models.checkpoints import save_checkpoint
 from shards.reading import ShardSet
 from train.bad_steps import BadSteps, KeptStatistics
 from train.config import PretrainConfig
+from train.flops import flops_per_pair, mfu, peak_flops
 from train.memory import memory_explained
 from train.monitoring import ADVICE, READ_EVERY, Monitor, collapse_alarm, device_figures, target_distance
 from train.optimisation import build_optimizer, resolve_optimisation
@@ -214,7 +215,7 @@ class _Run:
         """Take the steps that are left."""
         state, config, runtime = self.state, self.config, self.runtime
         state.model.train()
-        clock = _Clock(self.loader)
+        clock = _Clock(self.loader, runtime.device, _pair_flops(self.shards, config, runtime))
         batches = _endlessly(self.loader)
         per_epoch = _steps_per_epoch(config, len(self.loader))
         per_batch = config.batch_size * runtime.world_size
@@ -309,6 +310,7 @@ class _Run:
                 "momentum": float(self.state.momenta[self.state.step - 1]),
                 "pairs_per_second": sum(speed["pairs_per_second"] for speed in speeds),
                 "data_wait_percent": max(speed["data_wait_percent"] for speed in speeds),
+                **({"mfu_percent": sum(s["mfu_percent"] for s in speeds) / len(speeds)} if "mfu_percent" in speeds[0] else {}),
                 "bad_steps": self.bad_steps.total,
                 "epoch": epoch,
             }
@@ -412,8 +414,8 @@ def is_better(metrics: Mapping[str, Any], best: Mapping[str, Any] | None) -> boo
 class _Clock:
     """Speed and waiting since the epoch began, or since this process took it up."""
 
-    def __init__(self, loader: PretrainLoader) -> None:
-        self._loader = loader
+    def __init__(self, loader: PretrainLoader, device: torch.device, flops: int | None) -> None:
+        self._loader, self._device, self._flops = loader, device, flops
         self.restart()
 
     def restart(self) -> None:
@@ -422,10 +424,13 @@ class _Clock:
         self._started, self._waited = time.perf_counter(), self._loader.wait_seconds
 
     def figures(self) -> dict[str, float]:
-        """Return this process's pairs a second, and the share of the time that it waited for data, in percent."""
+        """Return this process's pairs a second, its wait for data and its MFU in percent, the latter where a peak is known."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         waited = self._loader.wait_seconds - self._waited
-        return {"pairs_per_second": self.pairs / elapsed, "data_wait_percent": 100 * waited / elapsed}
+        figures = {"pairs_per_second": self.pairs / elapsed, "data_wait_percent": 100 * waited / elapsed}
+        if self._flops is not None:
+            figures["mfu_percent"] = 100 * mfu(figures["pairs_per_second"], self._flops, self._device)
+        return figures
 
 
 def _endlessly(loader: PretrainLoader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -469,6 +474,15 @@ def _loader(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> Pretr
         world_size=runtime.world_size,
         mmap=config.mmap,
     )
+
+
+def _pair_flops(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> int | None:
+    """Return the arithmetic of a pair of views, or None where no peak is known to hold it against."""
+    if peak_flops(runtime.device) is None:
+        return None
+    with torch.device("meta"):
+        model = MammogramBYOL(build_backbone(config.arch), hidden_dim=config.hidden_dim, proj_dim=config.proj_dim)
+    return flops_per_pair(model, config.view_size or shards.preprocessing["tile_size"])
 
 
 def _monitor(shards: ShardSet, config: PretrainConfig, state: TrainingState) -> Monitor:

@@ -6,15 +6,19 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import BadInput
 from models.backbones import build_backbone
 from models.byol import MammogramBYOL
+from models.checkpoints import load_checkpoint
 from shards import open_shards
 from train.config import PretrainConfig
+from train.flops import flops_per_pair
 from train.monitoring import (
     WINDOW,
     CollapseAlarm,
@@ -199,12 +203,12 @@ def test_a_resumed_monitor_reports_what_an_uninterrupted_one_does(at):
 # ---------------------------------------------------------------- real training
 
 
-def train(road, folder, **options):
-    """A tiny run whose learning rate soon makes it collapse where it can; return its lines."""
-    small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 64, "epochs": 100}
+def train(road, folder, resume=None, **options):
+    """A tiny run; return its lines."""
+    small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 24, "epochs": 100}
     small |= {"device": "cpu", "num_workers": 2, "wandb_mode": "disabled", "lr": 1e-3, "warmup_epochs": 0.0}
-    config = PretrainConfig(**(small | {"max_steps": 100, "momentum": 0.99} | options))
-    pretrain(open_shards(road.shards), folder, config)
+    config = PretrainConfig(**(small | {"max_steps": 70, "momentum": 0.99, "save_every": 1000} | options))
+    pretrain(open_shards(road.shards), folder, config, resume)
     return read_metrics(folder / "metrics.jsonl")
 
 
@@ -214,11 +218,30 @@ class WithoutPredictor(MammogramBYOL):
         self.prediction_head = torch.nn.Identity()
 
 
-def test_a_healthy_run_is_silent_and_logs_every_measure(road, tmp_path, capfd):
-    lines = train(road, tmp_path)
-    assert "collapse:" not in capfd.readouterr().err
+@pytest.fixture(scope="module")
+def labels_csv(road, tmp_path_factory):
+    path = tmp_path_factory.mktemp("labels") / "labels.csv"
+    pd.concat([pd.read_csv(road.train_csv), pd.read_csv(road.val_csv)]).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def healthy(road, tmp_path_factory, labels_csv):
+    """The folder and lines of a run that learns, with the online probe."""
+    folder = tmp_path_factory.mktemp("healthy")
+    options = {"probe_csv": str(labels_csv), "probe_class_names": ("bright",), "probe_every": 10, "save_every_steps": 40}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.flops.peak_flops", lambda device: 1e12)
+        patch.setattr("train.pretrain.peak_flops", lambda device: 1e12)
+        yield folder, train(road, folder, **options), options
+    for path in folder.glob("*.pth"):
+        path.unlink()
+
+
+def test_a_run_that_learns_is_silent_and_logs_every_measure(road, healthy):
+    _, lines, _ = healthy
     steps = [line for line in lines if "loss" in line]
-    assert [line["collapse"] for line in steps] == [0] * 10
+    assert [line["collapse"] for line in steps] == [0] * 7
     ratios = open_shards(road.shards).tiles("train")["breast_ratio"]
     for line in steps:
         assert {"grad_norm", "z_std", "effective_rank", "view_retrieval", "target_distance", "momentum", "lr"} <= line.keys()
@@ -226,13 +249,78 @@ def test_a_healthy_run_is_silent_and_logs_every_measure(road, tmp_path, capfd):
         assert 0 <= line["view_retrieval"] <= 1
     epochs = [line for line in lines if "epoch_mean/loss" in line]
     assert all(line["epoch_mean/collapsed"] == 0 for line in epochs)
-    print([(l["loss"], l["z_std"], l["effective_rank"], l["view_retrieval"]) for l in steps])
+    with torch.device("meta"):
+        flops = flops_per_pair(MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16), road.tile_size)
+    for line in epochs:
+        assert line["epoch_mean/mfu_percent"] == pytest.approx(100 * line["epoch_mean/pairs_per_second"] * flops / 1e12)
 
 
-def test_a_collapsing_run_sets_off_the_alarm_and_no_later_epoch_is_best(road, tmp_path, capfd, monkeypatch):
+def test_the_online_probe_decides_which_epoch_is_best_and_changes_no_weight(road, healthy, tmp_path):
+    folder, lines, _ = healthy
+    probed = {line["epoch_mean/epoch"]: line["epoch_mean/probe"] for line in lines if "epoch_mean/probe" in line}
+    assert list(probed) == [10, 20, 24]  # the last, too
+    figures = [line for line in lines if "probe/linear/bright" in line]
+    assert [line["probe/linear/mean"] for line in figures] == list(probed.values())
+    assert all(0 <= line["probe/kNN/bright"] <= 1 for line in figures)
+    best = load_checkpoint(folder / "mammogram_byol_best.pth", "byol")
+    assert probed[best["epoch"]] == max(probed.values())
+
+    train(road, tmp_path)
+    one, other = (load_checkpoint(place / "mammogram_byol_final.pth", "byol") for place in (tmp_path, folder))
+    assert all(torch.equal(tensor, other["model_state_dict"][name]) for name, tensor in one["model_state_dict"].items())
+
+
+def test_a_run_cut_between_readings_goes_on_with_the_same_record(road, healthy, tmp_path, monkeypatch):
+    folder, lines, options = healthy
+    with monkeypatch.context() as patch:
+        patch.setattr("train.monitoring.Monitor.record", _cut_at(47))
+        with pytest.raises(Cut):
+            train(road, tmp_path, **options)
+    last = tmp_path / "mammogram_byol_last.pth"
+    assert load_checkpoint(last, "byol")["step"] == 45  # after an epoch of 3 steps
+    resumed = train(road, tmp_path, last, **options)
+    assert without_speed(resumed) == without_speed(lines)
+    one, other = (load_checkpoint(place / "mammogram_byol_final.pth", "byol") for place in (tmp_path, folder))
+    assert all(torch.equal(tensor, other["model_state_dict"][name]) for name, tensor in one["model_state_dict"].items())
+    assert one["resume"]["monitor"] == other["resume"]["monitor"]
+
+
+class Cut(Exception):
+    """What ends a run as a power cut would: nothing is saved any more."""
+
+
+def _cut_at(step):
+    record, count = Monitor.record, iter(range(1, 1000))
+
+    def cut(self, *args):
+        if next(count) == step:
+            raise Cut
+        record(self, *args)
+
+    return cut
+
+
+def without_speed(lines):
+    names = ("epoch_mean/pairs_per_second", "epoch_mean/data_wait_percent", "epoch_mean/mfu_percent")
+    return [{name: value for name, value in line.items() if name not in names} for line in lines]
+
+
+def test_a_collapsing_run_warns_with_the_evidence_and_stops_if_asked_to(road, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("train.pretrain.MammogramBYOL", WithoutPredictor)
-    lines = train(road, tmp_path)
+    lines = train(road, tmp_path, save_every=18)
     err = capfd.readouterr().err
+    assert err.count("collapse: z_std is 0.") == 1
+    assert "healthy is about 0.25 (1 / sqrt(16)): all tiles look alike" in err
     steps = [line for line in lines if "loss" in line]
-    print([(l["loss"], l["z_std"], l["effective_rank"], l["view_retrieval"]) for l in steps])
-    assert "collapse: z_std is" in err
+    assert steps[-1]["collapse"] == 1
+    assert steps[-1]["z_std"] < 0.125
+    # The loss alone would have chosen an epoch of the collapse.
+    collapsed = {line["epoch_mean/epoch"] for line in lines if line.get("epoch_mean/collapsed")}
+    losses = {line["epoch_mean/epoch"]: line["epoch_mean/loss"] for line in lines if "epoch_mean/loss" in line}
+    best = load_checkpoint(tmp_path / "mammogram_byol_best.pth", "byol")["epoch"]
+    assert best == min(losses.keys() - collapsed, key=losses.get)
+    assert min(losses, key=losses.get) in collapsed
+
+    with pytest.raises(BadInput, match=r"z_std is too low since step \d+; stopped after step 60 and saved.*lower --lr"):
+        train(road, tmp_path, tmp_path / "mammogram_byol_epoch_018.pth", save_every=18, on_collapse="stop")
+    assert load_checkpoint(tmp_path / "mammogram_byol_last.pth", "byol")["step"] == 60
