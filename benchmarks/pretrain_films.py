@@ -93,9 +93,9 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     yield ""
     yield (
         f"{len(tiles)} tiles (`{TILING}`) of 8 films, 2 patients; {counts[CLUSTER]} labelled tiles hold a simulated cluster "
-        f"(contrast {options.contrast:g}), {counts[VIEW]} are of MLO views. Pre-trained without labels on 384 of the tiles, others "
-        f"for each seed: `mammostream pretrain {TRAINING} --views views.yaml --epochs {options.epochs} {NETWORK}`. The views are "
-        "those of the recipe without its blur, which is meant for pixels half as large and would wipe out the specks."
+        f"(contrast {options.contrast:g}), {counts[VIEW]} are of MLO views. Pre-trained without labels on 384 of the "
+        f"tiles, others for each seed: `mammostream pretrain {TRAINING} --views views.yaml --epochs {options.epochs} {NETWORK}`. "
+        "The views are those of the recipe without its blur, which is meant for pixels half as large and would wipe out the specks."
     )
     yield ""
     yield "## Frozen features against random weights"

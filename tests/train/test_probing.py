@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 from types import SimpleNamespace
 
 import imagecodecs
@@ -302,7 +303,7 @@ def test_the_command_sets_networks_side_by_side(probed):
     assert any("2 patients only" in note for note in result["notes"])
 
 
-def test_features_are_computed_once(probed, pretrained, labels_csv, mammostream):
+def test_features_are_computed_once(probed, pretrained, labels_csv, mammostream, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in (probed / "out/features").iterdir()}
     assert len(before) == 5  # two checkpoints, two random networks, one file
     figures = (probed / "out/probe.json").read_text()
@@ -316,6 +317,19 @@ def test_features_are_computed_once(probed, pretrained, labels_csv, mammostream)
     assert "undefined" in outcome.out
     assert {path.name: path.stat().st_mtime_ns for path in (probed / "out/features").iterdir()} == before
     assert (probed / "out/probe.json").read_text() == figures
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
+    outcome = mammostream(
+        f"probe --checkpoint {pretrained.byol} --shards {pretrained.shards} --labels {labels_csv} --class-names bright "
+        f"--seeds 0 --bootstrap 0 --output-dir {probed}/out {SMALL}"
+    )
+    assert outcome.code == 0
+    assert "without ImageNet: cannot get the ImageNet weights of resnet18" in outcome.err
+    rows = json.loads((probed / "out/probe.json").read_text())["rows"]
+    assert {row["network"] for row in rows} == {"pretrain/mammogram_byol_final", "random resnet18"}
 
 
 def test_checkpoints_of_other_tiles_are_refused(pretrained, labels_csv, mammostream, tmp_path):
