@@ -119,7 +119,7 @@ def pretrain(
     runtime = runtime or resolve_runtime(config)
     if config.deterministic:
         make_deterministic()
-    with memory_explained(runtime.device, config.batch_size, config.accumulate), StopSignals() as signals:
+    with memory_explained(runtime.device, config.batch_size, config.accumulate), StopSignals(runtime.is_main) as signals:
         torch.manual_seed(config.seed)
         loader = _loader(shards, config, runtime)
         state = _initial_state(config, runtime, len(loader))

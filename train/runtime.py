@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from common.errors import BadInput
+from common.errors import BadInput, Stopped
 from train.config import RuntimeConfig
 
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, gloo, NCCL
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -152,6 +153,8 @@ def join_processes(config: RuntimeConfig) -> Iterator[Runtime]:
     ------
     BadInput
         As :func:`resolve_runtime`; or there are more processes on this machine than GPUs.
+    Stopped
+        Another process ended while this one waited for it.
     """
     runtime = resolve_runtime(config)
     # torchrun's variables; other launchers set the same.
@@ -171,5 +174,10 @@ def join_processes(config: RuntimeConfig) -> Iterator[Runtime]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield replace(runtime, device=device, rank=rank, world_size=world_size)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _PEER_GONE):
+            raise
+        # Said only where that process had no time to say why: torchrun's processes speak once.
+        raise Stopped("another process of this run ended, so this one must too; see torchrun's summary", 1) from error
     finally:
         distributed.destroy_process_group()

@@ -20,6 +20,11 @@ class StopSignals:
     A second Ctrl-C stops at once (KeyboardInterrupt); a second SIGTERM or SIGUSR1 changes nothing, since schedulers send them
     more than once. Outside the ``with`` block the signals do what they did before.
 
+    Parameters
+    ----------
+    speaks
+        Whether to say on stderr that the signal was heard.
+
     Examples
     --------
     >>> import os, signal, torch
@@ -30,7 +35,8 @@ class StopSignals:
     75
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
+        self._speaks = speaks
         self._code = 0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -55,7 +61,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._code == _EXIT_CODES[signal.SIGINT]:
             raise KeyboardInterrupt
-        if not self._code:
+        if self._speaks and not self._code:
             # Not print(): a signal may come in the midst of one.
             os.write(2, b"\nstopping after this step\n")
         self._code = max(self._code, _EXIT_CODES[signal.Signals(number)])

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import os
+
 import imagecodecs
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from common.errors import BadInput
 from dali_pipelines import PretrainLoader
+from dali_pipelines.recipes import views_from_dict
 from models.backbones import build_backbone
 from models.byol import MammogramBYOL
 from models.checkpoints import load_checkpoint
 from shards import open_shards
 from train.config import PretrainConfig
 from train.pictures import read_metrics
-from train.pretrain import TrainingState, pretrain, train_step
-from train.runtime import Runtime, resolve_runtime
+from train.pretrain import TrainingState, is_better, pretrain, train_step
+from train.runtime import Runtime, make_deterministic, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
+from train.stages import checkpoint_activations
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 
@@ -85,6 +91,64 @@ def test_a_step_clips_the_gradient(road):
     assert deltas[1e-3] == pytest.approx(deltas[1e9] * 1e-3 / norm.item(), rel=1e-2)
 
 
+def some_batches(count: int, tiles: int = 4):
+    generator = torch.Generator().manual_seed(3)
+    size = (tiles, 1, 32, 32)
+    return [tuple(torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(2)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_accumulated_batches_give_the_mean_of_their_gradients_and_see_their_own_statistics(checkpointed):
+    batches = some_batches(3)
+    torch.manual_seed(0)
+    model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16).double().train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    alone = copy.deepcopy(model)  # one batch after the other through the same weights: its statistics move three times
+    losses = [alone(*views).loss for views in batches]
+    torch.stack(losses).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in alone.parameters() if p.grad is not None])
+
+    if checkpointed:
+        checkpoint_activations(model.backbone)
+    optimizer = torch.optim.SGD(parameters, lr=0.0, fused=True)
+    state = TrainingState(model, model, optimizer, CPU.scaler(), np.array([1e-9]), np.array([1.0]))
+    output, norm = train_step(state, CPU, small_config(accumulate=3, gradient_clip=1e9), iter(batches), 3)
+    torch.testing.assert_close(output.loss, torch.stack(losses).mean().detach())
+    torch.testing.assert_close(norm, expected.norm(), rtol=1e-5, atol=0)
+    got = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+    for name, buffer in alone.named_buffers():
+        assert torch.equal(dict(model.named_buffers())[name], buffer), name
+
+
+def test_the_best_epoch_is_the_probes_where_it_runs_and_never_a_collapsed_one():
+    plain, lower = {"loss": -0.5}, {"loss": -0.6}
+    assert is_better(plain, None)
+    assert is_better(lower, plain)
+    assert not is_better(plain, plain)
+    assert not is_better(plain, lower)
+    assert not is_better({"loss": -1.0, "collapsed": True}, plain)
+    assert not is_better({"loss": -1.0, "collapsed": True}, None)
+    probed = {"loss": -0.1, "probe": 0.7}
+    assert is_better(probed, lower)
+    assert not is_better({"loss": -0.9}, probed)
+    assert not is_better({"loss": -0.9, "probe": 0.6}, probed)
+    assert is_better({"loss": -0.05, "probe": 0.71}, probed)
+    assert not is_better({"loss": -0.05, "probe": 0.9, "collapsed": True}, probed)
+
+
+def test_deterministic_asks_torch_for_deterministic_algorithms(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # ---------------------------------------------------------------- a run's files
 
 
@@ -133,6 +197,47 @@ def test_limit_tiles_reads_that_many_and_never_validation_tiles(road, tmp_path):
         pretrain(shards, tmp_path, small_config(limit_tiles=10**6, batch_size=everything + 1))
 
 
+def test_max_steps_ends_the_schedules_and_the_run_within_an_epoch(road, tmp_path):
+    config = small_config(limit_tiles=40, epochs=3, max_steps=8, save_every=1)
+    pretrain(open_shards(road.shards), tmp_path, config)  # five steps an epoch
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["epoch_mean/epoch"]) for line in lines] == [(5, 1), (8, 2)]
+    assert (lines[-1]["epoch_mean/lr"], lines[-1]["epoch_mean/momentum"]) == (0, 1)
+    final = load_checkpoint(tmp_path / "mammogram_byol_final.pth", "byol")
+    assert (final["step"], final["epoch"]) == (8, 1)  # whole epochs
+    assert not (tmp_path / "mammogram_byol_epoch_002.pth").exists()
+
+
+def test_views_of_a_file_and_of_another_size_are_those_that_are_trained_on(road, tmp_path, monkeypatch):
+    views = {"view1": {"brightness": 0.1}, "view2": {"rotation_deg": 90.0}}
+    (tmp_path / "views.yaml").write_text(yaml.safe_dump(views))
+    config = small_config(views=str(tmp_path / "views.yaml"), view_size=48, mmap=False, batch_size=4)
+    seen = []
+    forward = MammogramBYOL.forward
+    monkeypatch.setattr(MammogramBYOL, "forward", lambda self, *views: seen.append(views) or forward(self, *views))
+    pretrain(open_shards(road.shards), tmp_path / "run", config)
+    loader = PretrainLoader(
+        open_shards(road.shards).shards("train"),
+        batch_size=4,
+        views=views_from_dict(views, "here"),
+        tile_size=road.tile_size,
+        view_size=48,
+        mean=0.449,
+        std=0.226,
+        tiles=np.sort(np.random.default_rng(0).permutation(open_shards(road.shards).tiles("train")["tile"])[:16]),
+    )
+    for ours, (view1, view2, _) in zip(seen, loader, strict=True):
+        assert ours[0].shape == (4, 1, 48, 48)
+        assert torch.equal(ours[0], view1)
+        assert torch.equal(ours[1], view2)
+    recorded = load_checkpoint(tmp_path / "run/mammogram_byol_last.pth", "byol")["views"]
+    assert views_from_dict(recorded, "checkpoint") == views_from_dict(views, "here")
+
+    (tmp_path / "views.yaml").write_text(yaml.safe_dump(views | {"view2": {"rotation_deg": 45.0}}))
+    with pytest.raises(BadInput, match="the saved loader had views"):
+        pretrain(open_shards(road.shards), tmp_path / "run", config, resume=tmp_path / "run/mammogram_byol_last.pth")
+
+
 def test_a_diverged_run_ends_with_what_to_change_and_without_a_checkpoint(road, tmp_path):
     with pytest.raises(BadInput, match="gradients of 3 of the 4 steps of epoch 1 were not finite; lower --lr"):
         pretrain(open_shards(road.shards), tmp_path, small_config(limit_tiles=32, lr=1e35, warmup_epochs=0.0))
@@ -149,6 +254,11 @@ def test_a_diverged_run_ends_with_what_to_change_and_without_a_checkpoint(road, 
         ("save_every", 0),
         ("limit_tiles", 0),
         ("limit_tiles", -3),
+        ("max_steps", 0),
+        ("save_every_steps", 0),
+        ("view_size", 0),
+        ("accumulate", 0),
+        ("max_bad_steps", 0),
         ("hidden_dim", 0),
         ("proj_dim", 0),
         ("weight_decay", -1e-4),
