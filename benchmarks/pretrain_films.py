@@ -91,11 +91,12 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     yield f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU used, Python {platform.python_version()}, {versions}; "
     yield f"{seconds:.0f} s. Command: `python benchmarks/pretrain_films.py {' '.join(sys.argv[1:])}`"
     yield ""
+    line = f"mammostream pretrain {TRAINING} --views views.yaml --epochs {options.epochs} {NETWORK}"
     yield (
         f"{len(tiles)} tiles (`{TILING}`) of 8 films, 2 patients; {counts[CLUSTER]} labelled tiles hold a simulated cluster "
-        f"(contrast {options.contrast:g}), {counts[VIEW]} are of MLO views. Pre-trained without labels on 384 of the "
-        f"tiles, others for each seed: `mammostream pretrain {TRAINING} --views views.yaml --epochs {options.epochs} {NETWORK}`. "
-        "The views are those of the recipe without its blur, which is meant for pixels half as large and would wipe out the specks."
+        f"(contrast {options.contrast:g}), {counts[VIEW]} are of MLO views. Pre-trained without labels on 384 of the tiles, "
+        "others for each seed, with the recipe's views but for their blur, which is meant for pixels half as large and would "
+        f"wipe out the specks: `{line}`."
     )
     yield ""
     yield "## Frozen features against random weights"

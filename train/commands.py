@@ -33,10 +33,10 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
     """Pre-train a backbone by BYOL: two views of each tile, no labels.
 
     Writes mammogram_byol_last.pth after each epoch, _best, _epoch_010 and so on, and _final; metrics.jsonl with loss, z_std,
-    effective rank, view retrieval and more; views.png and curves.png. A warning with its evidence tells a collapse. The best epoch is that of the highest online probe where
-    it runs, else of the lowest loss without a collapse alarm. SIGTERM, SIGUSR1 and Ctrl-C save after the step under way; the
-    exit code is then 75 (Ctrl-C: 130), and --resume auto goes on as if nothing had happened. Several processes: torchrun
-    --nproc-per-node N -m mammostream pretrain ...
+    effective rank, view retrieval and more; views.png and curves.png. A warning with its evidence tells a collapse. The best
+    epoch is that of the highest online probe where it runs, else of the lowest loss without a collapse alarm. SIGTERM, SIGUSR1
+    and Ctrl-C save after the step under way; the exit code is then 75 (Ctrl-C: 130), and --resume auto goes on as if nothing
+    had happened. Several processes: torchrun --nproc-per-node N -m mammostream pretrain ...
     """
     from shards.reading import open_shards
 
