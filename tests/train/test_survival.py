@@ -71,10 +71,10 @@ def test_a_run_killed_and_stopped_in_mid_epoch_goes_on_bit_for_bit(
     steps = []
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1):
         before = last.stat().st_ino if last.exists() else None
-        child = Child(command, tmp_path / "log", single_thread_environment)
-        child.wait_until(lambda: last.exists() and last.stat().st_ino != before)  # noqa: B023
-        child.process.send_signal(number)
-        code = child.end()
+        with Child(command, tmp_path / "log", single_thread_environment) as child:
+            child.wait_until(lambda: last.exists() and last.stat().st_ino != before)  # noqa: B023
+            child.process.send_signal(number)
+            code = child.end()
         steps.append(load_checkpoint(last, "byol")["step"])
         if number == signal.SIGKILL:
             assert code == -signal.SIGKILL
