@@ -29,6 +29,7 @@ COMMANDS = {
     "preview": ("shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
     "shards": ("shards.commands", "shards", "Build, verify, label, pack and unpack WebDataset shards of tiles."),
     "pretrain": ("train.commands", "pretrain", "BYOL pre-training on shards."),
+    "probe": ("train.commands", "probe", "Frozen features on labels, beside random and ImageNet weights."),
     "finetune": ("train.commands", "finetune", "Fine-tune a pre-trained backbone for multi-label classification."),
     "infer": ("train.commands", "infer", "Predict tiles of shards, or raw films with a heat map."),
     "evaluate": ("train.commands", "evaluate", "Compare predictions with labels: figures with intervals, and plots."),

@@ -118,11 +118,24 @@ class PretrainConfig(TrainingConfig):
         "Stop after so many steps in a row whose gradients are not finite; single ones are skipped and counted. fp16 may need "
         "up to 16 at the start to find its scale.",
     )
+    on_collapse: str = option(
+        "warn",
+        "What to do where all tiles begin to look alike to the network: warn, or save and stop with exit code 2.",
+        choices=("warn", "stop"),
+    )
+    probe_csv: str | None = option(
+        None,
+        "CSV of tile_path and 0/1 columns: every few epochs a linear and a nearest-neighbour probe learn from frozen features, "
+        "no patient on both sides; the linear probe's AUC then decides which epoch is best.",
+    )
+    probe_every: int = option(5, "Epochs between two probes; the last epoch is probed, too.")
+    probe_class_names: tuple[str, ...] = option((), "Columns to probe; default: all that hold only 0, 1 and empty.")
+    probe_tiles: int = option(2000, "Probe at most this many of the labelled tiles, the same ones each time.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "lr", "hidden_dim", "proj_dim", "save_every", "limit_tiles", "save_every_steps", "max_steps")
-        _require_positive(self, "view_size", "accumulate", "max_bad_steps")
+        _require_positive(self, "view_size", "accumulate", "max_bad_steps", "probe_every", "probe_tiles")
         _require_not_negative(self, "warmup_epochs")
         if self.batch_size < 2:
             raise BadInput("--batch-size 1 is too small for BYOL's batch norm; use at least 2")
@@ -206,6 +219,30 @@ class InferConfig(RuntimeConfig):
         super().__post_init__()
         if not 0 <= self.threshold <= 1:
             raise BadInput(f"--threshold {self.threshold} is not a probability between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ProbeConfig(RuntimeConfig):
+    """Linear and nearest-neighbour probes of frozen features."""
+
+    seeds: tuple[str, ...] = option(
+        ("0", "1", "2"), "Seeds of the random weights, of the labels drawn and of the folds of patients."
+    )
+    score: str = option(
+        "max", "An image's or breast's score: its highest tile's, or the mean of its three highest.", choices=("max", "top3")
+    )
+    bootstrap: int = option(1000, "Resamples of patients for the 95 % intervals (0 = none).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_not_negative(self, "bootstrap")
+        if not all(seed.isdecimal() for seed in self.seeds) or not 0 < len(set(map(int, self.seeds))) == len(self.seeds):
+            raise BadInput(f"--seeds {' '.join(self.seeds)}: give different whole numbers from 0 on")
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        """The seeds as numbers."""
+        return tuple(map(int, self.seeds))
 
 
 def _require_positive(config: RuntimeConfig, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Metrics: multi-label classification with missing labels, intervals over patients, calibration, signs of collapse."""
+"""Metrics: multi-label classification with missing labels, intervals over patients, calibration."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from scipy.optimize import brentq
 from scipy.sparse import csr_array
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score, roc_curve
-from torch import Tensor
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017
 TEMPERATURES = (0.05, 20.0)  # the range that fit_temperature searches
@@ -312,42 +309,6 @@ def calibrate(logits: np.ndarray, temperature: float) -> np.ndarray:
         Above 0; 1 gives the plain probabilities.
     """
     return expit(np.asarray(logits, np.float64) / temperature)
-
-
-def z_std(projections: Tensor) -> Tensor:
-    """Return the mean over dimensions of the standard deviation of l2-normalised rows (Chen and He 2021, SimSiam).
-
-    Near 0 says that the rows have collapsed to one point, which the loss does not show; healthy rows, spread over
-    the sphere, have about ``1 / sqrt(d)``. A scalar float32 tensor on the same device: reading it is the caller's
-    choice, since that waits for the GPU.
-
-    Parameters
-    ----------
-    projections
-        (N, d), N of at least 2.
-    """
-    return F.normalize(projections.float(), dim=1).std(0, correction=0).mean()
-
-
-def effective_rank(features: Tensor) -> Tensor:
-    """Return RankMe, the exponential of the singular values' entropy (Garrido et al. 2023, arXiv:2210.02885).
-
-    About how many directions the features use: 1 when all rows are multiples of one vector, at most min(N, d). NaN
-    where a feature is not finite, so that watching a diverged run does not end it. A scalar float32 tensor; computing
-    it waits for the GPU.
-
-    Parameters
-    ----------
-    features
-        (N, d); N well above d for an estimate that the number of rows does not limit.
-    """
-    features = features.float()
-    if not features.isfinite().all():
-        return features.new_tensor(float("nan"))
-    epsilon = 1e-7  # the paper's
-    singular = torch.linalg.svdvals(features)
-    p = singular / (singular.sum() + epsilon) + epsilon
-    return torch.exp(-(p * p.log()).sum())
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,10 +27,12 @@ from models.checkpoints import save_checkpoint
 from shards.reading import ShardSet
 from train.bad_steps import BadSteps, KeptStatistics
 from train.config import PretrainConfig
+from train.flops import flops_per_pair, mfu, peak_flops
 from train.memory import memory_explained
-from train.metrics import effective_rank, z_std
+from train.monitoring import ADVICE, READ_EVERY, Monitor, collapse_alarm, device_figures, target_distance
 from train.optimisation import build_optimizer, resolve_optimisation
 from train.pictures import draw_curves, draw_views
+from train.probing import OnlineProbe, read_probe_set
 from train.resuming import check_same_options, load_to_resume, random_state, set_random_state
 from train.runtime import Runtime, make_deterministic, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
@@ -39,14 +42,12 @@ from train.stopping import StopSignals
 from train.sync_batch_norm import synchronise_batch_norms
 from train.tracking import Tracker, drop_lines
 
-LOG_EVERY = 10  # steps between reads of the loss: reading it waits for the device
 VIEWS_SHOWN = 6
 CHECKPOINT_NAME = "mammogram_byol_{}.pth"
 # What may change between the two halves of a run without changing its result, or by intent. The views' file may move: the
 # loader compares what it says.
 _FREE = {"num_workers", "wandb_project", "wandb_mode", "save_every", "save_every_steps", "device", "precision", "compile"}
-_FREE |= {"cuda_graphs"}
-_FREE |= {"mmap", "views", "gradient_checkpointing", "deterministic", "max_bad_steps"}
+_FREE |= {"cuda_graphs", "mmap", "views", "gradient_checkpointing", "deterministic", "max_bad_steps", "on_collapse"}
 
 Views = tuple[Tensor, Tensor]
 
@@ -123,7 +124,8 @@ def pretrain(
         loader = _loader(shards, config, runtime)
         state = _initial_state(config, runtime, len(loader))
         bad_steps = BadSteps(output_dir / "bad_batches.jsonl", config.max_bad_steps, runtime)
-        run = _Run(shards, output_dir, config, runtime, loader, state, bad_steps, signals)
+        monitor, probe = _monitor(shards, config, state), _online_probe(shards, config, runtime)
+        run = _Run(shards, output_dir, config, runtime, loader, state, bad_steps, signals, monitor, probe)
         if resume is not None:
             run.restore(resume)
         options = asdict(config) | dict(command or {}) | {"chosen": state.chosen}
@@ -136,7 +138,7 @@ def pretrain(
         with tracker if runtime.is_main else nullcontext() as run.tracker:
             run.train()
     if runtime.is_main:
-        names = ["loss", "z_std", "effective_rank", "lr"]
+        names = ["loss", "z_std", "effective_rank", "view_retrieval", "probe", "lr"]
         draw_curves(output_dir / "metrics.jsonl", names, output_dir / "curves.png", "BYOL pre-training")
     return runtime.from_main(run.metrics)
 
@@ -203,6 +205,8 @@ class _Run:
     state: TrainingState
     bad_steps: BadSteps
     signals: StopSignals
+    monitor: Monitor  # the main process's batches
+    probe: OnlineProbe | None  # of the main process
     tracker: Tracker | None = None  # of the main process
     metrics: dict[str, Any] = field(default_factory=dict)  # the last whole epoch's, in the main process
     best: dict[str, Any] | None = None  # the best epoch's
@@ -211,7 +215,7 @@ class _Run:
         """Take the steps that are left."""
         state, config, runtime = self.state, self.config, self.runtime
         state.model.train()
-        clock = _Clock(self.loader)
+        clock = _Clock(self.loader, runtime.device, _pair_flops(self.shards, config, runtime))
         batches = _endlessly(self.loader)
         per_epoch = _steps_per_epoch(config, len(self.loader))
         per_batch = config.batch_size * runtime.world_size
@@ -227,24 +231,36 @@ class _Run:
                 numbers: list[Tensor] = []
                 output, norm = train_step(state, runtime, config, _views(batches, count, numbers), count)
                 self.bad_steps.note(state.step, norm, numbers)
+                if runtime.is_main:
+                    self.monitor.record(output, norm, torch.cat(numbers))
                 collect(state.step)
 
                 clock.pairs += count * config.batch_size
                 bar.update(count * per_batch)
                 epoch, place = divmod(state.step - 1, per_epoch)
-                if state.step % LOG_EVERY == 0:
+                if state.step % READ_EVERY == 0:
                     self._log(output, norm, epoch + 1, clock, bar)
                 stop = self.signals.exit_code(runtime, state.step)
                 if place + 1 == per_epoch or state.step == state.steps:
                     self._end_epoch(output, epoch + 1, place + 1, clock)
                 elif stop or (config.save_every_steps and state.step % config.save_every_steps == 0):
                     self._save(["last"], unless_bad=not stop)
+                if state.step % READ_EVERY == 0 and config.on_collapse == "stop":
+                    self._stop_if_collapsed()
                 if stop and state.step < state.steps:
                     raise Stopped(
                         f"stopped after step {state.step} of {state.steps} and saved; go on with the same command and "
                         "--resume auto",
                         stop,
                     )
+
+    def _stop_if_collapsed(self) -> None:
+        """Save and end the run while the alarm rings."""
+        since = self.runtime.from_main(self.monitor.alarm.since)
+        if since:
+            self._save(["last"])
+            signs = " and ".join(f"{name} is too low since step {step}" for name, step in since.items())
+            raise BadInput(f"collapse: {signs}; stopped after step {self.state.step} and saved. To mend it: {ADVICE}")
 
     def _batches_before(self, step: int) -> int:
         """Return how many batches a process takes before a step, counted from 0; an epoch's last step takes those left."""
@@ -257,11 +273,15 @@ class _Run:
         loss = float(self.runtime.total(output.loss)) / self.runtime.world_size
         if self.tracker is None:
             return
-        step = self.state.step
+        step, model = self.state.step, self.state.model
         lr, momentum = float(self.state.lrs[step - 1]), float(self.state.momenta[step - 1])
-        figures = {"loss": loss, "z_std": float(z_std(output.projections)), "grad_norm": float(norm), "lr": lr}
-        figures |= {"momentum": momentum, "bad_steps": self.bad_steps.total, "epoch": epoch}
+        measures, alarms = self.monitor.read(step, output.features)
+        figures = {"loss": loss} | measures | {"lr": lr, "momentum": momentum}
+        figures |= {"target_distance": float(target_distance(model)), "collapse": int(bool(self.monitor.alarm.since))}
+        figures |= {"bad_steps": self.bad_steps.total, "epoch": epoch} | device_figures(self.runtime.device)
         self.tracker.log(step, figures)
+        for line in alarms:
+            bar.write(f"warning: step {step}: {line}", file=sys.stderr)
         wait = clock.figures()["data_wait_percent"]
         bar.set_postfix(
             epoch=epoch, loss=f"{loss:.3f}", lr=f"{lr:.1e}", momentum=f"{momentum:.4f}", data_wait=f"{wait:.0f}%", refresh=False
@@ -281,17 +301,21 @@ class _Run:
         self.state.sums.zero_()
         names = []
         if self.tracker is not None:
+            measures, rang = self.monitor.end_epoch(output.features)
             self.metrics = {
                 "loss": loss / good,
-                "z_std": float(z_std(output.projections)),
-                "effective_rank": float(effective_rank(output.features)),
+                **measures,
+                "collapsed": rang,
                 "lr": float(self.state.lrs[self.state.step - 1]),
                 "momentum": float(self.state.momenta[self.state.step - 1]),
                 "pairs_per_second": sum(speed["pairs_per_second"] for speed in speeds),
                 "data_wait_percent": max(speed["data_wait_percent"] for speed in speeds),
+                **({"mfu_percent": sum(s["mfu_percent"] for s in speeds) / len(speeds)} if "mfu_percent" in speeds[0] else {}),
                 "bad_steps": self.bad_steps.total,
                 "epoch": epoch,
             }
+            if self.probe is not None and (epoch % self.config.probe_every == 0 or self.state.step == self.state.steps):
+                self._probe()
             ranks = {"rank": dict(enumerate(speeds))} if len(speeds) > 1 else {}
             self.tracker.log(self.state.step, {"epoch_mean": self.metrics | ranks})
             if is_better(self.metrics, self.best):
@@ -304,6 +328,12 @@ class _Run:
                 names.append("final")
         # A resumed run takes the last one's epoch for done: so it comes after all others of that epoch.
         self._save([*names, "last"])
+
+    def _probe(self) -> None:
+        """Probe the backbone as it is; the figures go into the epoch's."""
+        aucs = self.probe(self.state.model.backbone)
+        self.tracker.log(self.state.step, {"probe": aucs})
+        self.metrics["probe"] = aucs["linear"]["mean"]
 
     def _save(self, names: Sequence[str], unless_bad: bool = False) -> None:
         """Write the checkpoint under each of the names; the processes leave together."""
@@ -333,6 +363,7 @@ class _Run:
                     "scaler": state.scaler.state_dict(),
                     "best": self.best,
                     "bad_steps": self.bad_steps.state_dict(),
+                    "monitor": self.monitor.state_dict(),
                     "processes": processes,
                 },
             }
@@ -356,6 +387,7 @@ class _Run:
         state.step = checkpoint["step"]
         self.metrics, self.best = checkpoint["metrics"], saved["best"]
         self.bad_steps.load_state_dict(saved["bad_steps"])
+        self.monitor.load_state_dict(saved["monitor"])
         mine = saved["processes"][runtime.rank]
         state.sums.copy_(torch.tensor(mine["sums"], dtype=torch.float64))
         self.loader.load_state_dict(mine["loader"])
@@ -382,8 +414,8 @@ def is_better(metrics: Mapping[str, Any], best: Mapping[str, Any] | None) -> boo
 class _Clock:
     """Speed and waiting since the epoch began, or since this process took it up."""
 
-    def __init__(self, loader: PretrainLoader) -> None:
-        self._loader = loader
+    def __init__(self, loader: PretrainLoader, device: torch.device, flops: int | None) -> None:
+        self._loader, self._device, self._flops = loader, device, flops
         self.restart()
 
     def restart(self) -> None:
@@ -392,10 +424,13 @@ class _Clock:
         self._started, self._waited = time.perf_counter(), self._loader.wait_seconds
 
     def figures(self) -> dict[str, float]:
-        """Return this process's pairs a second, and the share of the time that it waited for data, in percent."""
+        """Return this process's pairs a second, its wait for data and its MFU in percent, the latter where a peak is known."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         waited = self._loader.wait_seconds - self._waited
-        return {"pairs_per_second": self.pairs / elapsed, "data_wait_percent": 100 * waited / elapsed}
+        figures = {"pairs_per_second": self.pairs / elapsed, "data_wait_percent": 100 * waited / elapsed}
+        if self._flops is not None:
+            figures["mfu_percent"] = 100 * mfu(figures["pairs_per_second"], self._flops, self._device)
+        return figures
 
 
 def _endlessly(loader: PretrainLoader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -439,6 +474,28 @@ def _loader(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> Pretr
         world_size=runtime.world_size,
         mmap=config.mmap,
     )
+
+
+def _pair_flops(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> int | None:
+    """Return the arithmetic of a pair of views, or None where no peak is known to hold it against."""
+    if peak_flops(runtime.device) is None:
+        return None
+    with torch.device("meta"):
+        model = MammogramBYOL(build_backbone(config.arch), hidden_dim=config.hidden_dim, proj_dim=config.proj_dim)
+    return flops_per_pair(model, config.view_size or shards.preprocessing["tile_size"])
+
+
+def _monitor(shards: ShardSet, config: PretrainConfig, state: TrainingState) -> Monitor:
+    tiles = shards.tiles("train").sort_values("tile")
+    warmup = int(state.lrs.argmax())
+    return Monitor(collapse_alarm(config.proj_dim, warmup), tiles["tile"].to_numpy(), tiles["breast_ratio"].to_numpy())
+
+
+def _online_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> OnlineProbe | None:
+    if config.probe_csv is None:
+        return None
+    probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards, config.probe_tiles)
+    return OnlineProbe(probe_set, runtime, config)
 
 
 def _draw_some_views(shards: ShardSet, config: PretrainConfig, runtime: Runtime, path: Path) -> None:

@@ -22,12 +22,10 @@ from train.metrics import (
     bootstrap_auc,
     calibrate,
     classification_metrics,
-    effective_rank,
     evaluate_predictions,
     fit_temperature,
     fit_thresholds,
     reliability,
-    z_std,
 )
 
 PER_CLASS = ("auc", "ap", "sensitivity_at_90_specificity", "balanced_accuracy", "accuracy", "brier", "ece")
@@ -310,25 +308,3 @@ def test_reliability_bins_hold_every_row_once():
     assert count.tolist() == [1, 3, 1]
     assert mean == pytest.approx([0, 1.51 / 3, 1])
     assert share == pytest.approx([0, 2 / 3, 1])
-
-
-def test_z_std_tells_spread_from_collapse():
-    torch.manual_seed(0)
-    healthy = z_std(torch.randn(4096, 256))
-    assert healthy.item() == pytest.approx(1 / 16, rel=0.01)
-    assert z_std(torch.randn(1, 256).expand(64, -1)).item() == pytest.approx(0, abs=1e-6)
-    assert z_std(100 * torch.randn(4096, 256)).item() == pytest.approx(healthy.item(), rel=0.01)
-    assert z_std(torch.randn(8, 4).bfloat16()).dtype == torch.float32
-
-
-def test_effective_rank_counts_directions():
-    torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(32, 32)).Q
-    assert effective_rank(basis).item() == pytest.approx(32, rel=1e-3)
-    assert effective_rank(torch.cat([basis[:5]] * 8)).item() == pytest.approx(5, rel=1e-2)
-    assert effective_rank(torch.randn(1, 16).expand(64, -1)).item() == pytest.approx(1, rel=1e-2)
-    assert 1 <= effective_rank(torch.zeros(8, 16)).item() < 1.01
-    assert effective_rank(torch.tensor([[1.0, float("inf")]])).isnan()
-    # By hand: singular values 3 and 1 are shares 3/4 and 1/4.
-    expected = np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
-    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))).item() == pytest.approx(expected, rel=1e-4)
