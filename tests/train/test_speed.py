@@ -8,7 +8,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import BadInput
@@ -191,6 +190,8 @@ def test_checkpointing_within_a_compiled_step_leaves_the_statistics_alone(monkey
 
 def test_what_was_left_to_the_machine_is_printed_and_recorded(pretrained, mammostream):
     """The record is a config file too: the run that it starts is the finished one."""
+    import yaml
+
     record = pretrained.pretrained / "config.yaml"
     chosen = yaml.safe_load(record.read_text())["chosen"]
     assert chosen == {

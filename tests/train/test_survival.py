@@ -94,6 +94,21 @@ def test_a_run_killed_and_stopped_in_mid_epoch_goes_on_bit_for_bit(
         assert_same_tree(end_of(tmp_path, name), end_of(uninterrupted, name), name)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_deterministic_run_on_a_gpu_goes_on_bit_for_bit(road, mammostream, tmp_path):
+    command = f"pretrain --shards {road.shards} {RUN} --save-every 1 --device cuda --deterministic --wandb-mode disabled"
+    try:
+        assert mammostream(f"{command} --output-dir {tmp_path}/whole").code == 0
+        first = tmp_path / "whole/mammogram_byol_epoch_001.pth"
+        assert mammostream(f"{command} --output-dir {tmp_path}/resumed --resume {first}").code == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ours, theirs = (end_of(tmp_path / name, "final") for name in ("resumed", "whole"))
+    for part in ("model_state_dict", "optimizer_state_dict", "step"):
+        assert_same_tree(ours[part], theirs[part], part)
+
+
 # ---------------------------------------------------------------- signals
 
 
