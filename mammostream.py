@@ -15,6 +15,7 @@ from common.options import Group
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
 BENCHMARKS = {
     "build": ("shards.bench_command", "build", "Films a second from file to shard, and by stage."),
+    "infer": ("train.infer_bench", "infer", "Tiles and films a second of prediction, beside a plain PIL and torchvision loop."),
     "loader": ("dali_pipelines.commands", "loader", "Tiles a second of the loader and of other libraries' loaders."),
     "step": (
         "train.bench_command",

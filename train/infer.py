@@ -221,7 +221,8 @@ def load_predictor(
     model = restore(checkpoint, path).to(runtime.device, memory_format=torch.channels_last).eval()
     network: Any = Network(model, _DTYPES[runtime.precision], with_head=not features_only).eval()
     if config.compiles(runtime.device.type):
-        network = torch.compile(network)
+        # On a CPU, frozen weights are laid out once, and the operations after a convolution become part of it.
+        network = torch.compile(network, options={"freezing": True} if runtime.device.type == "cpu" else None)
     names: list[str] = []
     temperature, thresholds, wants_features = 1.0, {}, features_only
     if isinstance(config, InferConfig):

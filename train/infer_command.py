@@ -159,7 +159,10 @@ def infer(
 
         def draw_sheets(folder: Path) -> None:
             top = gather_top_tiles(parts, folder, predictor.class_names, sheet_tiles)
-            draw_top_tiles(predictor, top, read, output_dir, grad_cam)
+            try:
+                draw_top_tiles(predictor, top, read, output_dir, grad_cam)
+            except BadInput as error:  # a file that was there when its tiles were predicted: the tables are whole without
+                click.echo(f"no contact sheets: {error}", err=True)
 
         flag = next(name for name, value in sources.items() if value is not None)
         work = _Work(predictor, parts, unit, bad, inputs, flag, runtime)

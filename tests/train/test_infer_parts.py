@@ -64,7 +64,8 @@ def test_the_table_is_complete_and_in_the_order_of_tile_numbers(shard_set, undis
     assert (empty["reason"] == "no breast found").all()
     assert (empty["tiles"] == 0).all()
     assert sorted(path.name for path in undisturbed.iterdir()) == [
-        *("breast_predictions.parquet", "config.yaml", "image_predictions.parquet", "infer.json", "predictions.parquet")
+        *("breast_predictions.parquet", "config.yaml", "image_predictions.parquet", "infer.json", "predictions.parquet"),
+        *(f"top_tiles_{name}.png" for name in sorted(finetuned.classes)),
     ]
 
 
@@ -79,7 +80,7 @@ def test_two_processes_write_what_one_writes(shard_set, sharp_classifier, undist
 
 
 def test_a_killed_run_goes_on_and_leaves_the_same_table(
-    finetuned, sharp_classifier, run_cli, mammostream, single_thread_environment, tmp_path
+    finetuned, sharp_classifier, run_cli, mammostream, single_thread_environment, tmp_path, capfd
 ):
     shards = write_set(open_shards(finetuned.shards), tmp_path / "set", (60,) * 12)
     whole = tmp_path / "whole"
@@ -109,6 +110,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_table(
     run_cli(f"infer --model-path {sharp_classifier} --shards {shards} --output-dir {folder} --device cpu")
     assert_same_files(folder, whole)
     assert not (folder / "parts").exists()
+    assert "no contact sheets: shard" in capfd.readouterr().err  # their tiles are gone
 
 
 def test_a_finished_run_is_not_made_again_nor_replaced(shard_set, sharp_classifier, undisturbed, mammostream):
