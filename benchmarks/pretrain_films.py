@@ -65,6 +65,7 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     """Make the data, run the trainings and the probe; yield the page's lines."""
     started = time.perf_counter()
     shards, labels = out / "shards", out / "labels.csv"
+    in_parts = labels.exists()
     make_data(out, shards, labels, options.contrast)
     runs = {}
     for seed in options.seeds:
@@ -90,7 +91,10 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     yield "# BYOL on 8 films: what it learns, and what collapse looks like"
     yield ""
     yield f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU used, Python {platform.python_version()}, {versions}; "
-    yield f"{seconds:.0f} s. Command: `python benchmarks/pretrain_films.py {' '.join(sys.argv[1:])}`"
+    yield (
+        f"{'run in parts, not timed' if in_parts else f'{seconds:.0f} s'}. Command: `python benchmarks/pretrain_films.py --seeds "
+        f"{seeds} --epochs {options.epochs} --contrast {options.contrast:g}`"
+    )
     yield ""
     line = f"mammostream pretrain {TRAINING} --views views.yaml --epochs {options.epochs} {NETWORK}"
     yield (
