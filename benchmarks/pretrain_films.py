@@ -91,10 +91,9 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     yield "# BYOL on 8 films: what it learns, and what collapse looks like"
     yield ""
     yield f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU used, Python {platform.python_version()}, {versions}; "
-    yield (
-        f"{'run in parts, not timed' if in_parts else f'{seconds:.0f} s'}. Command: `python benchmarks/pretrain_films.py --seeds "
-        f"{seeds} --epochs {options.epochs} --contrast {options.contrast:g}`"
-    )
+    yield "in parts, not timed." if in_parts else f"{seconds:.0f} s."
+    arguments = f"--seeds {seeds} --epochs {options.epochs} --contrast {options.contrast:g}"
+    yield f"Command: `python benchmarks/pretrain_films.py {arguments}`"
     yield ""
     line = f"mammostream pretrain {TRAINING} --views views.yaml --epochs {options.epochs} {NETWORK}"
     yield (
