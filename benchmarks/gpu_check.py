@@ -34,6 +34,8 @@ from common.machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 CODECS = ("raw", "tif", "jhc", "png")
 PARTS = ("tests", "build", "loader", "step", "train", "infer")
+# Compiling takes most of the time; 'mammostream bench step' alone climbs the whole ladder at every batch size.
+FULL_LADDER = "--batch-size 64 --rounds 3 --rungs naive fp32 channels-last bf16 sync-free fused compile real-data"
 SMALL_NETWORK = "--arch resnet18 --hidden-dim 64 --proj-dim 32"
 
 
@@ -83,21 +85,38 @@ def parts(shards: list[Path], work: Path, options: argparse.Namespace) -> list[P
     first = shards[0]
     training = f"--device {device} --wandb-mode disabled --max-steps {4 if options.tiny else 150}"
     training += f" {SMALL_NETWORK} --batch-size 8" if options.tiny else " --batch-size 96"
-    ladder = "--arch resnet18 --tile-size 64 --batch-size 4 --steps 2 --rounds 1" if options.tiny else ""
+    ladder = (
+        "--arch resnet18 --tile-size 64 --batch-size 4 --steps 2 --rounds 1 --rungs naive fused"
+        if options.tiny
+        else FULL_LADDER
+    )
     seconds = 0.3 if options.tiny else 2
     found = [
         Part("tests", "Tests that compare GPU and CPU", f"{python} -m pytest -q -m gpu --continue-on-collection-errors", 150),
-        Part("step", "Ladder of the training step", f"{program} bench step --device {device} --shards {first} {ladder}", 200),
+        Part(
+            "step",
+            "Ladder of the training step",
+            f"{program} bench step --device {device} --shards {first} --workers {os.cpu_count()} {ladder}",
+            200,
+        ),
     ]
     for directory in shards:
         measure = f"{program} bench loader --shards {directory} --device {gpu} --rounds 1 --seconds {seconds}"
         codec = json.loads((directory / "shards.json").read_text(encoding="utf-8"))["codec"]
         found.append(Part("loader", f"Loader, codec {codec}", f"{measure} --workers {os.cpu_count()}", 45))
-    run_dir = work / "pretrain"
+    run_dir, model = work / "pretrain", work / "model.pth"
+    arch = "resnet18" if options.tiny else "resnet50"
+    subprocess.run(
+        [sys.executable, "benchmarks/random_classifier.py", first.resolve(), model, arch],
+        check=True,
+        cwd=ROOT,
+        env=environment(),
+    )
+    predict = f"bench infer --model-path {model} --shards {first} --device {device} --rounds 1"
     found += [
         Part("train", "Training on real shards", f"{program} pretrain --shards {first} --output-dir {run_dir} {training}", 120),
         Part("build", "Building, by stage", f"{python} benchmarks/build_stages.py --device {device} --repeats 1{films}", 90),
-        Part("infer", "Inference", f"{program} bench infer --shards {first} --device {device}", 60),
+        Part("infer", "Inference", f"{program} {predict}", 100),
     ]
     return found
 

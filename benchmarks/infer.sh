@@ -24,23 +24,7 @@ END
 $M prepare --images-root "$OUT/films" --output-dir "$OUT/prepared" --assume-spacing 0.05 --patient-regex 'P_\d+' --val-fraction 0.5
 $M shards build --manifest "$OUT/prepared/manifest.parquet" --output-dir "$OUT/shards" --pixel-spacing 0.1 --device cpu \
     --tile-size "$SIZE" --stride "$SIZE" --images-per-shard 2 --select breast
-"$PYTHON" - "$OUT" <<'END'
-import sys
-
-import torch
-
-from common.normalisation import MEAN, STD
-from models.backbones import build_backbone
-from models.checkpoints import save_checkpoint
-from models.classifier import MammogramClassifier, build_classification_head
-from shards import open_shards
-
-torch.manual_seed(0)
-model = MammogramClassifier(build_backbone("resnet50"), build_classification_head(2048, 4))
-record = open_shards(f"{sys.argv[1]}/shards").preprocessing | {"mean": MEAN, "std": STD}
-checkpoint = {"kind": "classifier", "arch": "resnet50", "config": {}, "class_names": list("abcd"), "preprocessing": record}
-save_checkpoint(f"{sys.argv[1]}/model.pth", checkpoint | {"model_state_dict": model.state_dict()})
-END
+"$PYTHON" benchmarks/random_classifier.py "$OUT/shards" "$OUT/model.pth"
 BENCH="$M bench infer --model-path $OUT/model.pth --shards $OUT/shards --device cpu --rounds $ROUNDS"
 echo "## Eager, with raw films" && $BENCH --manifest "$OUT/prepared/manifest.parquet"
 echo "## Compiled" && $BENCH --compile on
