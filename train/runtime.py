@@ -171,7 +171,8 @@ def join_processes(config: RuntimeConfig) -> Iterator[Runtime]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=_store_of_this_attempt(world_size), rank=rank, world_size=world_size)
     try:
         yield replace(runtime, device=device, rank=rank, world_size=world_size)
     except RuntimeError as error:
@@ -181,3 +182,16 @@ def join_processes(config: RuntimeConfig) -> Iterator[Runtime]:
         raise Stopped("another process of this run ended, so this one must too; see torchrun's summary", 1) from error
     finally:
         distributed.destroy_process_group()
+
+
+def _store_of_this_attempt(world_size: int) -> distributed.Store | None:
+    """Return where processes that torchrun restarted find each other; None takes the launcher's own place.
+
+    torchrun keeps one store for all attempts. Processes of a new one could find there where those of the last one listened
+    (pytorch#135712), so each attempt gets names of its own. Several torchruns count their attempts each for itself: for them
+    the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ["LOCAL_WORLD_SIZE"]) != world_size:
+        return None
+    store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return distributed.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

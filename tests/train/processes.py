@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,12 +46,22 @@ def workers_of(launcher: int) -> list[int]:
 
 
 class Child:
-    """A command that runs, whose stdout and stderr go to a file."""
+    """A command that runs, whose stdout and stderr go to a file; at the end of a ``with`` block it is stopped if need be."""
 
     def __init__(self, command: Sequence[str | Path], log: Path, environment: dict[str, str]) -> None:
         self._log = log
         with log.open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=with_this_code(environment), cwd=ROOT)
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=with_this_code(environment), cwd=ROOT, start_new_session=True
+            )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)  # torchrun hands it on
+            self.process.wait(60)
 
     @property
     def said(self) -> str:

@@ -71,10 +71,10 @@ def test_a_run_killed_and_stopped_in_mid_epoch_goes_on_bit_for_bit(
     steps = []
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1):
         before = last.stat().st_ino if last.exists() else None
-        child = Child(command, tmp_path / "log", single_thread_environment)
-        child.wait_until(lambda: last.exists() and last.stat().st_ino != before)  # noqa: B023
-        child.process.send_signal(number)
-        code = child.end()
+        with Child(command, tmp_path / "log", single_thread_environment) as child:
+            child.wait_until(lambda: last.exists() and last.stat().st_ino != before)  # noqa: B023
+            child.process.send_signal(number)
+            code = child.end()
         steps.append(load_checkpoint(last, "byol")["step"])
         if number == signal.SIGKILL:
             assert code == -signal.SIGKILL
@@ -92,6 +92,21 @@ def test_a_run_killed_and_stopped_in_mid_epoch_goes_on_bit_for_bit(
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [5, 10, 10, 15]
     for name in ("best", "epoch_002", "final", "last"):
         assert_same_tree(end_of(tmp_path, name), end_of(uninterrupted, name), name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_deterministic_run_on_a_gpu_goes_on_bit_for_bit(road, mammostream, tmp_path):
+    command = f"pretrain --shards {road.shards} {RUN} --save-every 1 --device cuda --deterministic --wandb-mode disabled"
+    try:
+        assert mammostream(f"{command} --output-dir {tmp_path}/whole").code == 0
+        first = tmp_path / "whole/mammogram_byol_epoch_001.pth"
+        assert mammostream(f"{command} --output-dir {tmp_path}/resumed --resume {first}").code == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ours, theirs = (end_of(tmp_path / name, "final") for name in ("resumed", "whole"))
+    for part in ("model_state_dict", "optimizer_state_dict", "step"):
+        assert_same_tree(ours[part], theirs[part], part)
 
 
 # ---------------------------------------------------------------- signals

@@ -198,17 +198,17 @@ def test_a_run_of_two_processes_survives_under_slurm(road, single_thread_environ
     last = run / "mammogram_byol_last.pth"
     command = ["bash", script, road.shards, run, *shlex.split(f"{RUN} {small} --save-every-steps 1")]
 
-    child = Child(command, tmp_path / "log", environment)
-    child.wait_until(last.exists)
-    launcher = int((tmp_path / "step").read_text())
-    workers = workers_of(launcher)
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    child.wait_until(lambda: len(set(workers_of(launcher)) - set(workers)) == 2)
-    before = last.stat().st_ino
-    child.wait_until(lambda: last.stat().st_ino != before)
-    child.process.send_signal(signal.SIGUSR1)
-    assert child.end() != 0
+    with Child(command, tmp_path / "log", environment) as child:
+        child.wait_until(last.exists)
+        launcher = int((tmp_path / "step").read_text())
+        workers = workers_of(launcher)
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        child.wait_until(lambda: len(set(workers_of(launcher)) - set(workers)) == 2)
+        before = last.stat().st_ino
+        child.wait_until(lambda: last.stat().st_ino != before)
+        child.process.send_signal(signal.SIGUSR1)
+        assert child.end() != 0
     assert child.said.count("stopped after step") == 1
     assert (tmp_path / "requeued").read_text() == "4711\n"
     assert not (run / "mammogram_byol_final.pth").exists()
