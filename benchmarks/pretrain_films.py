@@ -209,8 +209,8 @@ def probe_table(result: dict, seeds: int) -> Iterator[str]:
         )
     yield ""
     yield (
-        f"AUC of tiles, {result['folds']}: mean ± standard deviation over {seeds} seeds (each); a seed's BYOL starts from the random "
-        "weights of that seed. Below 0.5, what was learnt on one patient is wrong of the other."
+        f"AUC of tiles, {result['folds']}: mean ± standard deviation over {seeds} seeds (each); a seed's BYOL starts from the "
+        "random weights of that seed. Below 0.5, what was learnt on one patient is wrong of the other."
     )
 
 
