@@ -35,6 +35,7 @@ CLUSTER, VIEW = "simulated_calcification", "mlo"
 TILING = "--tile-size 64 --stride 40 --pixel-spacing 0.2 --images-per-shard 2 --workers 2 --device cpu"
 NETWORK = "--arch resnet18 --hidden-dim 512 --proj-dim 128 --device cpu --num-workers 2 --wandb-mode disabled"
 TRAINING = "--recipe mammo --lr 3e-4 --momentum 0.99 --batch-size 32 --limit-tiles 384"
+SPREAD = 128**-0.5  # z_std of projections that are spread evenly
 CURVES = {"loss": "loss", "z_std": "z_std", "effective_rank": "effective rank", "view_retrieval": "view retrieval"}
 
 
@@ -64,6 +65,7 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     """Make the data, run the trainings and the probe; yield the page's lines."""
     started = time.perf_counter()
     shards, labels = out / "shards", out / "labels.csv"
+    in_parts = labels.exists()
     make_data(out, shards, labels, options.contrast)
     runs = {}
     for seed in options.seeds:
@@ -89,7 +91,9 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     yield "# BYOL on 8 films: what it learns, and what collapse looks like"
     yield ""
     yield f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU used, Python {platform.python_version()}, {versions}; "
-    yield f"{seconds:.0f} s. Command: `python benchmarks/pretrain_films.py {' '.join(sys.argv[1:])}`"
+    yield "in parts, not timed." if in_parts else f"{seconds:.0f} s."
+    arguments = f"--seeds {seeds} --epochs {options.epochs} --contrast {options.contrast:g}"
+    yield f"Command: `python benchmarks/pretrain_films.py {arguments}`"
     yield ""
     line = f"mammostream pretrain {TRAINING} --views views.yaml --epochs {options.epochs} {NETWORK}"
     yield (
@@ -108,9 +112,10 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     yield from collapse_table(runs)
     yield ""
     yield (
-        f"The runs without predictor or slow target take {options.collapse_epochs} epochs with the recipe's own views. z_std "
-        "of rows spread evenly over the sphere: 0.088; view retrieval by chance: 0.031. The alarm's limits: z_std 0.044 and "
-        "effective rank 2, as medians over 50 steps."
+        f"The runs without predictor or slow target take {options.collapse_epochs} epochs with the recipe's own views. Without "
+        "the predictor both networks can agree on a constant; without the slow target the predictor alone may still prevent it "
+        f"(Chen and He 2021, SimSiam). z_std of projections that are spread evenly: {SPREAD:.3f}; view retrieval by chance: "
+        f"{1 / 32:.3f}. The alarm's limits: z_std {SPREAD / 2:.3f}, effective rank 2, as medians over 50 steps."
     )
     yield ""
     yield f"![Curves of all runs; a dashed line where the alarm rang]({picture.name})"
@@ -203,7 +208,10 @@ def probe_table(result: dict, seeds: int) -> Iterator[str]:
             f"({', '.join(f'{value:+.3f}' for value in gain)}) |"
         )
     yield ""
-    yield f"AUC of tiles, {result['folds']}: mean ± standard deviation over {seeds} seeds (each)."
+    yield (
+        f"AUC of tiles, {result['folds']}: mean ± standard deviation over {seeds} seeds (each); a seed's BYOL starts from the "
+        "random weights of that seed. Below 0.5, what was learnt on one patient is wrong of the other."
+    )
 
 
 def spread(values: np.ndarray) -> str:
@@ -240,8 +248,12 @@ def draw(runs: dict[str, dict], path: Path) -> None:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-        if measure != "loss":
+        if measure == "z_std":
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter("")
+            for level, text in ((SPREAD, "spread evenly"), (SPREAD / 2, "the alarm's limit")):
+                axes.axhline(level, color="#9aa7b0", linestyle=":")
+                axes.text(1, level, text, fontsize=7, va="bottom", ha="right", transform=axes.get_yaxis_transform())
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(runs))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -203,11 +203,20 @@ def test_a_resumed_monitor_reports_what_an_uninterrupted_one_does(at):
 # ---------------------------------------------------------------- real training
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _read_often():
+    """Readings every 5 steps instead of 10, so that short runs fill the alarm's window."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.monitoring.READ_EVERY", 5)
+        patch.setattr("train.pretrain.READ_EVERY", 5)
+        yield
+
+
 def train(road, folder, resume=None, **options):
     """A tiny run; return its lines."""
     small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 24, "epochs": 100}
     small |= {"device": "cpu", "num_workers": 2, "wandb_mode": "disabled", "lr": 1e-3, "warmup_epochs": 0.0}
-    config = PretrainConfig(**(small | {"max_steps": 70, "momentum": 0.99, "save_every": 1000} | options))
+    config = PretrainConfig(**(small | {"max_steps": 40, "momentum": 0.99, "save_every": 1000} | options))
     pretrain(open_shards(road.shards), folder, config, resume)
     return read_metrics(folder / "metrics.jsonl")
 
@@ -229,7 +238,7 @@ def labels_csv(road, tmp_path_factory):
 def healthy(road, tmp_path_factory, labels_csv):
     """The folder and lines of a run that learns, with the online probe."""
     folder = tmp_path_factory.mktemp("healthy")
-    options = {"probe_csv": str(labels_csv), "probe_class_names": ("bright",), "probe_every": 10, "save_every_steps": 40}
+    options = {"probe_csv": str(labels_csv), "probe_class_names": ("bright",), "probe_every": 5}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.flops.peak_flops", lambda device: 1e12)
         patch.setattr("train.pretrain.peak_flops", lambda device: 1e12)
@@ -241,7 +250,7 @@ def healthy(road, tmp_path_factory, labels_csv):
 def test_a_run_that_learns_is_silent_and_logs_every_measure(road, healthy):
     _, lines, _ = healthy
     steps = [line for line in lines if "loss" in line]
-    assert [line["collapse"] for line in steps] == [0] * 7
+    assert [line["collapse"] for line in steps] == [0] * 8
     ratios = open_shards(road.shards).tiles("train")["breast_ratio"]
     for line in steps:
         assert {"grad_norm", "z_std", "effective_rank", "view_retrieval", "target_distance", "momentum", "lr"} <= line.keys()
@@ -258,7 +267,7 @@ def test_a_run_that_learns_is_silent_and_logs_every_measure(road, healthy):
 def test_the_online_probe_decides_which_epoch_is_best_and_changes_no_weight(road, healthy, tmp_path):
     folder, lines, _ = healthy
     probed = {line["epoch_mean/epoch"]: line["epoch_mean/probe"] for line in lines if "epoch_mean/probe" in line}
-    assert list(probed) == [10, 20, 24]  # the last, too
+    assert list(probed) == [5, 10, 14]  # the last, too
     figures = [line for line in lines if "probe/linear/bright" in line]
     assert [line["probe/linear/mean"] for line in figures] == list(probed.values())
     assert all(0 <= line["probe/kNN/bright"] <= 1 for line in figures)
@@ -273,11 +282,11 @@ def test_the_online_probe_decides_which_epoch_is_best_and_changes_no_weight(road
 def test_a_run_cut_between_readings_goes_on_with_the_same_record(road, healthy, tmp_path, monkeypatch):
     folder, lines, options = healthy
     with monkeypatch.context() as patch:
-        patch.setattr("train.monitoring.Monitor.record", _cut_at(47))
+        patch.setattr("train.monitoring.Monitor.record", _cut_at(26))
         with pytest.raises(Cut):
             train(road, tmp_path, **options)
     last = tmp_path / "mammogram_byol_last.pth"
-    assert load_checkpoint(last, "byol")["step"] == 45  # after an epoch of 3 steps
+    assert load_checkpoint(last, "byol")["step"] == 24  # after an epoch of 3 steps
     resumed = train(road, tmp_path, last, **options)
     assert without_speed(resumed) == without_speed(lines)
     one, other = (load_checkpoint(place / "mammogram_byol_final.pth", "byol") for place in (tmp_path, folder))
@@ -307,7 +316,8 @@ def without_speed(lines):
 
 def test_a_collapsing_run_warns_with_the_evidence_and_stops_if_asked_to(road, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("train.pretrain.MammogramBYOL", WithoutPredictor)
-    lines = train(road, tmp_path, save_every=18)
+    options = {"lr": 2e-3, "max_steps": 48, "save_every": 14}
+    lines = train(road, tmp_path, **options)
     err = capfd.readouterr().err
     assert err.count("collapse: z_std is 0.") == 1
     assert "healthy is about 0.25 (1 / sqrt(16)): all tiles look alike" in err
@@ -321,6 +331,6 @@ def test_a_collapsing_run_warns_with_the_evidence_and_stops_if_asked_to(road, tm
     assert best == min(losses.keys() - collapsed, key=losses.get)
     assert min(losses, key=losses.get) in collapsed
 
-    with pytest.raises(BadInput, match=r"z_std is too low since step \d+; stopped after step 60 and saved.*lower --lr"):
-        train(road, tmp_path, tmp_path / "mammogram_byol_epoch_018.pth", save_every=18, on_collapse="stop")
-    assert load_checkpoint(tmp_path / "mammogram_byol_last.pth", "byol")["step"] == 60
+    with pytest.raises(BadInput, match=r"z_std is too low since step \d+; stopped after step 45 and saved.*lower --lr"):
+        train(road, tmp_path, tmp_path / "mammogram_byol_epoch_014.pth", **options, on_collapse="stop")
+    assert load_checkpoint(tmp_path / "mammogram_byol_last.pth", "byol")["step"] == 45
