@@ -15,6 +15,11 @@ from common.options import Group
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
 BENCHMARKS = {
     "loader": ("dali_pipelines.commands", "loader", "Tiles a second of the loader and of other libraries' loaders."),
+    "step": (
+        "train.bench_command",
+        "step",
+        "Pairs a second of the training step, one measure after the other, beside a plain one.",
+    ),
 }
 COMMANDS = {
     "demo": ("demo", "demo", "The whole road on 8 real films, on the CPU, in minutes."),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import BadInput
-from common.files import whole_file, write_text
+from common.files import whole_file
 from common.machine import describe
 from common.normalisation import MEAN, STD
 from common.progress import progress
@@ -329,9 +329,3 @@ def draw(turns: dict[str, list[Turn]], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=10)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-
-
-def write_report(path: Path, title: str, lines: Sequence[str], markdown: str, chart: Path, command: str) -> None:
-    """Write the table as a Markdown page with its description, its command and the chart beside it."""
-    body = "\n".join(f"- {line}" for line in lines)
-    write_text(path, f"# {title}\n\n{body}\n\n```\n{command}\n```\n\n{markdown}\n\n![{title}]({chart.name})\n")

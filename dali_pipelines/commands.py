@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
 
 from common.errors import BadInput, nearest
-from common.options import Command, ListOption, config_file_option, resolved, split_commas
+from common.measuring import check_page, spelled, write_report
+from common.options import Command, ListOption, config_file_option, split_commas
 
 FILE = click.Path(path_type=Path)
 
@@ -47,7 +47,7 @@ def loader(
     views: what is left for views) and synthetic (no data at all: what a training loop itself costs). They take turns, each in a
     process of its own. Prints a Markdown table.
     """
-    from dali_pipelines.bench import CONTENDERS, Task, describe_task, draw, installed, measure, table, write_report
+    from dali_pipelines.bench import CONTENDERS, Task, describe_task, draw, installed, measure, table
     from dali_pipelines.recipes import RECIPES, views_from_yaml
     from shards.reading import open_shards
 
@@ -60,8 +60,7 @@ def loader(
             raise BadInput(
                 f"--only {name}: its package is not installed (Python cannot import {packages}); install it or leave it out"
             )
-    if output is not None and output.suffix != ".md":
-        raise BadInput(f"--output {output} is no Markdown page; give a name that ends in .md")
+    check_page(output)
     shards = open_shards(directory)
     task = Task(
         shards=tuple(shards.shards(split)),
@@ -79,13 +78,5 @@ def loader(
         title = f"Loader: two views of {task.tile_size}×{task.tile_size} tiles, codec {shards.codec}"
         chart = output.with_suffix(".png")
         draw(turns, chart, title)
-        # Names without their folders: where things lie is no part of a result.
-        given = {
-            name: ",".join(value) if isinstance(value, list) else Path(str(value)).name
-            for name, value in resolved(ctx).items()
-            if value not in (None, [])
-        }
-        words = [f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in given.items()]
-        command = " ".join(["mammostream bench loader", *words])
-        write_report(output, title, lines, markdown, chart, command)
+        write_report(output, title, lines, markdown, spelled(ctx), chart)
         click.echo(f"\n-> {output}, {chart}")

@@ -260,6 +260,24 @@ def test_the_architecture_is_found_by_its_tensors(arch):
     assert _nearest_arch(found) == arch
 
 
+def test_a_torchvision_convnext(tmp_path):
+    torch.manual_seed(0)
+    net = torchvision.models.convnext_tiny(weights=None).eval()
+    nn.init.normal_(net.features[0][0].bias, std=0.2)
+    torch.save({"model": {f"module.{name}": tensor for name, tensor in net.state_dict().items()}}, tmp_path / "convnext.pth")
+    checkpoint = load_checkpoint(tmp_path / "convnext.pth", "byol")
+    report = checkpoint["load_report"]
+    assert (checkpoint["arch"], report.backbone_share) == ("convnext_tiny", 1)
+    assert report.folded[:2] == ["backbone.features.0.0.weight", "backbone.features.0.0.bias"]
+    assert report.unexpected == ["module.classifier.2.weight", "module.classifier.2.bias"]  # of ImageNet's classes
+    assert not any(name.startswith("backbone.") for name in report.missing)
+    backbone = restore_byol(checkpoint, "x").backbone
+    x = grey(2, 64)
+    with torch.no_grad():
+        expected = net.features[:2](rgb(x, IMAGENET_MEAN, IMAGENET_STD))
+        torch.testing.assert_close(backbone.features[:2](ours(x)), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_one_channel_is_left_as_it_is(tmp_path):
     state = build_backbone("resnet18").state_dict()
     torch.save(state, tmp_path / "grey.pth")

@@ -22,8 +22,9 @@ def torchrun_command(*options: str) -> list[str]:
 
 
 def with_this_code(environment: dict[str, str]) -> dict[str, str]:
-    """Return an environment in which children import this checkout."""
-    return environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    """Return an environment in which children import this checkout and its tests' helpers."""
+    paths = [str(ROOT), str(ROOT / "tests/train"), os.environ.get("PYTHONPATH", "")]
+    return environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def torchrun_to_end(arguments: Sequence[str], environment: dict[str, str]) -> str:

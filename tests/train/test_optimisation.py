@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from models.backbones import build_backbone
 from models.byol import MammogramBYOL
 from train.config import PretrainConfig
 from train.optimisation import LARS, build_optimizer, resolve_optimisation, split_parameters
+from train.pretrain import _initial_state
+from train.runtime import Runtime
 
 
 def resolve(batch: int = 32, **options):
@@ -83,6 +87,23 @@ def test_one_adamw_step_decays_what_the_recipe_says():
         for p, old in zip(model.parameters(), before, strict=True):
             decays = recipe == "guide" or p.ndim > 1
             torch.testing.assert_close(p.detach(), old * (0.95 if decays else 1.0))
+
+
+def test_options_reach_the_training():
+    """The effective batch is batch x processes x accumulated: here 64 x 1 x 4, eight times the recipe's."""
+    config = PretrainConfig(
+        recipe="mammo", arch="resnet18", hidden_dim=8, proj_dim=4, batch_size=64, accumulate=4, epochs=20, concat_views=True
+    )
+    runtime = Runtime(torch.device("cpu"), "fp32")
+    state = _initial_state(config, runtime, 40)
+    assert state.model.concat_views
+    assert max(state.lrs) == pytest.approx(3e-4 * np.sqrt(8))
+    assert state.momenta[0] == pytest.approx(0.996**8)
+    assert len(state.lrs) == 20 * 10
+    assert [group["weight_decay"] for group in state.optimizer.param_groups] == [1e-4, 0.0]
+    lars = _initial_state(replace(config, optimizer="lars", lr=0.7), runtime, 40)
+    assert isinstance(lars.optimizer, LARS)
+    assert max(lars.lrs) == pytest.approx(0.7)
 
 
 # ---------------------------------------------------------------- LARS

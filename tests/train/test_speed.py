@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import BadInput
 from models.backbones import build_backbone
-from models.byol import MammogramBYOL
+from models.byol import BYOLOutput, MammogramBYOL
 from train.config import PretrainConfig
 from train.optimisation import build_optimizer, resolve_optimisation
 from train.pretrain import TrainingState, train_step
@@ -158,12 +158,51 @@ def test_compiled_steps_on_the_gpu_are_the_plain_ones(choice, checkpointing):
     assert_same_training(config, runtime, choice, 5, rtol=1e-3, atol=1e-3)
 
 
+def test_what_cuda_graphs_give_is_copied_out_of_their_memory(monkeypatch):
+    """The next step writes over it; the gradient passes through the copy."""
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+    given = []
+
+    class Network(torch.nn.Module):
+        def forward(self, view1, view2):
+            given.append(BYOLOutput((view1 * view2).sum(), view1.detach(), view1.detach(), view2.detach()))
+            return given[-1]
+
+    view = torch.ones(3, requires_grad=True)
+    output = accelerate(Network(), "cuda graphs")(view, 2 * torch.ones(3))
+    output.loss.backward()
+    assert torch.equal(view.grad, 2 * torch.ones(3))
+    for copied, original in zip(output, given[0], strict=True):
+        assert torch.equal(copied, original)
+        assert copied.data_ptr() != original.data_ptr()
+
+
 def test_checkpointing_within_a_compiled_step_leaves_the_statistics_alone(monkeypatch):
     """Traced as torch.compile does, without the compiler: its graphs are what is run."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **options: compile_(network, backend="aot_eager", dynamic=False))
     config = small_config(gradient_checkpointing=True)
     assert_same_training(config, CPU, "on", 2, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- what was chosen
+
+
+def test_what_was_left_to_the_machine_is_printed_and_recorded(pretrained, mammostream):
+    """The record is a config file too: the run that it starts is the finished one."""
+    import yaml
+
+    record = pretrained.pretrained / "config.yaml"
+    chosen = yaml.safe_load(record.read_text())["chosen"]
+    assert chosen == {
+        "runtime": "cpu, fp32",
+        "compile": "off",
+        "optimisation": "AdamW, peak lr 0.002 (the guide's, at any batch) for an effective batch of 16, decay 0.0001 of all "
+        "parameters, target momentum to the power 1",
+    }
+    outcome = mammostream(f"pretrain --config {record} --resume auto")
+    assert outcome.code == 0, outcome.err
+    assert "runtime: cpu, fp32; compile: off; optimisation: AdamW, peak lr 0.002" in outcome.out
 
 
 # ---------------------------------------------------------------- garbage
