@@ -208,7 +208,10 @@ def probe_table(result: dict, seeds: int) -> Iterator[str]:
             f"({', '.join(f'{value:+.3f}' for value in gain)}) |"
         )
     yield ""
-    yield f"AUC of tiles, {result['folds']}: mean ± standard deviation over {seeds} seeds (each)."
+    yield (
+        f"AUC of tiles, {result['folds']}: mean ± standard deviation over {seeds} seeds (each); a seed's BYOL starts from the "
+        "random weights of that seed. Below 0.5, what was learnt on one patient is wrong of the other."
+    )
 
 
 def spread(values: np.ndarray) -> str:

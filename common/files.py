@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,18 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def second_name(source: Path, path: Path) -> None:
+    """Give a file another name, whole or not at all: a hard link, or a copy on file systems without them.
+
+    For files that are replaced, never changed: each name then keeps what it named.
+    """
+    with whole_file(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def make_folder(path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import BadInput, Stopped
+from common.files import second_name
 from common.normalisation import MEAN, STD
 from common.progress import progress
 from dali_pipelines import RECIPES, LabelledLoader, PretrainLoader
@@ -367,8 +368,10 @@ class _Run:
                     "processes": processes,
                 },
             }
-            for name in names:
-                save_checkpoint(self.output_dir / CHECKPOINT_NAME.format(name), checkpoint)
+            first, *others = (self.output_dir / CHECKPOINT_NAME.format(name) for name in names)
+            save_checkpoint(first, checkpoint)
+            for path in others:
+                second_name(first, path)
         self.runtime.wait()
 
     def restore(self, path: Path) -> None:

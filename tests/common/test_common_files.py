@@ -16,6 +16,7 @@ from common.files import (
     make_folder,
     read_csv,
     read_parquet,
+    second_name,
     sha256_file,
     sha256_json,
     whole_file,
@@ -157,6 +158,24 @@ def test_json_hash_does_not_depend_on_key_order(value):
 def test_file_hash(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_keeps_what_it_named(tmp_path, monkeypatch, links):
+    if not links:  # as on a file system without them
+
+        def link(*names):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr("os.link", link)
+    first, second = tmp_path / "first", tmp_path / "folder/second"
+    for content in ("one", "two"):
+        write_text(first, content)
+        second_name(first, second)
+        assert second.read_text() == content
+    write_text(first, "three")
+    assert second.read_text() == "two"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["first", "folder", "second"]
 
 
 def test_errors():
