@@ -33,6 +33,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "inference": ["create_inference_transform"],
         "loaders": ["LabelledLoader", "PretrainLoader"],
-        "recipes": ["RECIPES", "TRAIN_VIEW", "View", "views_from_yaml", "views_to_dict"],
+        "recipes": ["RECIPES", "TRAIN_VIEW", "View", "recipe_views", "views_from_yaml", "views_to_dict"],
     },
 )

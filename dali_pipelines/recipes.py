@@ -107,14 +107,33 @@ _GUIDE = (
     View(rotation_deg=25, brightness=0.4, contrast=0.4, perspective=0.1, blur_probability=0.5, blur_sigma=(0.1, 2.0)),
 )
 
-# For mammograms: crops make the views differ in content and size, as BYOL wants it. Pixels are 0.05 to 0.1 mm, so one
-# pixel of blur is at most 0.1 mm: a wider kernel would wipe out micro-calcifications.
+# For mammograms: crops make the views differ in content and size, as BYOL wants it. Blur is at most a pixel, and with
+# recipe_views at most 0.1 mm: a wider kernel would wipe out micro-calcifications.
 _MAMMO = tuple(
     replace(view, translation=0.05, crop_area=(0.3, 1.0), horizontal_flip=0.5, blur_sigma=(0.1, 1.0)) for view in _GUIDE
 )
 
 RECIPES: dict[str, tuple[View, View]] = {"guide": _GUIDE, "mammo": _MAMMO}
-"""The two views of pre-training by recipe name."""
+"""The two views of pre-training by recipe name, for pixels of up to 0.1 mm."""
+_MAMMO_BLUR_MM = 0.1
+
+
+def recipe_views(name: str, pixel_mm: float | None) -> tuple[View, View]:
+    """Return a recipe's two views for pixels of a size: ``mammo`` never blurs by more than 0.1 mm.
+
+    Parameters
+    ----------
+    name
+        ``guide`` or ``mammo``.
+    pixel_mm
+        Edge of a view's pixel in mm; None where it is unknown: then it is taken for 0.1 mm at most.
+    """
+    views = RECIPES[name]
+    if name != "mammo" or pixel_mm is None:
+        return views
+    widest = min(views[0].blur_sigma[1], _MAMMO_BLUR_MM / pixel_mm)
+    return tuple(replace(view, blur_sigma=(min(view.blur_sigma[0], widest), widest)) for view in views)
+
 
 TRAIN_VIEW = View(rotation_deg=10, scale=(0.9, 1.1), horizontal_flip=0.5, vertical_flip=0.5, brightness=0.3, contrast=0.3)
 """Augmentation for training with labels: little geometry, since it keeps what a radiologist would see; as much change of

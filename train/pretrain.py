@@ -20,8 +20,7 @@ from common.errors import BadInput, Stopped
 from common.files import second_name
 from common.normalisation import MEAN, STD
 from common.progress import progress
-from dali_pipelines import RECIPES, LabelledLoader, PretrainLoader
-from dali_pipelines.recipes import views_from_yaml, views_to_dict
+from dali_pipelines import LabelledLoader, PretrainLoader, View, recipe_views, views_from_yaml, views_to_dict
 from models.backbones import build_backbone
 from models.byol import BYOLOutput, MammogramBYOL
 from models.checkpoints import save_checkpoint
@@ -355,7 +354,7 @@ class _Run:
                 "model_state_dict": state.model.state_dict(),
                 "optimizer_state_dict": state.optimizer.state_dict(),
                 "config": asdict(config),
-                "views": views_to_dict(_chosen_views(config)),
+                "views": views_to_dict(_chosen_views(config, self.shards.preprocessing)),
                 "epoch": state.step // _steps_per_epoch(config, len(self.loader)),
                 "step": state.step,
                 "metrics": self.metrics,
@@ -452,8 +451,12 @@ def _steps_per_epoch(config: PretrainConfig, batches: int) -> int:
     return math.ceil(batches / config.accumulate)
 
 
-def _chosen_views(config: PretrainConfig) -> tuple[Any, Any]:
-    return RECIPES[config.recipe] if config.views is None else views_from_yaml(Path(config.views))
+def _chosen_views(config: PretrainConfig, preprocessing: Mapping[str, Any]) -> tuple[View, View]:
+    if config.views is not None:
+        return views_from_yaml(Path(config.views))
+    spacing = preprocessing["pixel_spacing_mm"] or max(preprocessing["native_spacing_mm"] or [0])
+    view_size = config.view_size or preprocessing["tile_size"]
+    return recipe_views(config.recipe, spacing * preprocessing["tile_size"] / view_size or None)
 
 
 def _loader(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> PretrainLoader:
@@ -464,7 +467,7 @@ def _loader(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> Pretr
     return PretrainLoader(
         shards.shards("train"),
         batch_size=config.batch_size,
-        views=_chosen_views(config),
+        views=_chosen_views(config, shards.preprocessing),
         tile_size=shards.preprocessing["tile_size"],
         view_size=config.view_size,
         mean=MEAN,

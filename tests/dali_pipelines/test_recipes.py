@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadInput
-from dali_pipelines import RECIPES, View
+from dali_pipelines import RECIPES, View, recipe_views
 from dali_pipelines.recipes import views_from_dict, views_from_yaml, views_to_dict
 
 share = st.floats(0, 1)
@@ -102,3 +103,11 @@ def test_errors_name_the_field(tmp_path: Path, text, message):
 def test_ranges_are_checked(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
         View(**wrong)
+
+
+@pytest.mark.parametrize(("pixel_mm", "widest"), [(None, 1.0), (0.05, 1.0), (0.1, 1.0), (0.2, 0.5), (4.0, 0.025)])
+def test_the_recipe_for_mammograms_never_blurs_by_more_than_a_tenth_of_a_millimetre(pixel_mm, widest):
+    for view, plain in zip(recipe_views("mammo", pixel_mm), RECIPES["mammo"], strict=True):
+        assert view.blur_sigma == (min(0.1, widest), pytest.approx(widest))
+        assert replace(view, blur_sigma=plain.blur_sigma) == plain
+    assert recipe_views("guide", pixel_mm) is RECIPES["guide"]
