@@ -221,8 +221,13 @@ def load_predictor(
     model = restore(checkpoint, path).to(runtime.device, memory_format=torch.channels_last).eval()
     network: Any = Network(model, _DTYPES[runtime.precision], with_head=not features_only).eval()
     if config.compiles(runtime.device.type):
-        # On a CPU, frozen weights are laid out once, and the operations after a convolution become part of it.
-        network = torch.compile(network, options={"freezing": True} if runtime.device.type == "cpu" else None)
+        if runtime.device.type == "cpu":
+            from torch._inductor import config as inductor
+
+            # Frozen weights are laid out once, and what follows a convolution becomes part of it. As an option of
+            # torch.compile it comes too late to do anything.
+            inductor.freezing = True
+        network = torch.compile(network)
     names: list[str] = []
     temperature, thresholds, wants_features = 1.0, {}, features_only
     if isinstance(config, InferConfig):

@@ -261,3 +261,13 @@ def test_films_of_other_or_unknown_pixels_are_refused(sharp_classifier, finetune
         if code:
             assert f"has pixels of {spacing:g} mm, the model learnt from 0.05 to 0.05 mm" in outcome.error
     assert "2 tiles of 1 images" in outcome.out  # the record's limit
+
+
+def test_half_precision_stays_close(sharp_classifier, finetuned, from_shards, run_cli, tmp_path):
+    run_cli(
+        f"infer --model-path {sharp_classifier} --shards {finetuned.shards} --output-dir {tmp_path} --device cpu "
+        "--precision bf16"
+    )
+    assert_same_probabilities(table(from_shards), table(tmp_path), finetuned.classes, 0.05)
+    one, other = table(from_shards), table(tmp_path)
+    assert (one["prob:bright"] != other["prob:bright"]).any()
