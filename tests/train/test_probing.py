@@ -20,8 +20,8 @@ from common.errors import BadInput
 from models.backbones import build_backbone
 from models.checkpoints import load_checkpoint, save_checkpoint
 from shards import open_shards
+from train.aggregation import PROBABILITY, aggregate
 from train.config import ProbeConfig
-from train.infer import PROBABILITY, aggregate
 from train.probing import (
     LEVELS,
     PROBES,
