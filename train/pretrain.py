@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from train.memory import memory_explained
 from train.monitoring import ADVICE, READ_EVERY, Monitor, collapse_alarm, device_figures, target_distance
 from train.optimisation import build_optimizer, resolve_optimisation
 from train.pictures import draw_curves, draw_views
-from train.probing import OnlineProbe, read_probe_set
 from train.resuming import check_same_options, load_to_resume, random_state, set_random_state
 from train.runtime import Runtime, make_deterministic, resolve_runtime
 from train.schedules import byol_momenta, learning_rates
@@ -41,6 +40,9 @@ from train.stages import checkpoint_activations
 from train.stopping import StopSignals
 from train.sync_batch_norm import synchronise_batch_norms
 from train.tracking import Tracker, drop_lines
+
+if TYPE_CHECKING:
+    from train.probing import OnlineProbe
 
 VIEWS_SHOWN = 6
 CHECKPOINT_NAME = "mammogram_byol_{}.pth"
@@ -500,6 +502,8 @@ def _monitor(shards: ShardSet, config: PretrainConfig, state: TrainingState) -> 
 def _online_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> OnlineProbe | None:
     if config.probe_csv is None:
         return None
+    from train.probing import OnlineProbe, read_probe_set  # scikit-learn is a quarter of all that would be imported
+
     probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards, config.probe_tiles)
     return OnlineProbe(probe_set, runtime, config)
 

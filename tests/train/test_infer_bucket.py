@@ -193,7 +193,7 @@ def test_what_is_not_there_or_forbidden_is_one_line(server, sharp_classifier, ma
 def test_a_server_that_goes_is_one_line_and_finished_parts_stay(
     server, finetuned, sharp_classifier, run_cli, single_thread_environment, tmp_path
 ):
-    shards = write_set(open_shards(finetuned.shards), tmp_path / "set", (60,) * 12)
+    shards = write_set(open_shards(finetuned.shards), tmp_path / "set", (40,) * 6)
     run_cli(f"infer --model-path {sharp_classifier} --shards {shards} --output-dir {tmp_path}/whole --device cpu")
     place = server.upload(shards, "going")
     folder = tmp_path / "out"
@@ -208,7 +208,7 @@ def test_a_server_that_goes_is_one_line_and_finished_parts_stay(
     assert f"bucket {BUCKET}" in error
     assert f"AWS_ENDPOINT_URL {server.environment['AWS_ENDPOINT_URL']} does not answer" in error
     finished = list((folder / "parts").glob("val-0000*[0-9].parquet"))
-    assert 0 < len(finished) < 12
+    assert 0 < len(finished) < 6
     server.start()
     run_cli(f"infer --model-path {sharp_classifier} --shards {place} --output-dir {folder} --device cpu")
     for name in ("predictions", "image_predictions", "breast_predictions"):
