@@ -323,15 +323,10 @@ def _record(predictor: Predictor, inputs: Any) -> dict[str, Any]:
 
 def _facts(predictor: Predictor, record: dict[str, Any]) -> dict[str, Any]:
     """Return what is written beside the rows: by what they were made, and what turns them into decisions."""
-    import importlib.metadata
-    from contextlib import suppress
+    from common.machine import versions
 
-    versions = {}
-    for name in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     decisions = {"class_names": predictor.class_names, "thresholds": predictor.thresholds}
-    return record | decisions | {"preprocessing": predictor.preprocessing, "versions": versions}
+    return record | decisions | {"preprocessing": predictor.preprocessing, "versions": versions(_PACKAGES)}
 
 
 def _is_done(output_dir: Path | None, record: dict[str, Any], flags: dict[str, str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import yaml
 
 from common.errors import BadInput
 from common.files import write_text
+from common.machine import versions
 from shards.reading import SHARDS_JSON, open_shards
 from train.pictures import read_metrics
 from train.report_pictures import (
@@ -75,9 +75,8 @@ def write_report(run_dir: Path, output: Path) -> int:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     page = environment.get_template("report.html").render(
-        title=run_dir.resolve().name, sections=sections, simulated=_is_simulated(run_dir), versions=versions
+        title=run_dir.resolve().name, sections=sections, simulated=_is_simulated(run_dir), versions=versions(_PACKAGES)
     )
     write_text(output, page)
     return sum(len(section.pictures) for section in sections)
