@@ -99,8 +99,7 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
     yield (
         f"{len(tiles)} tiles (`{TILING}`) of 8 films, 2 patients; {counts[CLUSTER]} labelled tiles hold a simulated cluster "
         f"(contrast {options.contrast:g}), {counts[VIEW]} are of MLO views. Pre-trained without labels on 384 of the tiles, "
-        "others for each seed, with the recipe's views but for their blur, which is meant for pixels half as large and would "
-        f"wipe out the specks: `{line}`."
+        f"others for each seed, with the recipe's views but for their blur, which hides small specks: `{line}`."
     )
     yield ""
     yield "## Frozen features against random weights"

@@ -12,10 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from preprocess.reading import read_mammogram
 from preprocess.segmentation import segment_breast
 from preprocess.tiling import tile_film
-from shards.build import build_all
+from shards.build import build_all, read_film
 from shards.codecs import encode
 from shards.launch import Launcher
 from shards.merge import finish
@@ -67,9 +66,7 @@ def _stages(plan: BuildPlan) -> dict[str, float]:
     spent = dict.fromkeys(STAGES, 0.0)
     rows = [row for shard in plan.shards for row in shard.rows]
     for row in rows:
-        mammogram, spent_reading = _timed(lambda row=row: read_mammogram(row["path"], config, device), device)
-        if not pd.isna(row["pixel_spacing_mm"]):
-            mammogram = mammogram.with_spacing(float(row["pixel_spacing_mm"]), row["spacing_source"])
+        mammogram, reading = _timed(lambda row=row: read_film(row, plan), device)
         spacing = mammogram.header.spacing_mm
         _, segmenting = _timed(lambda m=mammogram, spacing=spacing: segment_breast(m.pixels, spacing), device)
         film, tiling = _timed(lambda m=mammogram: tile_film(m, config), device)
@@ -77,7 +74,7 @@ def _stages(plan: BuildPlan) -> dict[str, float]:
         _, encoding = _timed(
             lambda film=film, tiles=tiles: [encode(film.cut(i, config.tile_size, plan.bits), config.codec) for i in tiles]
         )
-        for stage, value in zip(STAGES, (spent_reading, segmenting, tiling - segmenting, encoding), strict=True):
+        for stage, value in zip(STAGES, (reading, segmenting, tiling - segmenting, encoding), strict=True):
             spent[stage] += value
     return {stage: value / len(rows) for stage, value in spent.items()}
 

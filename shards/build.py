@@ -87,7 +87,7 @@ def build_shard(plan: BuildPlan, ordinal: int, *, threads: int = 1, check_every:
         The directory cannot be written, or holds this shard built with other options (the option is named); this process
         has other library versions than the plan.
     """
-    return write_shard(plan, ordinal, partial(_read_film, plan=plan), _cut_film, threads=threads, check_every=check_every)
+    return write_shard(plan, ordinal, partial(read_film, plan=plan), _cut_film, threads=threads, check_every=check_every)
 
 
 def write_shard(plan: BuildPlan, ordinal: int, read: Read, cut: Cut, *, threads: int = 1, check_every: int = 1) -> ShardSummary:
@@ -337,8 +337,8 @@ def encode_meta(row: dict[str, Any]) -> bytes:
     return json.dumps({name: row[name] for name in ("tile", "key", "image_id", "x", "y", "size")}, sort_keys=True).encode()
 
 
-def _read_film(row: dict[str, Any], plan: BuildPlan) -> Mammogram:
-    """Read a film with the manifest's spacing, onto the GPU where the build runs there."""
+def read_film(row: dict[str, Any], plan: BuildPlan) -> Mammogram:
+    """Read a film with the spacing of its row in the manifest, onto the GPU where the build runs there."""
     mammogram = read_mammogram(row["path"], plan.config, plan.recipe["options"]["device"])
     if pd.isna(row["pixel_spacing_mm"]):
         return mammogram
