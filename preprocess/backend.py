@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 
@@ -32,14 +34,34 @@ def _numpy_backend() -> Backend:
     return Backend("numpy", numpy, scipy.ndimage, skimage.filters, skimage.transform)
 
 
+def _import_cucim() -> ModuleType:
+    """Import cuCIM without its reader of slides, ``cucim.clara``, which nothing here uses.
+
+    Loading its library opens the cuFile driver. Where torch has brought a libcufile and there is no driver, that never
+    returns; on machines with GPUDirect Storage it has aborted the process (https://github.com/rapidsai/cucim/issues/346).
+    cuCIM does without the reader where importing it fails.
+    """
+    if "cucim" not in sys.modules:
+        sys.modules.setdefault("cucim.clara", None)  # type: ignore[arg-type]  # None: Python's own sign for "do not import"
+    import cucim
+
+    return cucim
+
+
 @cache
 def _cupy_backend() -> Backend:
+    _import_cucim()
     import cucim.skimage.filters
     import cucim.skimage.transform
     import cupy
     import cupyx.scipy.ndimage
 
     return Backend("cupy", cupy, cupyx.scipy.ndimage, cucim.skimage.filters, cucim.skimage.transform)
+
+
+def gpu_library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that work on arrays on a GPU: ``cupy`` and ``cucim``."""
+    return {"cupy": _cupy_backend().xp.__version__, "cucim": _import_cucim().__version__}
 
 
 def backend_of(array: Any) -> Backend:

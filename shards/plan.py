@@ -15,6 +15,7 @@ import pandas as pd
 from common.errors import BadInput
 from common.files import sha256_json
 from common.options import option
+from preprocess.backend import gpu_library_versions
 from preprocess.tiling import TilingConfig, check_spacings, preprocessing_record
 from shards.codecs import CODECS
 from shards.manifest import SPLITS
@@ -201,17 +202,8 @@ def shard_name(split: str, number: int) -> str:
 @cache
 def library_versions(device: str) -> dict[str, str]:
     """Return the versions, in this process, of the libraries that decide a shard's bytes on ``cpu`` or ``cuda``."""
-    return {name: importlib.metadata.version(name) for name in _LIBRARIES} | _gpu_versions(device)
-
-
-def _gpu_versions(device: str) -> dict[str, str]:
-    """Return the versions of what makes the pixels on a GPU; their distributions' names vary with CUDA's version."""
-    if device == "cpu":
-        return {}
-    import cucim
-    import cupy
-
-    return {"cupy": cupy.__version__, "cucim": cucim.__version__}
+    found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return found if device == "cpu" else found | gpu_library_versions()
 
 
 def resolve_device(device: str) -> str:

