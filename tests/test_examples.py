@@ -6,9 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples/segmentation_and_tiling.ipynb"
@@ -24,6 +22,9 @@ def kernel_at_home_here(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("kernel_at_home_here")
 def test_notebook():
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs before you commit"
     # What the text claims, asked of the notebook's own variables.

@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-from lightly.loss import NegativeCosineSimilarity
-from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import nn
 
 from models.backbones import build_backbone
@@ -25,6 +22,9 @@ class LightlyBYOL(nn.Module):
     """BYOL as lightly's example for it is written."""
 
     def __init__(self, backbone: nn.Module, dim: int) -> None:
+        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+
         super().__init__()
         self.backbone = backbone
         self.projection_head = BYOLProjectionHead(dim, HIDDEN, PROJECTED)
@@ -54,6 +54,9 @@ def lightly_name(name: str) -> str | None:
 
 def test_two_steps_are_lightlys():
     """Loss, gradients, weights after AdamW and the target after its update, twice, so that each has met the others' results."""
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.utils import update_momentum
+
     torch.manual_seed(0)
     ours = MammogramBYOL(backbone(), DIM, hidden_dim=HIDDEN, proj_dim=PROJECTED).double().train()
     with torch.no_grad():  # a target of its own, as after a while

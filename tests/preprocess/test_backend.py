@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,6 +77,30 @@ def complaint(use: Use, backend: Backend) -> str | None:
     except TypeError as error:
         return f"{where}: {error}"
     return None
+
+
+@pytest.mark.parametrize("first", ["", "import torch", "import nvidia.dali", "import cupy"])
+def test_cucim_is_imported_whatever_came_before(first):
+    """In a process of its own with a time limit: with the reader of slides, importing cuCIM may never return."""
+    code = f"{first}\nfrom preprocess.backend import gpu_library_versions\nprint(gpu_library_versions())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOM.parent, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cucim" in done.stdout
+    assert "libcuda" not in done.stderr  # what the reader says where there is no driver
+
+
+def test_only_the_backend_imports_cucim():
+    sources = [path for path in ROOM.parent.glob("*/*.py") if path.parent.name != "tests" and "cucim" in path.read_text()]
+    importing = {
+        path.name
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == "cucim" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "cucim")
+    }
+    assert importing == {"backend.py"}
 
 
 @pytest.fixture(scope="module")
