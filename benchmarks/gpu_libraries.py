@@ -49,7 +49,7 @@ from nvidia import nvimgcodec
 source = numpy.arange(65536, dtype="uint16").reshape(256, 256)
 host = {"device_id": nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, "backends": [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]}
 parameters = nvimgcodec.DecodeParams(color_spec=nvimgcodec.ColorSpec.UNCHANGED, allow_any_depth=True)
-image = nvimgcodec.Decoder(**{} if gpu else host).decode(bytes(jpeg2k_encode(source, level=0)), parameters)
+image = nvimgcodec.Decoder(**{} if gpu else host).decode(bytes(jpeg2k_encode(source, level=0)), params=parameters)
 print(*(d.version for d in distributions() if d.name.startswith("nvidia-nvimgcodec")), image and image.dtype)""",
     "imagecodecs": """
 import numpy, imagecodecs
