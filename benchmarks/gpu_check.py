@@ -38,6 +38,7 @@ from common.real_films import films_folder
 ROOT = Path(__file__).resolve().parents[1]
 CODECS = ("tif", "raw", "jhc", "png")
 BUDGETS = {"first": 345, "second": 460}  # seconds
+SAVING_S = 15  # what a command may take to save after it has run out of time
 LAST_CHARACTERS = 11_000
 SHORT_LADDER = "--batch-size 64 --rounds 2 --steps 10 --rungs naive bf16 fused compile"
 FULL_LADDER = "--batch-size 32 64 96 128 --rounds 3 --steps 10"
@@ -245,7 +246,7 @@ def run_command(command: str, seconds: float) -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(15)
+            process.wait(SAVING_S)
         with suppress(ProcessLookupError):  # whatever it started, too: an open pipe would keep the reader waiting
             os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
