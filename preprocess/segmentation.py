@@ -140,7 +140,7 @@ def _inside_border_strips(xp: Any, coarse: Any, spacing: float) -> tuple[slice, 
             if axis == 0:
                 bright |= (seen[:limit] - seen[limit] > MIN_STRIP_STEP * top) & (seen[limit] < MIN_STRIP_STEP * top)
             # CuPy takes no empty array without an axis.
-            width = int(xp.cumprod(bright.mean(axis=1) > 0.5, axis=0).sum())
+            width = int(xp.cumprod(bright.mean(axis=1) > 0.5, axis=0, dtype=int).sum())
             widths.append(width + soft if width else 0)
         start, stop = widths[0], len(lines) - widths[1]
         inside.append(slice(start, max(stop, start + 1)))
@@ -255,13 +255,13 @@ def _without_fog(xp: Any, mask: Any, spacing: float) -> Any:
     if not bool(mask.any()):
         return mask
     from_left = mask if _side(xp, mask) == "L" else mask[:, ::-1]
-    width = xp.cumprod(from_left, axis=1).sum(axis=1) * spacing
+    width = xp.cumprod(from_left, axis=1, dtype=int).sum(axis=1) * spacing
     lines = max(1, round(MIN_FOG_LENGTH_MM / spacing))
     fog = xp.zeros(mask.shape[0], dtype=bool)
     for seen, cut in ((width, fog), (width[::-1], fog[::-1])):
         even = float(xp.median(seen[:lines]))
         if 0 < even <= MAX_FOG_WIDTH_MM:
-            run = xp.cumprod(seen <= 1.25 * even + 1).astype(bool)
+            run = xp.cumprod(seen <= 1.25 * even + 1, dtype=int).astype(bool)
             if int(run.sum()) >= lines and not bool(run.all()):
                 cut |= run
     return mask & ~fog[:, None]
