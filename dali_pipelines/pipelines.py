@@ -28,7 +28,7 @@ def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **
     tile_size
         Edge in pixels; a file of another size is resized to it with an antialiasing filter.
     device
-        ``cpu``, or ``gpu`` for decoding there as far as the codec allows (PNG never does).
+        ``cpu``, or ``gpu`` for decoding there as far as the codec allows (PNG and TIFF with zstd never do).
     options
         Arguments of the source's ``nodes``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import pydicom
 
 FOR_PROCESSING_CLASSES = ("1.2.840.10008.5.1.4.1.1.1.1.1", "1.2.840.10008.5.1.4.1.1.1.2.1")
+# A build reads the next film while it reads one: nvImageCodec does not promise that two threads may share a decoder.
+_DECODING = threading.Lock()
 SQUARE_WITHIN = 0.01  # rows and columns as far apart as 1.01 : 1 count as square
 # What enhanced multi-frame objects say frame by frame, and other objects at the top (PS3.3 C.7.6.16).
 FRAME_GROUPS = ("FrameAnatomySequence", "PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
@@ -242,8 +245,9 @@ def _to_bits(values: Any, bits: int, signed: bool, patterns: bool) -> Any:
 
 def _decode_on_device(frame: bytes) -> Any | None:
     """Decode a frame with nvImageCodec to a CuPy array; None where it cannot."""
-    decoder = _device_decoder()
-    image = None if decoder is None else _nvimagecodec_decode(decoder, frame)
+    with _DECODING:
+        decoder = _device_decoder()
+        image = None if decoder is None else _nvimagecodec_decode(decoder, frame)
     if image is None:
         return None
     import cupy
@@ -321,6 +325,10 @@ def _padding(stored: Any, dataset: pydicom.Dataset, inverted: bool) -> Any | Non
     first, last = min(first, last), max(first, last)
     if not inverted and last <= 0 and stored.dtype.kind == "u":
         return None  # it is background already
+    kinds = np.iinfo(stored.dtype)
+    if last < kinds.min or first > kinds.max:
+        return None
+    first, last = max(first, kinds.min), min(last, kinds.max)  # CuPy compares with no number that the type cannot hold
     backend = backend_of(stored)
     xp = backend.xp
     padding = (stored >= first) & (stored <= last)

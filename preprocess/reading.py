@@ -64,8 +64,8 @@ def read_mammogram(path: str | Path, config: ReadingConfig = AS_IT_COMES, device
     config
         Whether, and which of, multi-frame and FOR PROCESSING files are read.
     device
-        ``cpu`` gives NumPy pixels, ``cuda`` CuPy pixels: nvImageCodec decodes DICOM's JPEG, JPEG lossless, JPEG 2000 and
-        HTJ2K frames on the GPU, the host decodes the rest.
+        ``cpu`` gives NumPy pixels, ``cuda`` CuPy pixels: nvImageCodec decodes DICOM's JPEG, JPEG lossless above 8 bits,
+        JPEG 2000 and HTJ2K frames on the GPU, the host decodes the rest.
 
     Raises
     ------

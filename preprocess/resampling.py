@@ -48,5 +48,8 @@ def resample(image: Any, ratio: float) -> Any:
     if abs(ratio - round(ratio)) < 1e-3 and ratio >= 1:
         return block_mean(image, round(ratio))
     shape = tuple(max(1, round(n / ratio)) for n in image.shape)
+    if backend.name == "cupy":
+        # CuPy computes coordinates in the image's own type: in float32, rows far down would be off by up to 1e-3 pixels.
+        image = image.astype(backend.xp.float64)
     resized = backend.transform.resize(image, shape, order=1, anti_aliasing=ratio > 1, preserve_range=True)
     return resized.astype(backend.xp.float32)

@@ -521,6 +521,7 @@ def _draw_some_views(shards: ShardSet, config: PretrainConfig, runtime: Runtime,
         tiles=numbers.tolist(),
         rank=0,
         world_size=1,
+        keep_memory=runtime.device.type == "cpu",  # it would concern the decoding threads of the whole run
     )
     tiles, order = next(iter(plain))
     tiles = tiles[torch.searchsorted(order, numbers)]
