@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+# torch reads it once a process, at the first matrix product on a GPU; a test of determinism may come after that.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Films are slow now and then; a test's time says nothing about its result.
 hypothesis.settings.register_profile("mammostream", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("mammostream")

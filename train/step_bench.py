@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
 from common.errors import first_line
 from common.machine import describe
@@ -158,6 +159,7 @@ def measure(task: Task, names: Sequence[str]) -> dict[str, Result]:
         for group in groups:
             _measure_group(task, group, results, bar)
             torch.compiler.reset()
+            reset_cudagraph_trees()  # which the line above leaves, with their memory
             _free()
     return results
 

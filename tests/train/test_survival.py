@@ -237,10 +237,14 @@ def test_memory_in_use_is_measured():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_full_gpu_names_each_pool(road, mammostream, tmp_path):
-    outcome = mammostream(
-        f"pretrain --shards {road.shards} --output-dir {tmp_path} --arch resnet18 --hidden-dim 100000000 --batch-size 16 "
-        "--device cuda --compile off --wandb-mode disabled"
-    )
+    torch.cuda.set_per_process_memory_fraction(0.01)  # the network alone then fills the GPU, not the host's memory
+    try:
+        outcome = mammostream(
+            f"pretrain --shards {road.shards} --output-dir {tmp_path} --arch resnet18 --hidden-dim 200000 --batch-size 16 "
+            "--device cuda --compile off --wandb-mode disabled"
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert outcome.code == 2
     assert "out of memory with --batch-size 16: torch used" in outcome.error
     assert "CuPy's pool" in outcome.error
