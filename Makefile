@@ -34,7 +34,7 @@ test: $(INSTALLED)
 
 # The tests that compare GPU and CPU, and short measurements, in 6 minutes.
 gpu-check: $(INSTALLED)
-	$(BIN)/python benchmarks/gpu_check.py --output-dir runs/gpu-check
+	$(BIN)/python benchmarks/gpu/check.py --output-dir runs/gpu-check
 
 # The same without a GPU, as on a machine without a package index: the tests that need a GPU are collected, those beside them
 # run, and both calls of the run sheet are tried small. UNDER="command" runs each step under a command that, for example,
@@ -42,13 +42,13 @@ gpu-check: $(INSTALLED)
 gpu-rehearsal: export MAMMOSTREAM_FILMS := $(CURDIR)/runs/small-films/unpacked
 gpu-rehearsal: $(INSTALLED)
 	rm -rf runs/small-films
-	env -u MAMMOSTREAM_FILMS $(BIN)/python benchmarks/small_films.py pack runs/small-films/packed
-	$(UNDER) $(BIN)/python benchmarks/small_films.py unpack runs/small-films/packed $$MAMMOSTREAM_FILMS
+	env -u MAMMOSTREAM_FILMS $(BIN)/python benchmarks/gpu/small_films.py pack runs/small-films/packed
+	$(UNDER) $(BIN)/python benchmarks/gpu/small_films.py unpack runs/small-films/packed $$MAMMOSTREAM_FILMS
 	$(UNDER) $(BIN)/python -m pytest -q -m gpu
 	@# The small films have lost their grain: what one more lossy codec costs is bounded on the films themselves.
 	$(UNDER) $(BIN)/python -m pytest -q -k 'not lossy_syntaxes' $$(grep -rl 'mark.gpu' tests --include='test_*.py')
-	$(UNDER) $(BIN)/python benchmarks/gpu_check.py --output-dir runs/gpu-rehearsal --device cpu --tiny
-	$(UNDER) $(BIN)/python benchmarks/gpu_check.py --output-dir runs/gpu-rehearsal --device cpu --tiny \
+	$(UNDER) $(BIN)/python benchmarks/gpu/check.py --output-dir runs/gpu-rehearsal --device cpu --tiny
+	$(UNDER) $(BIN)/python benchmarks/gpu/check.py --output-dir runs/gpu-rehearsal --device cpu --tiny \
 		--call second $(if $(MIAS),--mias $(MIAS))
 
 format: $(INSTALLED)

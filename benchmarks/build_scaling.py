@@ -20,7 +20,7 @@ import click
 import numpy as np
 import pandas as pd
 
-from common.machine import describe
+from mammostream.common.machine import describe
 
 VARIANTS = [(1, 1), (2, 1), (1, 2)]  # workers, threads of each
 
@@ -30,8 +30,8 @@ def write_films(folder: Path, copies: int, bits: int) -> int:
     import pydicom
     from PIL import Image
 
-    from common.real_films import film_cases
-    from shards.manifest import write_manifest
+    from mammostream.common.real_films import film_cases
+    from mammostream.shards.manifest import write_manifest
 
     rows = []
     for patient, case in enumerate(film_cases()):

@@ -21,11 +21,11 @@ import pydicom
 from pydicom.encaps import encapsulate
 from pydicom.uid import HTJ2KLossless, JPEGLosslessSV1, RLELossless
 
-from common.machine import describe
-from common.real_films import film_cases
-from shards.bench import measure_build, table
-from shards.launch import Launcher
-from shards.plan import BuildConfig
+from mammostream.common.machine import describe
+from mammostream.common.real_films import film_cases
+from mammostream.shards.build.bench import measure_build, table
+from mammostream.shards.build.launch import Launcher
+from mammostream.shards.build.plan import BuildConfig
 
 imagecodecs = lazy_loader.load("imagecodecs")
 SPACING_MM = 0.05

@@ -17,7 +17,7 @@ import click
 import numpy as np
 from tiles import TILE, real_tiles
 
-from common.machine import describe
+from mammostream.common.machine import describe
 
 
 @dataclass
@@ -74,9 +74,9 @@ def main(count: int, rounds: int, threads: int) -> None:
     """Measure every codec at 8 and 16 bits."""
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # DALI warns of each HTJ2K tile
 
-    from dali_pipelines.pipelines import types  # noqa: F401  DALI itself, before the clock starts
-    from shards.codecs import CODECS, decode, encode
-    from shards.plan import resolve_device
+    from mammostream.dali_pipelines.pipelines import types  # noqa: F401  DALI itself, before the clock starts
+    from mammostream.shards.build.plan import resolve_device
+    from mammostream.shards.codecs import CODECS, decode, encode
 
     threads = threads or len(os.sched_getaffinity(0))
     devices = ["cpu", "gpu"] if resolve_device("auto") == "cuda" else ["cpu"]

@@ -33,7 +33,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common.real_films import films_folder
+from mammostream.common.real_films import films_folder
 
 CLASS = "simulated_calcification"
 FILMS = films_folder()
@@ -141,8 +141,8 @@ def untrained(checkpoint_path: Path, path: Path) -> Path:
     """Write a checkpoint like another one, with random weights."""
     import torch
 
-    from models import MammogramBYOL, build_backbone
-    from models.checkpoints import load_checkpoint, save_checkpoint
+    from mammostream.models import MammogramBYOL, build_backbone
+    from mammostream.models.checkpoints import load_checkpoint, save_checkpoint
 
     torch.manual_seed(0)
     checkpoint = load_checkpoint(checkpoint_path, "byol")
@@ -153,9 +153,9 @@ def untrained(checkpoint_path: Path, path: Path) -> Path:
 
 def pixel_statistics(out: Path) -> dict[str, float]:
     """Return the AUCs of classifiers on each tile's simple statistics."""
-    from dali_pipelines import LabelledLoader
-    from shards import open_shards
-    from train.labels import join_shards, read_labels
+    from mammostream.dali_pipelines import LabelledLoader
+    from mammostream.shards import open_shards
+    from mammostream.train.run.labels import join_shards, read_labels
 
     shards = open_shards(out / "shards")
     sides = []

@@ -19,12 +19,12 @@ import pydicom
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from common.real_films import film_cases
-from preprocess.energy import _inside, pixel_energy
-from preprocess.reading import Header, Mammogram
-from preprocess.selection import SelectionConfig, box_means
-from preprocess.simulation import ClusterConfig, plant_clusters
-from preprocess.tiling import Film, TilingConfig, tile_film
+from mammostream.common.real_films import film_cases
+from mammostream.preprocess.energy import _inside, pixel_energy
+from mammostream.preprocess.reading import Header, Mammogram
+from mammostream.preprocess.selection import SelectionConfig, box_means
+from mammostream.preprocess.simulation import ClusterConfig, plant_clusters
+from mammostream.preprocess.tiling import Film, TilingConfig, tile_film
 
 SPACING_MM = 0.05
 CONTRASTS = (3, 5, 8, 12, 20)
@@ -74,7 +74,7 @@ def candidates(film: Film) -> dict[str, np.ndarray]:
 
 
 def _numpy():
-    from preprocess.backend import backend_of
+    from mammostream.preprocess.backend import backend_of
 
     return backend_of(np.zeros(0))
 

@@ -19,7 +19,7 @@ import click
 import numpy as np
 import pandas as pd
 
-from common.machine import describe
+from mammostream.common.machine import describe
 
 
 def simulated_manifest(films: int) -> pd.DataFrame:
@@ -76,11 +76,11 @@ def simulated_tiles(shard, tiles_per_film: int, rng: np.random.Generator) -> tup
 @click.option("--tiles-per-film", default=60, help="Simulated tiles of each.")
 def main(films: int, tiles_per_film: int) -> None:
     """Measure planning and tables."""
-    from shards.build import finished_shard
-    from shards.manifest import read_manifest, write_manifest
-    from shards.merge import finish
-    from shards.plan import BuildConfig, make_plan
-    from shards.tables import write_shard_table
+    from mammostream.shards.build.build import finished_shard
+    from mammostream.shards.build.merge import finish
+    from mammostream.shards.build.plan import BuildConfig, make_plan
+    from mammostream.shards.manifest import read_manifest, write_manifest
+    from mammostream.shards.tables import write_shard_table
 
     rows: list[tuple[str, str, float]] = []
     own, workers = "the build's own process", "its workers"

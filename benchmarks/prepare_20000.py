@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.parallel import available_cpus
-from common.real_films import films_folder
-from preprocess.reading import read_header
-from shards.manifest import read_manifest, write_findings, write_manifest
-from shards.prepare import prepare_films
+from mammostream.common.parallel import available_cpus
+from mammostream.common.real_films import films_folder
+from mammostream.preprocess.reading import read_header
+from mammostream.shards.manifest import read_manifest, write_findings, write_manifest
+from mammostream.shards.prepare.films import prepare_films
 
 BREAST = "study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density"
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.real_films import films_folder
+from mammostream.common.real_films import films_folder
 
 FILMS = films_folder()
 CLUSTER, VIEW = "simulated_calcification", "mlo"
@@ -123,8 +123,8 @@ def measure(out: Path, picture: Path, options: argparse.Namespace) -> Iterator[s
 
 def make_data(out: Path, shards: Path, labels: Path, contrast: float) -> None:
     """Plant clusters, cut tiles, and label them by cluster and by view, unless that is done."""
-    from common.files import write_yaml
-    from dali_pipelines.recipes import RECIPES, views_to_dict
+    from mammostream.common.files import write_yaml
+    from mammostream.dali_pipelines.recipes import RECIPES, views_to_dict
 
     views = views_to_dict([replace(view, blur_probability=0.0) for view in RECIPES["mammo"]])
     write_yaml(out / "views.yaml", views)
@@ -181,15 +181,15 @@ def run_without_predictor() -> None:
     from torch import nn
 
     import mammostream
-    import train.pretrain
-    from models.byol import MammogramBYOL
+    from mammostream.models.byol import MammogramBYOL
+    from mammostream.train.byol import pretrain
 
     class WithoutPredictor(MammogramBYOL):
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             self.prediction_head = nn.Identity()
 
-    train.pretrain.MammogramBYOL = WithoutPredictor
+    pretrain.MammogramBYOL = WithoutPredictor
     mammostream.main()
 
 

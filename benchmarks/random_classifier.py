@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from common.normalisation import MEAN, STD
-from models.backbones import build_backbone
-from models.checkpoints import save_checkpoint
-from models.classifier import MammogramClassifier, build_classification_head
-from shards.reading import open_shards
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.models.backbones import build_backbone
+from mammostream.models.checkpoints import save_checkpoint
+from mammostream.models.classifier import MammogramClassifier, build_classification_head
+from mammostream.shards.reading import open_shards
 
 
 def write_random_classifier(shards: Path, path: Path, arch: str = "resnet50") -> None:

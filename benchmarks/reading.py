@@ -34,8 +34,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from common.real_films import film_cases
-from preprocess.reading import read_mammogram
+from mammostream.common.real_films import film_cases
+from mammostream.preprocess.reading import read_mammogram
 
 WINDOW = {"WindowCenter": 2000.0, "WindowWidth": 3500.0}
 

@@ -9,9 +9,9 @@ TILE = 512
 
 def real_tiles(count: int) -> np.ndarray:
     """Return (count, 512, 512) uint16 tiles of the 8 films, as a build cuts them."""
-    from common.real_films import film_cases
-    from preprocess.reading import read_mammogram
-    from preprocess.tiling import TilingConfig, tile_film
+    from mammostream.common.real_films import film_cases
+    from mammostream.preprocess.reading import read_mammogram
+    from mammostream.preprocess.tiling import TilingConfig, tile_film
 
     config = TilingConfig(tile_size=TILE, stride=256)
     films = [path for case in film_cases() for path in case.values()]

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from tiles import real_tiles
 
-from common.machine import describe
+from mammostream.common.machine import describe
 
 TILES_PER_FILM = 60
 VARIANTS = [("--no-decode", 1), ("--no-decode", 2), ("--decode", 1), ("--decode", 2)]
@@ -28,11 +28,11 @@ VARIANTS = [("--no-decode", 1), ("--no-decode", 2), ("--decode", 1), ("--decode"
 
 def write_shards(directory: Path, films: int) -> None:
     """Write shards of simulated films that all have the same real tiles."""
-    from shards.archive import tile_key
-    from shards.build import build_all, image_row, write_shard
-    from shards.launch import Launcher
-    from shards.merge import finish
-    from shards.plan import BuildConfig, make_plan
+    from mammostream.shards.archive import tile_key
+    from mammostream.shards.build.build import build_all, image_row, write_shard
+    from mammostream.shards.build.launch import Launcher
+    from mammostream.shards.build.merge import finish
+    from mammostream.shards.build.plan import BuildConfig, make_plan
 
     pixels = real_tiles(TILES_PER_FILM)
 

@@ -4,8 +4,8 @@ Examples
 --------
 Tiles of a shard directory, two views a tile, as torch tensors:
 
->>> from dali_pipelines import RECIPES, PretrainLoader                              # doctest: +SKIP
->>> from shards import open_shards                                                  # doctest: +SKIP
+>>> from mammostream.dali_pipelines import RECIPES, PretrainLoader                              # doctest: +SKIP
+>>> from mammostream.shards import open_shards                                                  # doctest: +SKIP
 >>> loader = PretrainLoader(open_shards("runs/demo/shards").shards("train"), batch_size=32, tile_size=512,
 ...                         mean=0.449, std=0.226, views=RECIPES["guide"])          # doctest: +SKIP
 >>> for view1, view2, numbers in loader: ...                                        # doctest: +SKIP
@@ -13,7 +13,7 @@ Tiles of a shard directory, two views a tile, as torch tensors:
 One tile for a model, normalised as the evaluation pipeline does it:
 
 >>> import numpy as np
->>> from dali_pipelines import create_inference_transform
+>>> from mammostream.dali_pipelines import create_inference_transform
 >>> transform = create_inference_transform(mean=0.5, std=0.25)
 >>> tile = transform(np.full((64, 64), 65535, dtype=np.uint16))
 >>> tuple(tile.shape), float(tile[0, 0, 0])
@@ -28,11 +28,4 @@ import lazy_loader
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 
 # Names are imported when first asked for, so that `mammostream --help` stays fast.
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "inference": ["create_inference_transform"],
-        "loaders": ["LabelledLoader", "PretrainLoader"],
-        "recipes": ["RECIPES", "TRAIN_VIEW", "View", "recipe_views", "views_from_yaml", "views_to_dict"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

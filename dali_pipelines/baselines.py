@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dali_pipelines.intensity import FULL_SCALE, ImageFormat, scale_and_shift
-from dali_pipelines.recipes import View
-from shards.archive import read_index
-from shards.codecs import CODECS
-from shards.reading import Shard
+from mammostream.dali_pipelines.intensity import FULL_SCALE, ImageFormat, scale_and_shift
+from mammostream.dali_pipelines.recipes import View
+from mammostream.shards.archive import read_index
+from mammostream.shards.codecs import CODECS
+from mammostream.shards.reading import Shard
 
 PREFETCH = 2  # batches a worker makes ahead, torch's own default
 

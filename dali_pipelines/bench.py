@@ -18,13 +18,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from common.errors import BadInput
-from common.files import whole_file
-from common.machine import describe
-from common.normalisation import MEAN, STD
-from common.progress import progress
-from dali_pipelines.recipes import View
-from shards.reading import Shard, ShardSet
+from mammostream.common.errors import BadInput
+from mammostream.common.files import whole_file
+from mammostream.common.machine import describe
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.common.progress import progress
+from mammostream.dali_pipelines.recipes import View
+from mammostream.shards.reading import Shard, ShardSet
 
 OURS = "mammostream"
 _DISCARDED = 6  # batches at the start of a turn: more than any contender has made ahead
@@ -63,7 +63,7 @@ class Turn:
 
 
 def _ours(task: Task) -> Iterator[Any]:
-    from dali_pipelines.loaders import PretrainLoader
+    from mammostream.dali_pipelines.loaders import PretrainLoader
 
     loader = PretrainLoader(
         task.shards,
@@ -80,7 +80,7 @@ def _ours(task: Task) -> Iterator[Any]:
 
 
 def _decode_only(task: Task) -> Iterator[Any]:
-    from dali_pipelines.loaders import LabelledLoader
+    from mammostream.dali_pipelines.loaders import LabelledLoader
 
     loader = LabelledLoader(
         task.shards,
@@ -106,19 +106,19 @@ def _synthetic(task: Task) -> Iterator[Any]:
 
 
 def _opencv(task: Task) -> Iterator[Any]:
-    from dali_pipelines.baselines import OpenCVViews
+    from mammostream.dali_pipelines.baselines import OpenCVViews
 
     yield from _in_workers(task, OpenCVViews(task.views, _form(task)))
 
 
 def _torchvision(task: Task) -> Iterator[Any]:
-    from dali_pipelines.baselines import TorchvisionViews
+    from mammostream.dali_pipelines.baselines import TorchvisionViews
 
     yield from _in_workers(task, TorchvisionViews(task.views, _form(task)))
 
 
 def _kornia(task: Task) -> Iterator[Any]:
-    from dali_pipelines.baselines import kornia_view, unit_tile
+    from mammostream.dali_pipelines.baselines import kornia_view, unit_tile
 
     views = [kornia_view(view, _form(task)) for view in task.views]
     for (tiles,) in _in_workers(task, lambda tile: (unit_tile(tile),)):
@@ -126,14 +126,14 @@ def _kornia(task: Task) -> Iterator[Any]:
 
 
 def _in_workers(task: Task, transform: Callable) -> Iterator[Any]:
-    from dali_pipelines.baselines import TileDataset, batches
+    from mammostream.dali_pipelines.baselines import TileDataset, batches
 
     for batch in batches(TileDataset(task.shards, transform), task.batch_size, task.workers, task.device):
         yield [tensor.to(_torch_device(task), non_blocking=True) for tensor in batch]
 
 
 def _form(task: Task) -> Any:
-    from dali_pipelines.intensity import ImageFormat
+    from mammostream.dali_pipelines.intensity import ImageFormat
 
     return ImageFormat(task.tile_size, MEAN, STD)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from common.errors import BadInput, nearest
-from common.measuring import check_page, spelled, write_report
-from common.options import Command, ListOption, config_file_option, split_commas
+from mammostream.common.errors import BadInput, nearest
+from mammostream.common.measuring import check_page, spelled, write_report
+from mammostream.common.options import Command, ListOption, config_file_option, split_commas
 
 FILE = click.Path(path_type=Path)
 
@@ -47,9 +47,9 @@ def loader(
     views: what is left for views) and synthetic (no data at all: what a training loop itself costs). They take turns, each in a
     process of its own. Prints a Markdown table.
     """
-    from dali_pipelines.bench import CONTENDERS, Task, describe_task, draw, installed, measure, table
-    from dali_pipelines.recipes import RECIPES, views_from_yaml
-    from shards.reading import open_shards
+    from mammostream.dali_pipelines.bench import CONTENDERS, Task, describe_task, draw, installed, measure, table
+    from mammostream.dali_pipelines.recipes import RECIPES, views_from_yaml
+    from mammostream.shards.reading import open_shards
 
     for name in only:
         if name not in CONTENDERS:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from common.errors import BadInput
-from common.normalisation import MEAN, STD
-from dali_pipelines.intensity import FULL_SCALE, scale_and_shift
+from mammostream.common.errors import BadInput
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.dali_pipelines.intensity import FULL_SCALE, scale_and_shift
 
 if TYPE_CHECKING:
     from PIL import Image

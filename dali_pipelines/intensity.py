@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.errors import BadInput
-from common.normalisation import MEAN, STD
+from mammostream.common.errors import BadInput
+from mammostream.common.normalisation import MEAN, STD
 
 FULL_SCALE = 65535  # every tile is decoded to uint16; an 8-bit tile is multiplied by 257, so that 255 becomes 65535
 DTYPES = ("float32", "float16")

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline
 
-from common.buckets import lost_connection
-from common.errors import BadInput, first_line
-from common.files import sha256_json
-from dali_pipelines.intensity import ImageFormat
-from dali_pipelines.pipelines import evaluation_pipeline, view_pipeline
-from dali_pipelines.readers import FileSource, ShardSource, allow_open_files, open_source
-from dali_pipelines.recipes import RECIPES, View
-from shards.reading import Shard
+from mammostream.common.buckets import lost_connection
+from mammostream.common.errors import BadInput, first_line
+from mammostream.common.files import sha256_json
+from mammostream.dali_pipelines.intensity import ImageFormat
+from mammostream.dali_pipelines.pipelines import evaluation_pipeline, view_pipeline
+from mammostream.dali_pipelines.readers import FileSource, ShardSource, allow_open_files, open_source
+from mammostream.dali_pipelines.recipes import RECIPES, View
+from mammostream.shards.reading import Shard
 
 
 class UnreadableTile(BadInput):
@@ -311,7 +311,7 @@ class PretrainLoader(_Loader):
     Parameters
     ----------
     shards
-        The shards to read, of one directory or of several; for the numbers see :mod:`dali_pipelines.readers`.
+        The shards to read, of one directory or of several; for the numbers see :mod:`mammostream.dali_pipelines.readers`.
     batch_size
         Tiles a batch and rank.
     views

@@ -12,10 +12,10 @@ from typing import Any
 
 from nvidia.dali import fn, pipeline_def, types
 
-from dali_pipelines.intensity import ImageFormat
-from dali_pipelines.readers import FileSource, ShardSource
-from dali_pipelines.recipes import View
-from dali_pipelines.views import apply_view, normalise
+from mammostream.dali_pipelines.intensity import ImageFormat
+from mammostream.dali_pipelines.readers import FileSource, ShardSource
+from mammostream.dali_pipelines.recipes import View
+from mammostream.dali_pipelines.views import apply_view, normalise
 
 
 def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **options: Any) -> tuple[Any, list[Any]]:
@@ -76,20 +76,3 @@ def evaluation_pipeline(
     """Return the tile, decoded and normalised with nothing random, and its labels."""
     tile, labels = read_tiles(source, tile_size, device, **reader)
     return normalise(tile, form), *labels
-
-
-@pipeline_def
-def _peek_pipeline(source: ShardSource | FileSource) -> Any:
-    return fn.peek_image_shape(source.nodes(shuffle=False, initial_fill=1)[0])
-
-
-def count_images(source: ShardSource | FileSource) -> int:
-    """Return how many payloads, from the first on, DALI knows for images before it meets one that it does not."""
-    # One a batch, in order: the batches that came before the failure tell which payload it was.
-    pipeline = _peek_pipeline(source, batch_size=1, num_threads=1, device_id=None)
-    for done in range(source.count):
-        try:
-            pipeline.run()
-        except RuntimeError:
-            return done
-    return source.count

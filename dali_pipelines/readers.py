@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
+from nvidia.dali import fn, pipeline_def, types
 
-from common.buckets import SCHEME, BucketPath
-from common.errors import BadInput, first_line
-from shards.archive import Member, Sample, check_index, read_index, write_index
-from shards.codecs import CODECS, NUMBER_EXTENSION, decode, decode_number
-from shards.reading import Shard
+from mammostream.common.buckets import SCHEME, BucketPath
+from mammostream.common.errors import BadInput, first_line
+from mammostream.shards.archive import Member, Sample, check_index, read_index, write_index
+from mammostream.shards.codecs import CODECS, NUMBER_EXTENSION, decode, decode_number
+from mammostream.shards.reading import Shard
 
 READER = "reader"  # the name of the reader node in every graph
 DIRECTORY_STRIDE = 2**40  # a shard's ordinal is below 2^20, a tile's position in its shard as well
@@ -177,11 +177,21 @@ class FileSource:
         return f"{path} is no readable image; replace it or take it out of the list"
 
 
-def _first_that_is_no_image(source: ShardSource | FileSource) -> int | None:
-    from dali_pipelines.pipelines import count_images
+@pipeline_def
+def _peek_pipeline(source: ShardSource | FileSource) -> Any:
+    return fn.peek_image_shape(source.nodes(shuffle=False, initial_fill=1)[0])
 
-    count = count_images(source)
-    return count if count < source.count else None
+
+def _first_that_is_no_image(source: ShardSource | FileSource) -> int | None:
+    """Return the position of the first payload that DALI does not recognise as an image, or None."""
+    # One a batch, in order: the batches that came before the failure tell which payload it was.
+    pipeline = _peek_pipeline(source, batch_size=1, num_threads=1, device_id=None)
+    for done in range(source.count):
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return done
+    return None
 
 
 def _mend(tar: str) -> str:

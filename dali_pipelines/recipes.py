@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import BadInput, nearest
-from common.options import read_mapping
+from mammostream.common.errors import BadInput, nearest
+from mammostream.common.options import read_mapping
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, math, types
 
-from dali_pipelines.intensity import ImageFormat, scale_and_shift
-from dali_pipelines.recipes import View
+from mammostream.dali_pipelines.intensity import ImageFormat, scale_and_shift
+from mammostream.dali_pipelines.recipes import View
 
 
 def _uniform(low: float, high: float) -> Any:

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.files import whole_file
-from common.normalisation import MEAN, STD
-from common.real_films import films_folder
-from dali_pipelines import RECIPES, LabelledLoader, PretrainLoader
-from demo import run_command
-from shards import open_shards
-from shards.labels import tile_labels
-from shards.manifest import read_findings
-from train.pictures import draw_views
+from mammostream.common.files import whole_file
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.common.real_films import films_folder
+from mammostream.dali_pipelines import RECIPES, LabelledLoader, PretrainLoader
+from mammostream.demo import run_command
+from mammostream.shards import open_shards
+from mammostream.shards.labels import tile_labels
+from mammostream.shards.manifest import read_findings
+from mammostream.train.byol.pictures import draw_views
 
 TILES = 6
 EDGE = 512

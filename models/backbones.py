@@ -8,10 +8,10 @@ from pathlib import Path
 import torchvision
 from torch import Tensor, nn
 
-from common.errors import BadInput, first_line, nearest
-from models.architectures import ARCHITECTURES
-from models.conversion import convert_state, find_state
-from models.tensors import load_state, read_torch
+from mammostream.common.errors import BadInput, first_line, nearest
+from mammostream.models.architectures import ARCHITECTURES
+from mammostream.models.conversion import convert_state, find_state
+from mammostream.models.tensors import load_state, read_torch
 
 # The first recipe's weights, for every architecture. The second recipe scores higher on ImageNet itself, but losses
 # that press classes together give features that transfer less well (Kornblith et al. 2021, arXiv:2010.16402).
@@ -33,13 +33,14 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     weights
         ``"none"`` (random), ``"imagenet"`` (torchvision's, from its cache or the network), or the path of a file with
         torchvision's tensor names, or of a checkpoint, whose online backbone is taken. Three channels are folded into one,
-        see :func:`models.conversion.convert_state`; the last, classifying layer is dropped.
+        see :func:`mammostream.models.conversion.convert_state`; the last, classifying layer is dropped.
 
     Returns
     -------
     nn.Module
-        Maps (N, 1, H, W) normalised by :mod:`common.normalisation` to (N, num_features). Two attributes say what it is:
-        ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, 2048 for resnet50 and 101, 768 for convnext_tiny).
+        Maps (N, 1, H, W) normalised by :mod:`mammostream.common.normalisation` to (N, num_features). Two attributes say what it
+        is: ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, 2048 for resnet50 and 101, 768 for
+        convnext_tiny).
 
     Raises
     ------
@@ -61,7 +62,7 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
 def one_channel(x: Tensor) -> Tensor:
     """Reduce (N, 3, H, W) to (N, 1, H, W) by the channels' mean; (N, 1, H, W) passes through.
 
-    Exact for grey images stored as RGB and normalised alike in each channel (by :mod:`common.normalisation`).
+    Exact for grey images stored as RGB and normalised alike in each channel (by :mod:`mammostream.common.normalisation`).
 
     Raises
     ------

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import BadInput
-from models.backbones import encode, feature_dim
-from models.classifier import build_classification_head
+from mammostream.common.errors import BadInput
+from mammostream.models.backbones import encode, feature_dim
+from mammostream.models.classifier import build_classification_head
 
 
 class BYOLOutput(NamedTuple):
@@ -68,7 +68,7 @@ class MammogramBYOL(nn.Module):
     Parameters
     ----------
     backbone
-        Maps (N, 1, H, W) to (N, D), see :func:`models.backbones.build_backbone`.
+        Maps (N, 1, H, W) to (N, D), see :func:`mammostream.models.backbones.build_backbone`.
     input_dim
         D; None takes the backbone's ``num_features``.
     hidden_dim

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.errors import BadInput, first_line
-from common.files import whole_file
-from common.normalisation import MEAN, STD
-from models.architectures import ARCHITECTURES
-from models.backbones import build_backbone
-from models.byol import MammogramBYOL
-from models.classifier import MammogramClassifier, build_classification_head
-from models.conversion import COUNTER, LoadReport, convert_state, examples, find_state
-from models.tensors import load_state, read_torch
+from mammostream.common.errors import BadInput, first_line
+from mammostream.common.files import whole_file
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.models.architectures import ARCHITECTURES
+from mammostream.models.backbones import build_backbone
+from mammostream.models.byol import MammogramBYOL
+from mammostream.models.classifier import MammogramClassifier, build_classification_head
+from mammostream.models.conversion import COUNTER, LoadReport, convert_state, examples, find_state
+from mammostream.models.tensors import load_state, read_torch
 
 _MENDS = {
     "byol": "give a mammogram_byol_*.pth that 'mammostream pretrain' wrote",
@@ -79,9 +79,9 @@ def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
 
     Another program's file is a state dict, or a dict with one below ``model_state_dict``, ``state_dict`` or ``model``: of a
     torchvision ResNet, or of the models that the guides' scripts trained. With ``class_names`` beside it, it is a classifier,
-    else a BYOL model, whose heads may be missing. See :func:`models.conversion.convert_state`. Its dict has ``load_report``,
-    a :class:`models.conversion.LoadReport`, and of ``preprocessing`` only what is known: the mean and std that the folded
-    network takes, and the guides' tile size.
+    else a BYOL model, whose heads may be missing. See :func:`mammostream.models.conversion.convert_state`. Its dict has
+    ``load_report``, a :class:`mammostream.models.conversion.LoadReport`, and of ``preprocessing`` only what is known: the mean
+    and std that the folded network takes, and the guides' tile size.
 
     Parameters
     ----------

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from models.backbones import encode
+from mammostream.models.backbones import encode
 
-if TYPE_CHECKING:
-    from models.byol import MammogramBYOL
+
+class Pretrained(Protocol):
+    """What a classifier needs of a pre-trained model; :class:`mammostream.models.byol.MammogramBYOL` is one."""
+
+    backbone: nn.Module
+    input_dim: int
 
 
 def build_classification_head(
@@ -44,8 +48,8 @@ class MammogramClassifier(nn.Module):
         self.classification_head = classification_head
 
     @classmethod
-    def from_byol(cls, byol: MammogramBYOL, num_classes: int, dropout: float = 0.2) -> MammogramClassifier:
-        """Take a BYOL model's online backbone (shared, not copied) and put a new, random head on it."""
+    def from_byol(cls, byol: Pretrained, num_classes: int, dropout: float = 0.2) -> MammogramClassifier:
+        """Take a pre-trained model's online backbone (shared, not copied) and put a new, random head on it."""
         return cls(byol.backbone, build_classification_head(byol.input_dim, num_classes, dropout))
 
     def get_features(self, x: Tensor) -> Tensor:

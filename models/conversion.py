@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.normalisation import MEAN, STD
+from mammostream.common.normalisation import MEAN, STD
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCRIPT_MEAN, SCRIPT_STD = (0.5,) * 3, (0.5,) * 3  # of the scripts that the guides describe

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import BadInput, first_line
+from mammostream.common.errors import BadInput, first_line
 
 
 def read_torch(path: Path, what: str, mend: str) -> dict[str, Any]:

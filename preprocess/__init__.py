@@ -5,7 +5,7 @@ cuCIM and cupyx.
 
 Examples
 --------
->>> from preprocess import TilingConfig, read_mammogram, tile_film     # doctest: +SKIP
+>>> from mammostream.preprocess import TilingConfig, read_mammogram, tile_film     # doctest: +SKIP
 >>> film = tile_film(read_mammogram("film.dcm"), TilingConfig())       # doctest: +SKIP
 >>> film.segmentation.side, len(film.tiles.x)                          # doctest: +SKIP
 ('L', 74)
@@ -14,13 +14,4 @@ Examples
 import lazy_loader
 
 # Names are imported when first asked for, so that `mammostream --help` stays fast.
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "reading": ["ReadingConfig", "read_header", "read_mammogram"],
-        "segmentation": ["segment_breast"],
-        "selection": ["select_tiles"],
-        "simulation": ["plant_clusters"],
-        "tiling": ["TilingConfig", "tile_film"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common.errors import BadInput
-from preprocess.backend import backend_of
-from preprocess.mammogram import Header, Mammogram, ReadingConfig, check_size
+from mammostream.common.errors import BadInput
+from mammostream.preprocess.backend import backend_of
+from mammostream.preprocess.mammogram import Header, Mammogram, ReadingConfig, check_size
 
 if TYPE_CHECKING:
     import pydicom

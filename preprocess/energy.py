@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.backend import Backend, backend_of
+from mammostream.preprocess.backend import Backend, backend_of
 
 SIGMA_MM = 0.1  # matches specks of about 0.3 mm
 # The skin line and the film's edge are no specks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from preprocess.backend import backend_of
+from mammostream.preprocess.backend import backend_of
 
 MAPPING = "voi-or-percentile-v1"
 LOW_PERCENTILE, HIGH_PERCENTILE = 0.1, 99.9

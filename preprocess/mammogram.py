@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.errors import BadInput
-from common.options import option
+from mammostream.common.errors import BadInput
+from mammostream.common.options import option
 
 # Three times the largest detector: more is a damaged header, refused before it takes the machine's memory.
 MAX_PIXELS = 2**27

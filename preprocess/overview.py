@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.errors import BadInput
-from common.files import sha256_json, whole_file
-from preprocess.preview import (
+from mammostream.common.errors import BadInput
+from mammostream.common.files import sha256_json, whole_file
+from mammostream.preprocess.preview import (
     BAD_COLOUR,
     BOX_COLOUR,
     CLUSTER_COLOUR,
@@ -34,8 +34,8 @@ from preprocess.preview import (
     energy_counts,
     few_colours,
 )
-from preprocess.reading import read_mammogram
-from preprocess.tiling import TilingConfig, tile_film
+from mammostream.preprocess.reading import read_mammogram
+from mammostream.preprocess.tiling import TilingConfig, tile_film
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -91,11 +91,11 @@ class FilmPicture:
     reason
         Why there is no picture; empty where there is one.
     counts
-        As :attr:`preprocess.selection.TileSelection.counts`.
+        As :attr:`mammostream.preprocess.selection.TileSelection.counts`.
     flags
         What is doubtful: the film's flags, and ``side_disagrees`` where the breast is not at the side that the metadata say.
     energies
-        As :func:`preprocess.preview.energy_counts`.
+        As :func:`mammostream.preprocess.preview.energy_counts`.
     """
 
     image_id: str

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import BadInput
-from preprocess.mammogram import Header, Mammogram, check_size
+from mammostream.common.errors import BadInput
+from mammostream.preprocess.mammogram import Header, Mammogram, check_size
 
 _BETWEEN = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _PGM = re.compile(rb"P([25])" + _BETWEEN + _BETWEEN.join([rb"(\d{1,9})"] * 3) + rb"(?:#[^\r\n]*)?\s")

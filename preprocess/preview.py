@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.files import whole_file
-from preprocess.backend import backend_of
-from preprocess.energy import EXCESS_ABOVE, EXCESS_LIMIT
-from preprocess.resampling import block_mean
-from preprocess.selection import TileSelection
-from preprocess.tiling import Film
+from mammostream.common.files import whole_file
+from mammostream.preprocess.backend import backend_of
+from mammostream.preprocess.energy import EXCESS_ABOVE, EXCESS_LIMIT
+from mammostream.preprocess.resampling import block_mean
+from mammostream.preprocess.selection import TileSelection
+from mammostream.preprocess.tiling import Film
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

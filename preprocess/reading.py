@@ -6,8 +6,8 @@ import errno
 from dataclasses import replace
 from pathlib import Path
 
-from common.errors import BadInput, MachineFault, first_line
-from preprocess.mammogram import Header, Mammogram, ReadingConfig
+from mammostream.common.errors import BadInput, MachineFault, first_line
+from mammostream.preprocess.mammogram import Header, Mammogram, ReadingConfig
 
 __all__ = ["IMAGE_SUFFIXES", "Header", "Mammogram", "ReadingConfig", "is_dicom", "read_header", "read_mammogram"]
 
@@ -41,10 +41,10 @@ def read_header(path: str | Path) -> Header:
     path = _existing(Path(path))
     try:
         if is_dicom(path):
-            from preprocess.dicom import read_dicom_header
+            from mammostream.preprocess.dicom import read_dicom_header
 
             return read_dicom_header(path)
-        from preprocess.plain import read_plain_header
+        from mammostream.preprocess.plain import read_plain_header
 
         return read_plain_header(path)
     except Exception as error:  # decoders raise what they like; the caller gets one that names the file
@@ -78,11 +78,11 @@ def read_mammogram(path: str | Path, config: ReadingConfig = AS_IT_COMES, device
     path = _existing(Path(path))
     try:
         if is_dicom(path):
-            from preprocess.dicom import read_dicom
+            from mammostream.preprocess.dicom import read_dicom
 
             mammogram = read_dicom(path, config, device)
         else:
-            from preprocess.plain import read_plain
+            from mammostream.preprocess.plain import read_plain
 
             mammogram = read_plain(path)
     except Exception as error:

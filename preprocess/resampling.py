@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from preprocess.backend import backend_of
+from mammostream.preprocess.backend import backend_of
 
 
 def block_mean(image: Any, factor: int) -> Any:

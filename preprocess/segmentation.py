@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from preprocess.backend import Backend, backend_of
-from preprocess.resampling import block_mean
+from mammostream.preprocess.backend import Backend, backend_of
+from mammostream.preprocess.resampling import block_mean
 
 TARGET_SPACING_MM = 0.4
 FINE_SPACING_MM = 0.1

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import BadInput
-from common.options import option
-from preprocess.backend import backend_of
+from mammostream.common.errors import BadInput
+from mammostream.common.options import option
+from mammostream.preprocess.backend import backend_of
 
 NONZERO_ABOVE = 15 / 255
 # Positions that are tried along each axis for a rescue tile.
@@ -76,7 +76,7 @@ class ScoreMaps:
     intensity, nonzero
         (h, w) mean intensity in [0, 1], and share of pixels above 15/255.
     energy
-        (h, w) pixel energy of :func:`preprocess.energy.pixel_energy`.
+        (h, w) pixel energy of :func:`mammostream.preprocess.energy.pixel_energy`.
     mask
         (h', w') bool breast mask.
     scale, mask_scale

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from common.errors import BadInput
-from common.options import option
-from preprocess.segmentation import segment_breast
+from mammostream.common.errors import BadInput
+from mammostream.common.options import option
+from mammostream.preprocess.segmentation import segment_breast
 
 
 @dataclass(frozen=True)

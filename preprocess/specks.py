@@ -1,8 +1,8 @@
 """Specks and clusters of them.
 
-A speck is a local maximum of the response of :func:`preprocess.energy.speck_response`. A cluster is a group of at least 5
-specks within a circle of 1 cm, the least that BI-RADS calls grouped calcifications (ACR BI-RADS Atlas, 5th edition, 2013:
-"as few as five calcifications grouped within 1 cm of each other").
+A speck is a local maximum of the response of :func:`mammostream.preprocess.energy.speck_response`. A cluster is a group of at
+least 5 specks within a circle of 1 cm, the least that BI-RADS calls grouped calcifications (ACR BI-RADS Atlas, 5th edition,
+2013: "as few as five calcifications grouped within 1 cm of each other").
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.spatial import cKDTree
 
-from preprocess.backend import backend_of
+from mammostream.preprocess.backend import backend_of
 
 # Maxima closer than this belong to one speck.
 SPECK_SIZE_MM = 0.5

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import BadInput
-from common.options import option
-from preprocess.backend import Backend, backend_of
-from preprocess.energy import pixel_energy, speck_response
-from preprocess.intensity import MAPPING, map_to_unit, to_stored
-from preprocess.mammogram import Mammogram, ReadingConfig
-from preprocess.resampling import block_mean, resample
-from preprocess.segmentation import Segmentation, coarse_factor, fine_factor, segment_breast
-from preprocess.selection import (
+from mammostream.common.errors import BadInput
+from mammostream.common.options import option
+from mammostream.preprocess.backend import Backend, backend_of
+from mammostream.preprocess.energy import pixel_energy, speck_response
+from mammostream.preprocess.intensity import MAPPING, map_to_unit, to_stored
+from mammostream.preprocess.mammogram import Mammogram, ReadingConfig
+from mammostream.preprocess.resampling import block_mean, resample
+from mammostream.preprocess.segmentation import Segmentation, coarse_factor, fine_factor, segment_breast
+from mammostream.preprocess.selection import (
     NONZERO_ABOVE,
     ScoreMaps,
     Scores,
@@ -27,7 +27,7 @@ from preprocess.selection import (
     grid_positions,
     select_tiles,
 )
-from preprocess.specks import find_clusters, find_specks
+from mammostream.preprocess.specks import find_clusters, find_specks
 
 SPACING_TOLERANCE = 1.25
 CLUSTER_MARGIN_MM = 1.0

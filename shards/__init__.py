@@ -2,7 +2,7 @@
 
 Examples
 --------
->>> from shards import open_shards                    # doctest: +SKIP
+>>> from mammostream.shards import open_shards                    # doctest: +SKIP
 >>> shards = open_shards("runs/demo/shards")          # doctest: +SKIP
 >>> shards.tiles("val")[["key", "breast_ratio"]]      # doctest: +SKIP
 """
@@ -10,13 +10,4 @@ Examples
 import lazy_loader
 
 # Names are imported when first asked for, so that `mammostream --help` stays fast.
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "build": ["build_shard"],
-        "codecs": ["decode_sample"],
-        "manifest": ["read_manifest"],
-        "plan": ["make_plan"],
-        "reading": ["open_shards"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

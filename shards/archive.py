@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import BadInput, first_line
-from common.files import whole_file
+from mammostream.common.errors import BadInput, first_line
+from mammostream.common.files import whole_file
 
 INDEX_VERSION = "v1.2"
 _BLOCK = 512

@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from common.errors import BadInput, first_line
+from mammostream.common.errors import BadInput, first_line
 
 imagecodecs = lazy_loader.load("imagecodecs")  # training reads shards through DALI, also where this is not installed
 NUMBER_EXTENSION = "num"

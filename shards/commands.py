@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from common.errors import BadInput, TooManyBad
-from common.files import write_yaml
-from common.options import Command, Group, ListOption, config_file_option, config_options, resolved, split_commas
-from preprocess.simulation import ClusterConfig
-from preprocess.tiling import TilingConfig
-from shards.launch import LaunchConfig
-from shards.plan import BuildConfig, PackConfig
+from mammostream.common.errors import BadInput, TooManyBad
+from mammostream.common.files import write_yaml
+from mammostream.common.options import Command, Group, ListOption, config_file_option, config_options, resolved, split_commas
+from mammostream.preprocess.simulation import ClusterConfig
+from mammostream.preprocess.tiling import TilingConfig
+from mammostream.shards.build.launch import LaunchConfig
+from mammostream.shards.build.plan import BuildConfig, PackConfig
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from shards.reading import ShardSet
+    from mammostream.shards.reading import ShardSet
 
 FILE = click.Path(path_type=Path)
 manifest_option = click.option(
@@ -46,8 +46,8 @@ def simulate(ctx: click.Context, manifest: Path, output_dir: Path, copies: int, 
     A truth to test a pipeline with, where no annotated films are at hand: bright specks within a small circle, brighter than
     their surroundings by a multiple of the local noise. They are phantoms, not disease. The films themselves stay as they are.
     """
-    from shards.annotations.simulated import simulate_copies
-    from shards.manifest import read_manifest, write_findings, write_manifest
+    from mammostream.shards.annotations.simulated import simulate_copies
+    from mammostream.shards.manifest import read_manifest, write_findings, write_manifest
 
     config = ClusterConfig(**options)
     frame, findings = simulate_copies(read_manifest(manifest), output_dir, config, copies, seed)
@@ -91,11 +91,11 @@ def preview(
     manifest's films side by side, energies.png the energies of all tiles with the threshold. A film that cannot be read is
     named and the rest goes on. A picture is drawn again only where its film or an option has changed.
     """
-    from common.progress import progress
-    from preprocess.overview import PictureJob, draw_pictures, summary_lines, write_contact_sheets, write_energies
-    from preprocess.reading import read_header
-    from shards.archive import escape_id
-    from shards.manifest import read_findings, read_manifest
+    from mammostream.common.progress import progress
+    from mammostream.preprocess.overview import PictureJob, draw_pictures, summary_lines, write_contact_sheets, write_energies
+    from mammostream.preprocess.reading import read_header
+    from mammostream.shards.archive import escape_id
+    from mammostream.shards.manifest import read_findings, read_manifest
 
     if (manifest is None) == (image_path is None):
         raise BadInput("give either --manifest or --image-path")
@@ -208,12 +208,12 @@ def build(
     A film that cannot be read becomes a row of images.parquet with its reason, and the rest goes on. The same films, options
     and library versions give the same bytes, however many processes or machines build.
     """
-    from shards.build import build_all
-    from shards.launch import Launcher
-    from shards.manifest import read_manifest
-    from shards.merge import finish, read_images
-    from shards.plan import make_plan
-    from shards.reading import open_shards
+    from mammostream.shards.build.build import build_all
+    from mammostream.shards.build.launch import Launcher
+    from mammostream.shards.build.merge import finish, read_images
+    from mammostream.shards.build.plan import make_plan
+    from mammostream.shards.manifest import read_manifest
+    from mammostream.shards.reading import open_shards
 
     config, launch = BuildConfig(**options), LaunchConfig(workers, threads, dask)
     ordinals = _parse_range(shard_range)
@@ -250,8 +250,8 @@ def finish(directory: Path, split: str | None, max_bad: str) -> None:
 
     Refuses, naming them, while shards are missing. Doing it twice changes nothing.
     """
-    from shards.merge import finish as merge
-    from shards.reading import open_shards
+    from mammostream.shards.build.merge import finish as merge
+    from mammostream.shards.reading import open_shards
 
     _bad_limit(max_bad, 1)
     merge(directory, split)
@@ -333,11 +333,11 @@ def pack(
     Labels are no part of shards: each CSV is written again beside them with the tiles' keys for tile_path, as 'finetune'
     takes it. A tile that cannot be read, or is of another size or depth than the first, is told and left out.
     """
-    from shards.build import build_all
-    from shards.launch import Launcher
-    from shards.merge import finish
-    from shards.pack import make_pack_plan, pack_shard, read_tile_csvs, write_packed_csvs
-    from shards.reading import open_shards
+    from mammostream.shards.build.build import build_all
+    from mammostream.shards.build.launch import Launcher
+    from mammostream.shards.build.merge import finish
+    from mammostream.shards.build.pack import make_pack_plan, pack_shard, read_tile_csvs, write_packed_csvs
+    from mammostream.shards.reading import open_shards
 
     config, launch = PackConfig(**options), LaunchConfig(workers, threads, dask)
     tiles = read_tile_csvs(csvs, splits, tiles_dir)
@@ -364,9 +364,9 @@ def pack(
 @workers_option
 def unpack(directory: Path, split: str | None, output_dir: Path, workers: int | None) -> None:
     """Write the tiles of shards as PNG files, without loss, for tools that read no shards; 'pack' does the reverse."""
-    from shards.launch import Launcher
-    from shards.pack import TILES_CSV, unpack_shards
-    from shards.reading import open_shards
+    from mammostream.shards.build.launch import Launcher
+    from mammostream.shards.build.pack import TILES_CSV, unpack_shards
+    from mammostream.shards.reading import open_shards
 
     count = unpack_shards(open_shards(directory), output_dir, split, Launcher.of(LaunchConfig(workers)))
     click.echo(f"{count} tiles -> {output_dir}, named in {output_dir / TILES_CSV}")
@@ -384,10 +384,10 @@ def verify(directory: Path, workers: int | None, decoding: bool, quarantine: boo
 
     A check that was stopped goes on where it stopped.
     """
-    from shards.launch import Launcher
-    from shards.reading import open_shards
-    from shards.verify import quarantine as take_out
-    from shards.verify import verify_shards
+    from mammostream.shards.build.launch import Launcher
+    from mammostream.shards.build.verify import quarantine as take_out
+    from mammostream.shards.build.verify import verify_shards
+    from mammostream.shards.reading import open_shards
 
     opened = open_shards(directory)
     faults = verify_shards(opened, Launcher.of(LaunchConfig(workers)), decoding=decoding)
@@ -414,7 +414,7 @@ def info(directory: Path) -> None:
     import pandas as pd
     import yaml
 
-    from shards.reading import open_shards
+    from mammostream.shards.reading import open_shards
 
     opened = open_shards(directory)
     table = pd.DataFrame(opened.meta["shards"])
@@ -465,11 +465,11 @@ def labels(
     """
     import pandas as pd
 
-    from common.files import write_text
-    from shards.labels import image_labels as labels_of_films
-    from shards.labels import tile_labels
-    from shards.manifest import read_manifest
-    from shards.reading import open_shards
+    from mammostream.common.files import write_text
+    from mammostream.shards.labels import image_labels as labels_of_films
+    from mammostream.shards.labels import tile_labels
+    from mammostream.shards.manifest import read_manifest
+    from mammostream.shards.reading import open_shards
 
     if not (findings or image_labels) or (image_labels and not manifest):
         raise BadInput("give --findings, or --manifest with --image-labels, or all three")
@@ -496,7 +496,7 @@ def labels(
 
 def _boxes_of(opened: ShardSet, findings: Path) -> pd.DataFrame:
     """Read findings and check that they are of these shards' films."""
-    from shards.manifest import read_findings
+    from mammostream.shards.manifest import read_findings
 
     boxes = read_findings(findings)
     known = boxes["image_id"].isin(opened.images()["image_id"])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from common.errors import BadInput, nearest
-from shards.manifest import LABEL_PREFIX
+from mammostream.common.errors import BadInput, nearest
+from mammostream.shards.manifest import LABEL_PREFIX
 
 
 def tile_labels(

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import click
 
-from common.errors import BadInput
-from common.files import writing
+from mammostream.common.errors import BadInput
+from mammostream.common.files import writing
 
 LOCK_FILE = ".lock"
 TABLES = range(-1, 0)  # the merged tables

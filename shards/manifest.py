@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from common.errors import BadInput, first_line, nearest
-from common.files import read_parquet, write_parquet
+from mammostream.common.errors import BadInput, first_line, nearest
+from mammostream.common.files import read_parquet, write_parquet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

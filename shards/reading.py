@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.buckets import BucketPath, as_bucket, cache_folder
-from common.errors import BadInput, nearest
-from common.files import read_parquet, sha256_file
-from preprocess.tiling import SPACING_TOLERANCE
+from mammostream.common.buckets import BucketPath, as_bucket, cache_folder
+from mammostream.common.errors import BadInput, nearest
+from mammostream.common.files import read_parquet, sha256_file
+from mammostream.preprocess.tiling import SPACING_TOLERANCE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,11 +122,11 @@ class ShardSet:
         return path
 
     def tiles(self, split: str | None = None) -> pd.DataFrame:
-        """Return the tile table (columns: :data:`shards.tables.TILE_SCHEMA`) of a split, or of all."""
+        """Return the tile table (columns: :data:`mammostream.shards.tables.TILE_SCHEMA`) of a split, or of all."""
         return self._tiles if split is None else self._tiles[self._tiles["split"] == split].reset_index(drop=True)
 
     def images(self) -> pd.DataFrame:
-        """Return the image table (columns: :data:`shards.tables.IMAGE_SCHEMA`)."""
+        """Return the image table (columns: :data:`mammostream.shards.tables.IMAGE_SCHEMA`)."""
         return read_parquet(self.table("images"), "image table", "run 'mammostream shards build' again")
 
 
@@ -166,8 +166,8 @@ def open_shards(directory: str | Path) -> ShardSet:
     """Open a finished shard directory, on a disk or in a bucket (``s3://bucket/prefix``).
 
     Of a bucket, ``shards.json`` is read each time; indexes and tables are fetched once into
-    :func:`common.buckets.cache_folder`; tars are read where they are. The server is $AWS_ENDPOINT_URL, else AWS; keys come from
-    the environment.
+    :func:`mammostream.common.buckets.cache_folder`; tars are read where they are. The server is $AWS_ENDPOINT_URL, else AWS;
+    keys come from the environment.
 
     Raises
     ------

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from common.errors import BadInput, first_line
-from common.files import write_parquet
+from mammostream.common.errors import BadInput, first_line
+from mammostream.common.files import write_parquet
 
 _METADATA_KEY = b"mammostream"
 

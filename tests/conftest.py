@@ -42,8 +42,8 @@ def films() -> list[RealFilm]:
     """The 8 real films, at 0.2 mm a pixel."""
     import pydicom
 
-    from common.real_films import film_cases
-    from preprocess.resampling import block_mean
+    from mammostream.common.real_films import film_cases
+    from mammostream.preprocess.resampling import block_mean
 
     found = []
     for number, case in enumerate(film_cases()):
@@ -59,7 +59,7 @@ def cropped_films(films: list[RealFilm], tmp_path_factory: pytest.TempPathFactor
     import tifffile
     from PIL import Image
 
-    from preprocess.resampling import block_mean
+    from mammostream.preprocess.resampling import block_mean
 
     folder = tmp_path_factory.mktemp("films")
     for film in films:

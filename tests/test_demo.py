@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.errors import BadInput
-from demo import _empty
+from mammostream.common.errors import BadInput
+from mammostream.demo import _empty
 
 
 def test_only_an_earlier_demo_is_replaced(tmp_path):

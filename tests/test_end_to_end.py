@@ -15,8 +15,8 @@ import imagecodecs
 import pandas as pd
 import yaml
 
-from common.real_films import film_cases
-from train.report_pictures import embed
+from mammostream.common.real_films import film_cases
+from mammostream.train.report.pictures import embed
 
 TILING = "--pixel-spacing 0.2 --tile-size 64 --stride 64"
 CLASS = "simulated_calcification"

@@ -30,7 +30,7 @@ def test_notebook():
     # What the text claims, asked of the notebook's own variables.
     claims = f"""
 import sys
-import preprocess
+from mammostream import preprocess
 assert sys.executable == {sys.executable!r}
 assert preprocess.__file__.startswith({str(ROOT)!r}), preprocess.__file__
 assert segmentation.side == film.segmentation.side == "R"

@@ -15,7 +15,7 @@ PYTHON = sys.executable
 
 @pytest.fixture(scope="module")
 def sheet() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks/gpu_check.py"
+    path = Path(__file__).parents[1] / "benchmarks/gpu/check.py"
     spec = importlib.util.spec_from_file_location("gpu_check", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for their module

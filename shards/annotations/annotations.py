@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from shards.manifest import FINDING_COLUMNS
+from mammostream.shards.manifest import FINDING_COLUMNS
 
 
 @dataclass(frozen=True)

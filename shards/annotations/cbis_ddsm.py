@@ -12,14 +12,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from common.errors import BadInput
-from common.files import require_columns
-from common.parallel import map_processes
-from preprocess.reading import read_header, read_mammogram
-from shards.annotations.annotations import Annotations, Problem, findings_frame
-from shards.annotations.csv_rows import birads_labels, coded, filled, read_rows, refuse
-from shards.annotations.tree import ImageTree, inside, name_without_ending
-from shards.manifest import LABEL_PREFIX
+from mammostream.common.errors import BadInput
+from mammostream.common.files import require_columns
+from mammostream.common.parallel import map_processes
+from mammostream.preprocess.reading import read_header, read_mammogram
+from mammostream.shards.annotations.annotations import Annotations, Problem, findings_frame
+from mammostream.shards.annotations.csv_rows import birads_labels, coded, filled, read_rows, refuse
+from mammostream.shards.annotations.tree import ImageTree, inside, name_without_ending
+from mammostream.shards.manifest import LABEL_PREFIX
 
 COLUMNS = (
     "patient id",

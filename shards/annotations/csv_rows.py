@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.errors import BadInput, nearest
-from common.files import require_columns
-from shards.manifest import LABEL_PREFIX
+from mammostream.common.errors import BadInput, nearest
+from mammostream.common.files import require_columns
+from mammostream.shards.manifest import LABEL_PREFIX
 
 # What spreadsheets, R and pandas write for "no value".
 _EMPTY = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.errors import BadInput, nearest
-from shards.annotations import cbis_ddsm, mias, rsna, vindr
-from shards.annotations.annotations import Annotations
-from shards.annotations.csv_rows import csv_header
-from shards.annotations.folder import folder_films
-from shards.annotations.tree import ImageTree
+from mammostream.common.errors import BadInput, nearest
+from mammostream.shards.annotations import cbis_ddsm, mias, rsna, vindr
+from mammostream.shards.annotations.annotations import Annotations
+from mammostream.shards.annotations.csv_rows import csv_header
+from mammostream.shards.annotations.folder import folder_films
+from mammostream.shards.annotations.tree import ImageTree
 
 DATASETS = ("vindr", "cbis-ddsm", "rsna", "mias", "folder")
 # The columns that a data set's CSV must have, and those that no other's has.

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.errors import BadInput, nearest
-from shards.annotations.annotations import Annotations, Problem
-from shards.annotations.csv_rows import binary, filled, numbers, read_rows, refuse, refuse_duplicates
-from shards.annotations.tree import ImageTree, name_without_ending
-from shards.manifest import FINDING_COLUMNS, LABEL_PREFIX
+from mammostream.common.errors import BadInput, nearest
+from mammostream.shards.annotations.annotations import Annotations, Problem
+from mammostream.shards.annotations.csv_rows import binary, filled, numbers, read_rows, refuse, refuse_duplicates
+from mammostream.shards.annotations.tree import ImageTree, name_without_ending
+from mammostream.shards.manifest import FINDING_COLUMNS, LABEL_PREFIX
 
 _TEXTS = ("patient_id", "study_id", "laterality", "view", "split")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.errors import BadInput
-from shards.annotations.annotations import Annotations, Problem, findings_frame
-from shards.annotations.tree import ImageTree
-from shards.manifest import LABEL_PREFIX
+from mammostream.common.errors import BadInput
+from mammostream.shards.annotations.annotations import Annotations, Problem, findings_frame
+from mammostream.shards.annotations.tree import ImageTree
+from mammostream.shards.manifest import LABEL_PREFIX
 
 SPACING_MM = 0.2
 SIZE = 1024

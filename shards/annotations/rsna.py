@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from shards.annotations.annotations import Annotations
-from shards.annotations.csv_rows import binary, birads_labels, coded, filled, read_rows, refuse_duplicates
-from shards.annotations.tree import ImageTree
-from shards.manifest import LABEL_PREFIX
+from mammostream.shards.annotations.annotations import Annotations
+from mammostream.shards.annotations.csv_rows import binary, birads_labels, coded, filled, read_rows, refuse_duplicates
+from mammostream.shards.annotations.tree import ImageTree
+from mammostream.shards.manifest import LABEL_PREFIX
 
 COLUMNS = ("patient_id", "image_id", "laterality", "view", "cancer")
 # What no other data set's CSV has.

@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 import tifffile
 
-from common.errors import BadInput
-from common.files import whole_file
-from common.progress import progress
-from preprocess.reading import read_mammogram
-from preprocess.simulation import ClusterConfig, plant_clusters
-from shards.archive import escape_id
-from shards.manifest import LABEL_PREFIX
+from mammostream.common.errors import BadInput
+from mammostream.common.files import whole_file
+from mammostream.common.progress import progress
+from mammostream.preprocess.reading import read_mammogram
+from mammostream.preprocess.simulation import ClusterConfig, plant_clusters
+from mammostream.shards.archive import escape_id
+from mammostream.shards.manifest import LABEL_PREFIX
 
 SIMULATED_LABEL = "simulated_calcification"
 

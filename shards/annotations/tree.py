@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from common.errors import BadInput
-from preprocess.reading import IMAGE_SUFFIXES, is_dicom
-from shards.annotations.annotations import Problem
+from mammostream.common.errors import BadInput
+from mammostream.preprocess.reading import IMAGE_SUFFIXES, is_dicom
+from mammostream.shards.annotations.annotations import Problem
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.errors import BadInput
-from shards.annotations.annotations import Annotations, Problem
-from shards.annotations.csv_rows import birads_labels, coded, filled, numbers, read_rows, refuse, refuse_duplicates
-from shards.annotations.tree import ImageTree
-from shards.manifest import FINDING_COLUMNS, LABEL_PREFIX
+from mammostream.common.errors import BadInput
+from mammostream.shards.annotations.annotations import Annotations, Problem
+from mammostream.shards.annotations.csv_rows import birads_labels, coded, filled, numbers, read_rows, refuse, refuse_duplicates
+from mammostream.shards.annotations.tree import ImageTree
+from mammostream.shards.manifest import FINDING_COLUMNS, LABEL_PREFIX
 
 COLUMNS = ("study_id", "image_id", "laterality", "view_position", "breast_birads", "split")
 # What no other data set's CSV has.

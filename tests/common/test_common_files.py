@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import BadInput, TooManyBad, first_line, nearest
-from common.files import (
+from mammostream.common.errors import BadInput, TooManyBad, first_line, nearest
+from mammostream.common.files import (
     make_folder,
     read_csv,
     read_parquet,

@@ -10,8 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from common.errors import BadInput
-from common.options import (
+from mammostream.common.errors import BadInput
+from mammostream.common.options import (
     Group,
     ListOption,
     config_file_option,

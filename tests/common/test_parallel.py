@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import BadInput
-from common.parallel import available_cpus, map_processes
+from mammostream.common.errors import BadInput
+from mammostream.common.parallel import available_cpus, map_processes
 
 
 def square(number):
@@ -64,7 +64,7 @@ def test_workers_of_a_killed_parent_end(tmp_path):
     code = f"""
 import os, time
 from pathlib import Path
-from common.parallel import map_processes
+from mammostream.common.parallel import map_processes
 
 def work(number):
     Path({str(tmp_path)!r}, str(os.getpid())).touch()

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from fresh_process import Tiles, call
 
-from shards import archive, codecs
-from shards.reading import Shard
+from mammostream.shards import archive, codecs
+from mammostream.shards.reading import Shard
 
 TILE = 48
 
@@ -23,7 +23,7 @@ def film() -> np.ndarray:
     """The inside of the breast on a 16-bit film: uint16 (1400, 800)."""
     import pydicom
 
-    from common.real_films import film_cases
+    from mammostream.common.real_films import film_cases
 
     path = film_cases()[0]["rcc"]
     return pydicom.dcmread(path).pixel_array[1700:3100, 2000:2800].astype(np.uint16)
@@ -85,7 +85,7 @@ def in_process() -> Callable[..., Callable[[], Ended]]:
     The process is forked from one that has imported the loaders and done nothing else.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dali_pipelines.loaders"])
+    context.set_forkserver_preload(["mammostream.dali_pipelines.loaders"])
 
     def start(function: Callable[..., Any], *args: Any) -> Callable[[], Ended]:
         ours, theirs = context.Pipe(duplex=False)

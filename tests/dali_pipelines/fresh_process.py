@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.reading import Shard
+from mammostream.shards.reading import Shard
 
 
 @dataclass(frozen=True)

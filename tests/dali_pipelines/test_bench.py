@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipelines import RECIPES, LabelledLoader, PretrainLoader, View, baselines, bench
-from dali_pipelines.intensity import ImageFormat
-from shards import open_shards
+from mammostream.dali_pipelines import RECIPES, LabelledLoader, PretrainLoader, View, baselines, bench
+from mammostream.dali_pipelines.intensity import ImageFormat
+from mammostream.shards import open_shards
 
 FORM = ImageFormat(48, 0.449, 0.226)
 
@@ -24,7 +24,7 @@ FORM = ImageFormat(48, 0.449, 0.226)
 @pytest.fixture(scope="session")
 def packed(film, tmp_path_factory) -> Path:
     """A shard directory of 12 tiles of 16 bits, made by ``shards pack`` as a user would."""
-    from demo import run_command
+    from mammostream.demo import run_command
 
     folder = tmp_path_factory.mktemp("packed")
     (folder / "tiles").mkdir()
@@ -145,8 +145,8 @@ def test_the_mend_of_a_bad_tile_mends(packed, tmp_path, mammostream):
     """The error names a command; after it, the loader reads what is left."""
     import shutil
 
-    from common.errors import BadInput
-    from shards.archive import read_index
+    from mammostream.common.errors import BadInput
+    from mammostream.shards.archive import read_index
 
     copy = tmp_path / "shards"
     shutil.copytree(packed, copy)

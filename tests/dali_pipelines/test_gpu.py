@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dali_pipelines import RECIPES, TRAIN_VIEW, LabelledLoader, PretrainLoader, View, views
-from shards import codecs
+from mammostream.dali_pipelines import RECIPES, TRAIN_VIEW, LabelledLoader, PretrainLoader, View, views
+from mammostream.shards import codecs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-import dali_pipelines
-import dali_pipelines.inference
-from common.errors import BadInput
-from dali_pipelines import LabelledLoader, create_inference_transform
-from shards import codecs
+from mammostream import dali_pipelines
+from mammostream.common.errors import BadInput
+from mammostream.dali_pipelines import LabelledLoader, create_inference_transform, inference
+from mammostream.shards import codecs
 
 
 def evaluate(path, size):
@@ -105,7 +104,7 @@ def test_std_must_be_positive():
         create_inference_transform(std=0)
 
 
-@pytest.mark.parametrize("module", [dali_pipelines, dali_pipelines.inference])
+@pytest.mark.parametrize("module", [dali_pipelines, inference])
 def test_examples_run(module):
     results = doctest.testmod(module)
     assert results.attempted > 0

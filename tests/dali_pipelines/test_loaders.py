@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import BadInput
-from dali_pipelines import RECIPES, TRAIN_VIEW, LabelledLoader, PretrainLoader, View
-from dali_pipelines.readers import DIRECTORY_STRIDE
-from shards import archive, codecs
-from shards.reading import Shard
+from mammostream.common.errors import BadInput
+from mammostream.dali_pipelines import RECIPES, TRAIN_VIEW, LabelledLoader, PretrainLoader, View
+from mammostream.dali_pipelines.readers import DIRECTORY_STRIDE
+from mammostream.shards import archive, codecs
+from mammostream.shards.reading import Shard
 
 
 def labelled(tiles, batch_size=4, **options):

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.errors import BadInput
-from dali_pipelines import LabelledLoader, PretrainLoader
-from dali_pipelines.readers import open_source, tile_numbers
-from shards import archive, codecs
-from shards.archive import read_index, write_index
-from shards.reading import Shard
+from mammostream.common.errors import BadInput
+from mammostream.dali_pipelines import LabelledLoader, PretrainLoader
+from mammostream.dali_pipelines.readers import open_source, tile_numbers
+from mammostream.shards import archive, codecs
+from mammostream.shards.archive import read_index, write_index
+from mammostream.shards.reading import Shard
 
 
 def numbers_of(loader):

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import BadInput
-from dali_pipelines import RECIPES, View, recipe_views
-from dali_pipelines.recipes import views_from_dict, views_from_yaml, views_to_dict
+from mammostream.common.errors import BadInput
+from mammostream.dali_pipelines import RECIPES, View, recipe_views
+from mammostream.dali_pipelines.recipes import views_from_dict, views_from_yaml, views_to_dict
 
 share = st.floats(0, 1)
 

@@ -11,8 +11,8 @@ from nvidia.dali import fn, pipeline_def
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.stats import binom
 
-from dali_pipelines import RECIPES, TRAIN_VIEW, LabelledLoader, View, baselines, views
-from dali_pipelines.intensity import ImageFormat
+from mammostream.dali_pipelines import RECIPES, TRAIN_VIEW, LabelledLoader, View, baselines, views
+from mammostream.dali_pipelines.intensity import ImageFormat
 
 FULL = 65535
 ALL_VIEWS = [*RECIPES["guide"], *RECIPES["mammo"], TRAIN_VIEW]

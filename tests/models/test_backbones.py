@@ -6,13 +6,13 @@ import pytest
 import torch
 import torchvision
 
-from common.errors import BadInput
-from common.normalisation import MEAN, STD
-from models.architectures import ARCHITECTURES
-from models.backbones import build_backbone, feature_dim, one_channel
-from models.byol import MammogramBYOL
-from models.checkpoints import save_checkpoint
-from models.conversion import IMAGENET_MEAN, IMAGENET_STD, fold_first_convolution
+from mammostream.common.errors import BadInput
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.models.architectures import ARCHITECTURES
+from mammostream.models.backbones import build_backbone, feature_dim, one_channel
+from mammostream.models.byol import MammogramBYOL
+from mammostream.models.checkpoints import save_checkpoint
+from mammostream.models.conversion import IMAGENET_MEAN, IMAGENET_STD, fold_first_convolution
 
 
 def three_channel_resnet() -> torch.nn.Module:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import models
-from common.errors import BadInput
-from models.backbones import build_backbone
-from models.byol import MammogramBYOL, byol_loss
+from mammostream import models
+from mammostream.common.errors import BadInput
+from mammostream.models.backbones import build_backbone
+from mammostream.models.byol import MammogramBYOL, byol_loss
 
 
 def small_byol() -> MammogramBYOL:

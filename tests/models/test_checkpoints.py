@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import BadInput
-from models.backbones import build_backbone
-from models.byol import MammogramBYOL
-from models.checkpoints import load_byol, load_checkpoint, load_classifier, save_checkpoint
-from models.classifier import MammogramClassifier
+from mammostream.common.errors import BadInput
+from mammostream.models.backbones import build_backbone
+from mammostream.models.byol import MammogramBYOL
+from mammostream.models.checkpoints import load_byol, load_checkpoint, load_classifier, save_checkpoint
+from mammostream.models.classifier import MammogramClassifier
 
 
 @pytest.fixture(scope="module")

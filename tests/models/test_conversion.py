@@ -8,11 +8,11 @@ import torch
 import torchvision
 from torch import nn
 
-from common.errors import BadInput
-from common.normalisation import MEAN, STD
-from models.architectures import ARCHITECTURES
-from models.backbones import build_backbone
-from models.checkpoints import (
+from mammostream.common.errors import BadInput
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.models.architectures import ARCHITECTURES
+from mammostream.models.backbones import build_backbone
+from mammostream.models.checkpoints import (
     _nearest_arch,
     load_byol,
     load_checkpoint,
@@ -21,7 +21,7 @@ from models.checkpoints import (
     restore_classifier,
     save_checkpoint,
 )
-from models.conversion import IMAGENET_MEAN, IMAGENET_STD, LoadReport
+from mammostream.models.conversion import IMAGENET_MEAN, IMAGENET_STD, LoadReport
 
 
 class ScriptHead(nn.Module):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.architectures import ARCHITECTURES
-from models.backbones import build_backbone
-from models.folding import fold_batch_norms
+from mammostream.models.architectures import ARCHITECTURES
+from mammostream.models.backbones import build_backbone
+from mammostream.models.folding import fold_batch_norms
 
 
 def settle(module: nn.Module) -> nn.Module:

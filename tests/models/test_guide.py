@@ -7,11 +7,11 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from common.normalisation import MEAN, STD
-from models.backbones import build_backbone
-from models.byol import MammogramBYOL
-from models.checkpoints import save_checkpoint
-from models.classifier import MammogramClassifier, build_classification_head
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.models.backbones import build_backbone
+from mammostream.models.byol import MammogramBYOL
+from mammostream.models.checkpoints import save_checkpoint
+from mammostream.models.classifier import MammogramClassifier, build_classification_head
 
 # "Programmatic Usage" of the classification guide. Its imports were:
 #   import torch
@@ -21,9 +21,9 @@ from models.classifier import MammogramClassifier, build_classification_head
 CLASSIFICATION_GUIDE = """
 import torch
 from PIL import Image
-from models import MammogramBYOL
-from models import load_classification_model
-from dali_pipelines import create_inference_transform
+from mammostream.models import MammogramBYOL
+from mammostream.models import load_classification_model
+from mammostream.dali_pipelines import create_inference_transform
 
 # Load model
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.backbones import build_backbone
-from models.byol import MammogramBYOL
+from mammostream.models.backbones import build_backbone
+from mammostream.models.byol import MammogramBYOL
 
 DIM = 64
 HIDDEN, PROJECTED, LR, DECAY, MOMENTUM = 24, 12, 1e-2, 0.1, 0.97

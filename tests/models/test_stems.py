@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.backbones import build_backbone
-from models.stems import PaddedStem, SpaceToDepthStem
+from mammostream.models.backbones import build_backbone
+from mammostream.models.stems import PaddedStem, SpaceToDepthStem
 
 
 @pytest.mark.parametrize("stem", [PaddedStem, SpaceToDepthStem])

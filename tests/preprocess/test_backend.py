@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-import preprocess
-from preprocess.backend import Backend, _cupy_backend, backend_of
+from mammostream import preprocess
+from mammostream.preprocess.backend import Backend, _cupy_backend, backend_of
 
 ROOM = Path(preprocess.__file__).parent
 LIBRARIES = ("xp", "ndimage", "filters", "transform")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
-from preprocess.energy import (
+from mammostream.preprocess.energy import (
     EDGE_MARGIN_MM,
     EXCESS_ABOVE,
     EXCESS_LIMIT,
@@ -20,8 +20,8 @@ from preprocess.energy import (
     pixel_energy,
     speck_response,
 )
-from preprocess.resampling import block_mean
-from preprocess.segmentation import segment_breast
+from mammostream.preprocess.resampling import block_mean
+from mammostream.preprocess.segmentation import segment_breast
 
 SPACING = 0.1
 TOP, LEFT, SIZE = 400, 300, 256  # a tile in the middle of the breast

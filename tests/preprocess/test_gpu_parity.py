@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from preprocess import tiling
-from preprocess.backend import Backend, backend_of
-from preprocess.energy import pixel_energy, speck_response
-from preprocess.reading import Header, Mammogram
-from preprocess.resampling import block_mean, resample
-from preprocess.segmentation import segment_breast
-from preprocess.selection import box_means
-from preprocess.specks import find_specks
-from preprocess.tiling import TilingConfig, tile_film
+from mammostream.preprocess import tiling
+from mammostream.preprocess.backend import Backend, backend_of
+from mammostream.preprocess.energy import pixel_energy, speck_response
+from mammostream.preprocess.reading import Header, Mammogram
+from mammostream.preprocess.resampling import block_mean, resample
+from mammostream.preprocess.segmentation import segment_breast
+from mammostream.preprocess.selection import box_means
+from mammostream.preprocess.specks import find_specks
+from mammostream.preprocess.tiling import TilingConfig, tile_film
 
 pytestmark = pytest.mark.gpu
 CONFIG = TilingConfig()

@@ -11,8 +11,8 @@ from dicom_files import write_dicom
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from common.errors import BadInput
-from preprocess.overview import (
+from mammostream.common.errors import BadInput
+from mammostream.preprocess.overview import (
     FilmPicture,
     PictureJob,
     _energy_percentiles,
@@ -22,7 +22,7 @@ from preprocess.overview import (
     write_contact_sheets,
     write_energies,
 )
-from preprocess.preview import (
+from mammostream.preprocess.preview import (
     CLUSTER_COLOUR,
     CONTOUR_COLOUR,
     ENERGY_EDGES,
@@ -31,9 +31,9 @@ from preprocess.preview import (
     draw_film,
     energy_counts,
 )
-from preprocess.reading import Header, Mammogram
-from preprocess.simulation import ClusterConfig, plant_clusters
-from preprocess.tiling import TilingConfig, tile_film
+from mammostream.preprocess.reading import Header, Mammogram
+from mammostream.preprocess.simulation import ClusterConfig, plant_clusters
+from mammostream.preprocess.tiling import TilingConfig, tile_film
 
 SPACING = 0.2
 CONFIG = TilingConfig(tile_size=128, stride=64)

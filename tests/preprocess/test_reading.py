@@ -22,8 +22,8 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless
 
-from common.errors import BadInput, MachineFault
-from preprocess.reading import read_header, read_mammogram
+from mammostream.common.errors import BadInput, MachineFault
+from mammostream.preprocess.reading import read_header, read_mammogram
 
 
 def test_header_facts(tmp_path):

@@ -31,9 +31,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from common.errors import BadInput
-from preprocess import dicom
-from preprocess.reading import ReadingConfig, read_header, read_mammogram
+from mammostream.common.errors import BadInput
+from mammostream.preprocess import dicom
+from mammostream.preprocess.reading import ReadingConfig, read_header, read_mammogram
 
 NATIVE = [ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from preprocess.resampling import block_mean, resample
+from mammostream.preprocess.resampling import block_mean, resample
 
 SHAPES = st.tuples(st.integers(1, 13), st.integers(1, 13))
 

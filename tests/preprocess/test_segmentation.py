@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
-from preprocess.resampling import block_mean
-from preprocess.segmentation import Segmentation, segment_breast
+from mammostream.preprocess.resampling import block_mean
+from mammostream.preprocess.segmentation import Segmentation, segment_breast
 
 SPACING = 0.2  # of the `films` fixture; two pixels make one of the mask
 

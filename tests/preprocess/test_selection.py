@@ -10,8 +10,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from common.errors import BadInput
-from preprocess.selection import ScoreMaps, Scores, SelectionConfig, TileSelection, box_means, grid_positions, select_tiles
+from mammostream.common.errors import BadInput
+from mammostream.preprocess.selection import (
+    ScoreMaps,
+    Scores,
+    SelectionConfig,
+    TileSelection,
+    box_means,
+    grid_positions,
+    select_tiles,
+)
 
 UNIT = st.floats(0, 1)
 

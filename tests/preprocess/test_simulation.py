@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from common.errors import BadInput
-from preprocess.simulation import ClusterConfig, plant_clusters
+from mammostream.common.errors import BadInput
+from mammostream.preprocess.simulation import ClusterConfig, plant_clusters
 
 SPACING = 0.2
 # Specks far apart and of one size, so that they can be counted at 0.2 mm a pixel.
@@ -86,7 +86,7 @@ def test_contrast_is_in_deviations_of_the_local_noise(films):
 
 
 def test_clusters_lie_in_the_breast_away_from_the_skin_and_from_each_other(films):
-    from preprocess.segmentation import segment_breast
+    from mammostream.preprocess.segmentation import segment_breast
 
     config = ClusterConfig(skin_distance_mm=15.0, clusters_per_image=6)
     for film in films[::3]:
@@ -103,7 +103,7 @@ def test_clusters_lie_in_the_breast_away_from_the_skin_and_from_each_other(films
 
 
 def test_clusters_lie_near_the_skin_where_asked_for(films):
-    from preprocess.segmentation import segment_breast
+    from mammostream.preprocess.segmentation import segment_breast
 
     config = ClusterConfig(skin_distance_mm=3.0, max_skin_distance_mm=8.0, max_cluster_mm=5.0, clusters_per_image=6)
     for film in films[::3]:

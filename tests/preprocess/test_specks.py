@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from preprocess.specks import find_clusters, find_specks
+from mammostream.preprocess.specks import find_clusters, find_specks
 
 SPECKS = st.integers(0, 60).flatmap(
     # Pixel centres, as specks are: many equal distances and equal counts, where the order of choices shows.

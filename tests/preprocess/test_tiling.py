@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.draw import polygon2mask
 
-from common.errors import BadInput
-from preprocess.intensity import map_to_unit, to_stored
-from preprocess.reading import Header, Mammogram
-from preprocess.resampling import block_mean
-from preprocess.selection import box_means
-from preprocess.simulation import ClusterConfig, plant_clusters
-from preprocess.tiling import TilingConfig, check_spacings, preprocessing_record, tile_film
+from mammostream.common.errors import BadInput
+from mammostream.preprocess.intensity import map_to_unit, to_stored
+from mammostream.preprocess.reading import Header, Mammogram
+from mammostream.preprocess.resampling import block_mean
+from mammostream.preprocess.selection import box_means
+from mammostream.preprocess.simulation import ClusterConfig, plant_clusters
+from mammostream.preprocess.tiling import TilingConfig, check_spacings, preprocessing_record, tile_film
 
 SMALL = TilingConfig(tile_size=64, stride=32)
 

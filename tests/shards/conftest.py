@@ -14,13 +14,13 @@ import pandas as pd
 import pytest
 
 import mammostream
-from preprocess.reading import read_header
-from shards.build import build_all
-from shards.launch import Launcher
-from shards.manifest import read_manifest, write_manifest
-from shards.merge import finish
-from shards.plan import BuildConfig, BuildPlan, make_plan
-from shards.reading import ShardSet, open_shards
+from mammostream.preprocess.reading import read_header
+from mammostream.shards.build.build import build_all
+from mammostream.shards.build.launch import Launcher
+from mammostream.shards.build.merge import finish
+from mammostream.shards.build.plan import BuildConfig, BuildPlan, make_plan
+from mammostream.shards.manifest import read_manifest, write_manifest
+from mammostream.shards.reading import ShardSet, open_shards
 
 SPACING = 0.4  # of `cropped_films`
 # 358 x 570 pixels a film give a few dozen tiles each.

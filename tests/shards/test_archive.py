@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.errors import BadInput
-from shards.archive import Member, check_index, escape_id, read_index, tile_key, write_archive, write_index
+from mammostream.common.errors import BadInput
+from mammostream.shards.archive import Member, check_index, escape_id, read_index, tile_key, write_archive, write_index
 
 ALLOWED = set(string.ascii_letters + string.digits + "-_%")
 EXTENSIONS = ("tif", "num", "json")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from shards.codecs import CODECS, decode, decode_number, decode_sample, encode, encode_number, pixel_crc32
+from mammostream.shards.codecs import CODECS, decode, decode_number, decode_sample, encode, encode_number, pixel_crc32
 
 edges = st.integers(1, 40)
 tiles = st.tuples(st.sampled_from([np.uint8, np.uint16]), edges).flatmap(lambda t: arrays.arrays(t[0], (t[1], t[1])))

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import BadInput
-from shards.manifest import (
+from mammostream.common.errors import BadInput
+from mammostream.shards.manifest import (
     MANIFEST_COLUMNS,
     check_manifest,
     read_findings,

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import mammostream
-from shards.manifest import read_findings, read_manifest
-from shards.reading import open_shards
+from mammostream import cli as program
+from mammostream.shards.manifest import read_findings, read_manifest
+from mammostream.shards.reading import open_shards
 
 MAMMOSTREAM = Path(sys.executable).with_name("mammostream")
 TILING = ["--tile-size", "64", "--stride", "48", "--device", "cpu", "--workers", "1"]
@@ -197,7 +197,7 @@ def test_a_range_that_is_none(refused, manifest, tmp_path, text):
 
 
 def test_finish_counts_bad_films(call, copied, refused):
-    from shards.tables import read_shard_table, write_shard_table
+    from mammostream.shards.tables import read_shard_table, write_shard_table
 
     table = copied.shards()[0].tar.with_suffix(".parquet")
     tiles, images, metadata = read_shard_table(table)
@@ -212,7 +212,7 @@ def test_finish_counts_bad_films(call, copied, refused):
 
 
 def test_verify_and_quarantine(call, copied, built):
-    from shards.archive import read_index
+    from mammostream.shards.archive import read_index
 
     shard = copied.shards()[1]
     sample = read_index(shard.index)[7]
@@ -232,7 +232,7 @@ def test_verify_and_quarantine(call, copied, built):
 
 
 def test_labels_of_films(call, refused, copied, manifest, tmp_path):
-    from shards.manifest import write_manifest
+    from mammostream.shards.manifest import write_manifest
 
     frame = read_manifest(manifest)
     frame["label:malignant"] = pd.array([1, 0, None, 0] * 2, dtype="Int8")
@@ -318,7 +318,7 @@ def test_unpack_and_pack(call, refused, built, tmp_path):
 
 @pytest.mark.parametrize(("limit", "code"), [("1", 0), ("5%", 3)])
 def test_bad_films_and_the_limit(call, manifest, tmp_path, limit, code):
-    from shards.manifest import write_manifest
+    from mammostream.shards.manifest import write_manifest
 
     frame = read_manifest(manifest)
     (tmp_path / "cut.tif").write_bytes(b"II*\0 and then nothing")
@@ -484,10 +484,10 @@ def test_help_is_fast_and_imports_no_room():
         done = subprocess.run([MAMMOSTREAM, "--help"], capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5
-    assert all(name in done.stdout for name in mammostream.COMMANDS)
+    assert all(name in done.stdout for name in program.COMMANDS)
     code = """
 import sys
-from mammostream import cli
+from mammostream.cli import cli
 cli.main(["--help"], standalone_mode=False)
 print([m for m in ("torch", "numpy", "pandas", "scipy", "nvidia.dali", "matplotlib") if m in sys.modules])
 """
@@ -508,16 +508,14 @@ def commands(command, path=()):
 
 def test_every_help_names_every_option(call):
     seen = []
-    for path, command in commands(mammostream.cli):
+    for path, command in commands(program.cli):
         code, out, err = call(*path, "--help")
         assert (code, err) == (0, ""), path
         assert command.help, path
         seen.append(" ".join(path))
         text = " ".join(out.split())
         # As click prints it for this command: its own context knows the spelling and whether defaults are shown.
-        context = click.Context(
-            command, info_name="x", parent=click.Context(mammostream.cli, **mammostream.cli.context_settings)
-        )
+        context = click.Context(command, info_name="x", parent=click.Context(program.cli, **program.cli.context_settings))
         for param in command.params:
             if not isinstance(param, click.Option):
                 continue
@@ -533,6 +531,6 @@ def test_every_help_names_every_option(call):
                 and type(param.get_default(context)).__name__ != "Sentinel"
             ):
                 assert "default" in record, (path, param.name)
-    assert set(mammostream.COMMANDS) < set(seen)
+    assert set(program.COMMANDS) < set(seen)
     expected = ("build", "finish", "verify", "info", "labels", "pack", "unpack")
     assert {f"shards {name}" for name in expected} < set(seen)

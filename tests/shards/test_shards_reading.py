@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.errors import BadInput
-from shards.reading import check_same_pixels
+from mammostream.common.errors import BadInput
+from mammostream.shards.reading import check_same_pixels
 
 LEARNT = {"tile_size": 512, "pixel_spacing_mm": None, "mapping": "m", "native_spacing_mm": [0.05, 0.05]}
 

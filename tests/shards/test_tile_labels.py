@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.labels import tile_labels
+from mammostream.shards.labels import tile_labels
 
 SIDE = 40
 

@@ -73,7 +73,7 @@ class Road:
 
 def _run(line: str) -> None:
     """Run a command in this process; its errors pass through."""
-    from mammostream import cli
+    from mammostream.cli import cli
 
     cli.main(shlex.split(line), prog_name="mammostream", standalone_mode=False)
 
@@ -135,8 +135,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
     """Films, simulated copies, shards and labels of two patients, one to train and one to validate."""
     import shutil
 
-    from common.real_films import film_cases
-    from shards import open_shards
+    from mammostream.common.real_films import film_cases
+    from mammostream.shards import open_shards
 
     road = Road(tmp_path_factory.mktemp("road"))
     road.films.mkdir()
@@ -189,9 +189,9 @@ def sharp_classifier(finetuned: Road) -> Path:
 
     The fine-tuned network, its batch norms' statistics gathered anew on the tiles, its logits stretched.
     """
-    from dali_pipelines import LabelledLoader
-    from models.checkpoints import load_checkpoint, restore_classifier, save_checkpoint
-    from shards import open_shards
+    from mammostream.dali_pipelines import LabelledLoader
+    from mammostream.models.checkpoints import load_checkpoint, restore_classifier, save_checkpoint
+    from mammostream.shards import open_shards
 
     path = finetuned.finetuned / "final_classification_model.pth"
     checkpoint = load_checkpoint(path, "classifier")

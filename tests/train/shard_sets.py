@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import sha256_file
-from shards.archive import read_index, tile_key, write_archive
-from shards.build import encode_meta
-from shards.codecs import decode, encode, encode_number
-from shards.merge import finish
-from shards.reading import ShardSet
-from shards.tables import read_shard_metadata, write_shard_table
+from mammostream.common.files import sha256_file
+from mammostream.shards.archive import read_index, tile_key, write_archive
+from mammostream.shards.build.build import encode_meta
+from mammostream.shards.build.merge import finish
+from mammostream.shards.codecs import decode, encode, encode_number
+from mammostream.shards.reading import ShardSet
+from mammostream.shards.tables import read_shard_metadata, write_shard_table
 
 
 def read_tiles(shards: ShardSet) -> list[np.ndarray]:

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from dali_pipelines import LabelledLoader
-from models.checkpoints import load_checkpoint
-from shards import open_shards
-from train.pictures import read_metrics
+from mammostream.dali_pipelines import LabelledLoader
+from mammostream.models.checkpoints import load_checkpoint
+from mammostream.shards import open_shards
+from mammostream.train.run.charts import read_metrics
 
 CLASSES = (
     "mass calcification architectural_distortion asymmetry normal benign malignant birads_2 birads_3 birads_4".split()  # noqa: SIM905

@@ -11,10 +11,10 @@ import torch
 import torchvision
 from torch import nn
 
-from dali_pipelines import create_inference_transform
-from models.backbones import build_backbone
-from models.checkpoints import load_checkpoint, load_classifier
-from shards import open_shards
+from mammostream.dali_pipelines import create_inference_transform
+from mammostream.models.backbones import build_backbone
+from mammostream.models.checkpoints import load_checkpoint, load_classifier
+from mammostream.shards import open_shards
 
 
 @pytest.mark.parametrize("kind", ["script", "torchvision"])

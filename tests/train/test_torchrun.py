@@ -16,12 +16,12 @@ import torch
 from processes import ROOT, Child, assert_same_tree, torchrun_command, torchrun_to_end, with_this_code, workers_of
 from test_survival import end_of, lines_without_timing
 
-from models.backbones import build_backbone
-from models.byol import MammogramBYOL
-from train.config import PretrainConfig
-from train.pictures import read_metrics
-from train.pretrain import TrainingState, train_step
-from train.runtime import Runtime
+from mammostream.models.backbones import build_backbone
+from mammostream.models.byol import MammogramBYOL
+from mammostream.train.byol.config import PretrainConfig
+from mammostream.train.byol.pretrain import TrainingState, train_step
+from mammostream.train.run.charts import read_metrics
+from mammostream.train.run.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 # 12 and 13 tiles a process: four batches, two steps an epoch.
@@ -39,10 +39,10 @@ import os, signal, sys, torch
 from torch import nn
 sys.path.insert(0, sys.argv[2])
 from test_torchrun import PretrainConfig, norm_case, small_state, some_batches, train_step
-from train.bad_steps import BadSteps
-from train.runtime import join_processes
-from train.stopping import StopSignals
-from train.sync_batch_norm import GlooBatchNorm, synchronise_batch_norms
+from mammostream.train.byol.bad_steps import BadSteps
+from mammostream.train.run.runtime import join_processes
+from mammostream.train.run.stopping import StopSignals
+from mammostream.train.byol.sync_batch_norm import GlooBatchNorm, synchronise_batch_norms
 
 torch.set_num_threads(1)
 config = PretrainConfig(device="cpu", gradient_clip=0.5)
@@ -182,7 +182,11 @@ def test_a_run_of_two_processes_survives_under_slurm(road, single_thread_environ
     """A process is killed and torchrun starts both anew; SLURM stops the job, which goes back into the queue and ends."""
     small = f"{road.small} --num-workers 1"
     torchrun_to_end(
-        ["-m", "train.pretrain", *shlex.split(f"--shards {road.shards} --output-dir {tmp_path}/whole {RUN} {small}")],
+        [
+            "-m",
+            "train.pretrain",
+            *shlex.split(f"--shards {road.shards} --output-dir {tmp_path}/whole {RUN} {small}"),
+        ],
         single_thread_environment,
     )
     bin_dir = tmp_path / "bin"

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from models.checkpoints import load_checkpoint
-from train.pretrain import CHECKPOINT_NAME
+from mammostream.models.checkpoints import load_checkpoint
+from mammostream.train.byol.pretrain import CHECKPOINT_NAME
 
 # What is wrong -> the command and a part of its one line. {road} etc. are filled in below.
 PRETRAIN = "pretrain --shards {shards} --output-dir {out} --arch resnet18 --epochs 1 {small}"

@@ -1,0 +1,9 @@
+from .inference import create_inference_transform as create_inference_transform
+from .loaders import LabelledLoader as LabelledLoader
+from .loaders import PretrainLoader as PretrainLoader
+from .recipes import RECIPES as RECIPES
+from .recipes import TRAIN_VIEW as TRAIN_VIEW
+from .recipes import View as View
+from .recipes import recipe_views as recipe_views
+from .recipes import views_from_yaml as views_from_yaml
+from .recipes import views_to_dict as views_to_dict

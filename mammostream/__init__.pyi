@@ -1,0 +1,15 @@
+from . import dali_pipelines as dali_pipelines
+from . import models as models
+from . import preprocess as preprocess
+from . import shards as shards
+from . import train as train
+from .cli import main as main
+from .dali_pipelines import LabelledLoader as LabelledLoader
+from .dali_pipelines import PretrainLoader as PretrainLoader
+from .dali_pipelines import create_inference_transform as create_inference_transform
+from .models import load_byol as load_byol
+from .models import load_classifier as load_classifier
+from .preprocess import TilingConfig as TilingConfig
+from .preprocess import read_mammogram as read_mammogram
+from .preprocess import tile_film as tile_film
+from .shards import open_shards as open_shards

@@ -1,0 +1,5 @@
+"""``python -m mammostream``: the command line."""
+
+from mammostream.cli import main
+
+main()

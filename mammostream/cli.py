@@ -1,0 +1,128 @@
+"""The command line: a group that imports a room's commands only when one of them runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from mammostream.common.errors import BadInput, MachineFault, Stopped, speaks_for_all
+from mammostream.common.options import Group
+
+# name -> (module of this package, attribute, one line for --help): --help must not import the rooms.
+BENCHMARKS = {
+    "build": (".shards.build.bench_command", "build", "Films a second from file to shard, and by stage."),
+    "infer": (
+        "mammostream.train.bench.infer_command",
+        "infer",
+        "Tiles and films a second of prediction, beside a plain PIL and torchvision loop.",
+    ),
+    "loader": (
+        "mammostream.dali_pipelines.commands",
+        "loader",
+        "Tiles a second of the loader and of other libraries' loaders.",
+    ),
+    "step": (
+        ".train.bench.step_command",
+        "step",
+        "Pairs a second of the training step, one measure after the other, beside a plain one.",
+    ),
+}
+COMMANDS = {
+    "demo": (".demo", "demo", "The whole road on 8 real films, on the CPU, in minutes."),
+    "doctor": (".doctor", "doctor", "What this machine has and what will be used."),
+    "prepare": (
+        "mammostream.shards.prepare.command",
+        "prepare",
+        "Annotations and images -> manifest.parquet, split by patient.",
+    ),
+    "simulate": (
+        "mammostream.shards.commands",
+        "simulate",
+        "Plant simulated micro-calcification clusters into copies of films.",
+    ),
+    "preview": (".shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
+    "shards": (".shards.commands", "shards", "Build, verify, label, pack and unpack WebDataset shards of tiles."),
+    "pretrain": (".train.byol.command", "pretrain", "BYOL pre-training on shards."),
+    "probe": (".train.probe.command", "probe", "Frozen features on labels, beside random and ImageNet weights."),
+    "finetune": (
+        "mammostream.train.classify.command",
+        "finetune",
+        "Fine-tune a pre-trained backbone for multi-label classification.",
+    ),
+    "infer": (".train.predict.command", "infer", "Predict tiles of shards, or raw films with a heat map."),
+    "embed": (".train.predict.command", "embed", "A backbone's features of the tiles of shards."),
+    "evaluate": (
+        "mammostream.train.evaluate.command",
+        "evaluate",
+        "Compare predictions with labels: figures with intervals, and plots.",
+    ),
+    "export": (".train.export.command", "export", "A trained network as an ONNX file, compared with torch."),
+    "report": (".train.report.command", "report", "One self-contained page of a run's data, curves and pictures."),
+    "bench": (".cli", "bench", "Measurements, side by side with what others do."),
+}
+
+
+class LazyGroup(Group):
+    """A group that knows its commands by name and imports them when called."""
+
+    def __init__(self, *args: Any, lazy: dict[str, tuple[str, str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._lazy:
+            return None
+        module, attribute, _ = self._lazy[cmd_name]
+        return getattr(importlib.import_module(module, __package__), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in self._lazy.items()])
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS)
+@click.version_option(package_name="mammostream")
+def cli() -> None:
+    """Mammograms in, tiles out, shards on disk, a GPU that never waits.
+
+    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> evaluate -> report.
+    Exit codes: 0 done, 2 bad input (one line), 3 too many bad items, 75 stopped and saved (run it again).
+    """
+
+
+@click.group(cls=LazyGroup, lazy=BENCHMARKS)
+def bench() -> None:
+    """Measure a part of mammostream beside what others do, and print a Markdown table."""
+
+
+def main() -> None:
+    """Run the command line; print an error as one line, whatever the number of processes, and exit with its code."""
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "mammostream"
+        _end(f"error: {error.format_message()} (see '{command} --help')", 2)
+    except (BadInput, MachineFault, click.ClickException) as error:
+        _end(f"error: {error}", error.exit_code)
+    except Stopped as stopped:
+        _end(str(stopped), stopped.exit_code)
+    except BrokenPipeError:
+        # The reader of a pipe left ('... | head'): nothing more can be said there, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        _end("stopped", 130)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    if speaks_for_all():
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,326 @@
+"""Checking a shard directory byte by byte and pixel by pixel, and taking what is damaged out of it."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mammostream.common.errors import BadInput, first_line
+from mammostream.common.files import sha256_file
+from mammostream.common.progress import progress
+from mammostream.shards.archive import Member, Sample, check_index, read_index, sample_key, scan_archive, write_index
+from mammostream.shards.build.build import encode_meta
+from mammostream.shards.build.launch import ALONE, Launcher
+from mammostream.shards.build.merge import describe_shard, merge_tables
+from mammostream.shards.codecs import META_EXTENSION, NUMBER_EXTENSION, decode, encode_number, pixel_crc32
+from mammostream.shards.lock import ALL, lock_shards
+from mammostream.shards.reading import ShardSet
+from mammostream.shards.tables import read_shard_table, write_shard_table
+
+# What an interrupted check has found so far; a finished one removes it.
+_RECORD = ".verify.jsonl"
+_SUFFIXES = (".tar", ".idx", ".parquet")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong in a directory: with a shard or a merged table, or with one sample of a shard."""
+
+    place: str  # the shard's or table's name
+    what: str
+    key: str = ""  # the sample's key, where the fault is a sample's
+
+    def __str__(self) -> str:
+        return f"{self.place}: sample {self.key}: {self.what}" if self.key else f"{self.place}: {self.what}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A shard to check, and what shards.json says of it and of all."""
+
+    directory: Path
+    shard: dict[str, Any]
+    row_group: int  # of tiles.parquet
+    config_hash: str
+    codec: str
+    decoding: bool
+
+
+def verify_shards(shards: ShardSet, launcher: Launcher = ALONE, *, decoding: bool = True) -> list[Fault]:
+    """Check every tar, index, table and sample of a directory.
+
+    Compared are the checksums of tars and indexes, every index entry with the tar, every payload's checksum, number and
+    description, the decoded pixels' checksums, and the directory's tables with the shards' own. A check that was stopped goes
+    on with the shards that are left, unless they changed since.
+
+    Parameters
+    ----------
+    shards
+        The directory.
+    launcher
+        Who checks; a shard at a time.
+    decoding
+        Decode every tile; without, only bytes are compared.
+
+    Returns
+    -------
+    list of Fault
+        In the order of the shards; empty where all is well.
+    """
+    directory, entries = shards.directory, shards.meta["shards"]
+    groups = [bool(entry["tiles"]) for entry in entries]
+    jobs = [
+        _Job(directory, entry, sum(groups[:n]), shards.preprocessing["shard_config_hash"], shards.codec, decoding)
+        for n, entry in enumerate(entries)
+    ]
+    found = _resumed(jobs)
+    todo = {job.shard["name"]: job for job in jobs if job.shard["name"] not in found}
+    sizes = {entry["name"]: entry["tar_bytes"] or 0 for entry in entries}
+    with progress(None, "verifying", "B", total=sum(sizes.values()), initial=sum(sizes[name] for name in found)) as bar:
+        bar.unit_scale = True
+        for name, faults in launcher.run(_check_shard, list(todo.values())):
+            found[name] = faults
+            _record(todo[name], faults)
+            bar.update(sizes[name])
+    faults = [fault for entry in entries for fault in found[entry["name"]]] + list(_image_faults(shards))
+    _drop_record(directory)
+    return faults
+
+
+def _resumed(jobs: Sequence[_Job]) -> dict[str, list[Fault]]:
+    """Return what a stopped check found of shards that are still as they were."""
+    path = jobs[0].directory / _RECORD
+    found: dict[str, list[Fault]] = {}
+    by_name = {job.shard["name"]: job for job in jobs}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            job = by_name[record["shard"]]
+        except (ValueError, KeyError):  # the line that was being written
+            continue
+        if record["stamp"] == _stamp(job) and record["decoding"] >= job.decoding:
+            found[record["shard"]] = [Fault(**fault) for fault in record["faults"]]
+    return found
+
+
+def _record(job: _Job, faults: list[Fault]) -> None:
+    line = {"shard": job.shard["name"], "stamp": _stamp(job), "decoding": job.decoding, "faults": [asdict(f) for f in faults]}
+    try:
+        with (job.directory / _RECORD).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError:  # a directory that may only be read is checked all the same, in one go
+        pass
+
+
+def _drop_record(directory: Path) -> None:
+    if (directory / _RECORD).is_file():
+        (directory / _RECORD).unlink()
+
+
+def _stamp(job: _Job) -> list[Any]:
+    """Return what changes with a shard's files, with tiles.parquet, and with the record of it in shards.json."""
+    paths = [*(job.directory / f"{job.shard['name']}{suffix}" for suffix in _SUFFIXES), job.directory / "tiles.parquet"]
+    stats = [path.stat() if path.is_file() else None for path in paths]
+    return [*([s.st_size, s.st_mtime_ns] if s else None for s in stats), json.dumps(job.shard, sort_keys=True)]
+
+
+def _check_shard(job: _Job) -> tuple[str, list[Fault]]:
+    name = job.shard["name"]
+    return name, [Fault(name, *fault) for fault in _shard_faults(job)]
+
+
+def _shard_faults(job: _Job) -> Iterator[tuple[str, ...]]:
+    """Yield ``(what,)`` for each fault of the shard and ``(what, key)`` for each fault of a sample."""
+    name = job.shard["name"]
+    try:
+        tiles, _, metadata = read_shard_table(job.directory / f"{name}.parquet")
+    except BadInput as error:
+        yield (str(error),)
+        return
+    if metadata["config_hash"] != job.config_hash:
+        yield ("was built with other options than shards.json says",)
+        return
+    if describe_shard(name, metadata) != job.shard:
+        yield ("shards.json says otherwise of it than its own table",)
+    if not len(tiles):
+        return
+    try:
+        same = _same(pq.ParquetFile(job.directory / "tiles.parquet").read_row_group(job.row_group), tiles)
+    except (OSError, ValueError, IndexError):
+        same = False
+    if not same:
+        yield ("tiles.parquet says otherwise of its tiles than its own table",)
+    tar = job.directory / f"{name}.tar"
+    index_path = tar.with_suffix(".idx")
+    try:
+        index = read_index(index_path)
+        check_index(tar, index)
+    except BadInput as error:
+        yield (str(error),)
+        return
+    if sha256_file(index_path) != metadata["idx_sha256"]:
+        yield (f"{index_path.name} is not the index that was written (sha256 differs)",)
+    tar_changed = sha256_file(tar) != metadata["tar_sha256"]
+    faults = list(_sample_faults(tar, index, tiles.to_pylist(), job.codec, job.decoding))
+    yield from faults
+    if tar_changed and not faults:
+        yield (f"{tar.name} is not the tar that was written (sha256 differs, outside the tiles' bytes)",)
+
+
+def _sample_faults(
+    tar: Path, index: Sequence[Sample], rows: list[dict[str, Any]], codec: str, decoding: bool
+) -> Iterator[tuple[str, str]]:
+    by_key = {sample_key(sample): sample for sample in index}
+    with tar.open("rb", buffering=0) as file:
+        for row in rows:
+            sample = by_key.pop(row["key"], None)
+            fault = "the index does not have it" if sample is None else _sample_fault(file, row, sample, codec, decoding)
+            if fault:
+                yield fault, row["key"]
+    for key in by_key:
+        yield "the index has it, the table does not", key
+
+
+def _sample_fault(file: IO[bytes], row: dict[str, Any], sample: Sample, codec: str, decoding: bool) -> str | None:
+    """Return what is wrong with a sample, or None."""
+    payloads = {}
+    for member in sample:
+        file.seek(member.offset - tarfile.BLOCKSIZE)
+        data = memoryview(file.read(tarfile.BLOCKSIZE + member.size))
+        if not _is_header_of(data[: tarfile.BLOCKSIZE], member):
+            return f"the tar does not have {member.name} where the index says"
+        payloads[member.extension] = data[tarfile.BLOCKSIZE :]
+    if set(payloads) != {codec, NUMBER_EXTENSION, META_EXTENSION}:
+        return f"has .{', .'.join(payloads)}, not .{codec}, .{NUMBER_EXTENSION}, .{META_EXTENSION}"
+    if payloads[NUMBER_EXTENSION] != encode_number(row["tile"]):
+        return "its tile number differs from the table's"
+    if payloads[META_EXTENSION] != encode_meta(row):
+        return f"its .{META_EXTENSION} differs from the table"
+    if zlib.crc32(payloads[codec]) != row["payload_crc32"]:
+        return f"the bytes of its .{codec} changed"
+    if not decoding:
+        return None
+    try:
+        pixels = decode(bytes(payloads[codec]), codec)
+    except Exception as error:  # whatever the decoder raises is a fault of this sample
+        return f"does not decode ({first_line(error)})"
+    return None if pixel_crc32(pixels) == row["crc32"] else "its pixels changed"
+
+
+def _is_header_of(block: memoryview, member: Member) -> bool:
+    try:
+        info = tarfile.TarInfo.frombuf(bytes(block), tarfile.ENCODING, "strict")
+    except (tarfile.HeaderError, UnicodeError):
+        return False
+    # Longer names stand in a header of their own before this one, which has their beginning.
+    return info.size == member.size and info.name == member.name[: tarfile.LENGTH_NAME]
+
+
+def _image_faults(shards: ShardSet) -> Iterator[Fault]:
+    """Compare images.parquet with the shards' own tables; shards whose table cannot be read are named already."""
+    try:
+        merged = pq.read_table(shards.directory / "images.parquet")
+    except (OSError, ValueError) as error:
+        yield Fault("images.parquet", f"cannot be read ({first_line(error)})")
+        return
+    first = 0
+    for entry in shards.meta["shards"]:
+        its_rows = merged.slice(first, entry["images"])
+        first += entry["images"]
+        try:
+            _, images, _ = read_shard_table(shards.directory / f"{entry['name']}.parquet")
+        except BadInput:
+            continue
+        if not _same(its_rows, images):
+            yield Fault("images.parquet", f"says otherwise of the films of {entry['name']} than its own table")
+    if first != len(merged):
+        yield Fault("images.parquet", f"has {len(merged)} films, the shards have {first}")
+
+
+def _same(table: pa.Table, other: pa.Table) -> bool:
+    # As text, since Arrow holds no NaN equal to another.
+    return json.dumps(table.to_pylist()) == json.dumps(other.to_pylist())
+
+
+def quarantine(shards: ShardSet, faults: Sequence[Fault]) -> list[Fault]:
+    """Take damaged samples out of the indexes and tables of a directory; the tars stay as they are.
+
+    What is left are whole samples, which loaders and a later check read without fault. The WebDataset library reads tars
+    without an index and still meets the damaged samples.
+
+    Parameters
+    ----------
+    shards
+        The directory.
+    faults
+        What :func:`verify_shards` found there.
+
+    Returns
+    -------
+    list of Fault
+        The samples left out, with the reason; every one that a damaged or missing tar took along is named.
+
+    Raises
+    ------
+    BadInput
+        A shard's own table is damaged or of another build: only building it again mends that. Nothing was changed then.
+    """
+    directory = shards.directory
+    places = {fault.place for fault in faults}
+    left_out: list[Fault] = []
+    with lock_shards(directory, ALL):
+        tables = {}
+        for name in (entry["name"] for entry in shards.meta["shards"] if entry["name"] in places):
+            tables[name] = read_shard_table(directory / f"{name}.parquet")
+            if tables[name][2]["config_hash"] != shards.preprocessing["shard_config_hash"]:
+                raise BadInput(f"{name} was built with other options than the rest; delete its .parquet and build it again")
+        for name, (tiles, images, metadata) in tables.items():
+            left_out += _quarantine_shard(
+                directory / f"{name}.tar", tiles.to_pylist(), images.to_pylist(), metadata, shards.codec
+            )
+        merge_tables(directory, demanded=())
+    return left_out
+
+
+def _quarantine_shard(
+    tar: Path, rows: list[dict[str, Any]], images: list[dict[str, Any]], metadata: dict[str, Any], codec: str
+) -> list[Fault]:
+    """Rewrite one shard's index and table to its whole samples; return those left out."""
+    index_path = tar.with_suffix(".idx")
+    if not tar.is_file():
+        index, lost = [], {row["key"]: f"{tar.name} is missing" for row in rows}
+    else:
+        intact = index_path.is_file() and sha256_file(index_path) == metadata["idx_sha256"]
+        size = tar.stat().st_size
+        index = [
+            s for s in (read_index(index_path) if intact else scan_archive(tar)) if all(m.offset + m.size <= size for m in s)
+        ]
+        lost = {key: what for what, key in _sample_faults(tar, index, rows, codec, decoding=True)}
+    by_key = {sample_key(sample): sample for sample in index}
+    kept = [row for row in rows if row["key"] not in lost]
+    left = metadata | {"tiles": len(kept)}
+    if kept:
+        write_index(index_path, [by_key[row["key"]] for row in kept])
+        left |= {"idx_sha256": sha256_file(index_path), "tar_sha256": sha256_file(tar), "tar_bytes": tar.stat().st_size}
+    else:
+        for name in ("idx_sha256", "tar_sha256", "tar_bytes"):
+            left.pop(name)
+    if left != metadata:
+        left["quarantined"] = metadata.get("quarantined", {}) | lost
+        films = {row["image_id"] for row in rows if row["key"] in lost}
+        images = [_flagged(image) if image["image_id"] in films else image for image in images]
+        write_shard_table(tar.with_suffix(".parquet"), kept, images, left)
+    return [Fault(tar.stem, what, key) for key, what in lost.items() if key in {row["key"] for row in rows}]
+
+
+def _flagged(image: dict[str, Any]) -> dict[str, Any]:
+    flags = image["flags"].split()
+    return image | {"flags": " ".join([*flags, *({"quarantined"} - set(flags))])}

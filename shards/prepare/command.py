@@ -1,0 +1,176 @@
+"""The command ``prepare``: from annotation files and images to a manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mammostream.common.files import write_text, write_yaml
+from mammostream.common.options import Command, ListOption, config_file_option, resolved
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mammostream.shards.annotations.annotations import Problem
+
+FILE = click.Path(path_type=Path)
+# Lines that the terminal shows of each kind of problem; problems.csv has all.
+_SHOWN = 10
+
+
+@click.command(cls=Command)
+@click.option(
+    "--dataset",
+    type=click.Choice(["auto", "vindr", "cbis-ddsm", "rsna", "mias", "folder"]),
+    default="auto",
+    help="Layout of the annotations; auto tells it by the columns of --csv-path, and says which.",
+)
+@click.option(
+    "--csv-path",
+    "csv_paths",
+    cls=ListOption,
+    type=FILE,
+    help="Annotations; several may follow. vindr: breast-level_annotations.csv. cbis-ddsm: its four CSVs. rsna: train.csv. "
+    "mias: Info.txt. folder: CSVs with image_id and any of patient_id, study_id, laterality, view, split, pixel_spacing_mm; "
+    "further 0/1 columns become labels.",
+)
+@click.option(
+    "--findings-csv",
+    type=FILE,
+    help="Boxes. vindr: finding_annotations.csv. folder: image_id, label, xmin, ymin, xmax, ymax in native pixels.",
+)
+@click.option("--images-root", type=FILE, required=True, help="Folder of mammograms (DICOM, PNG, TIFF, PGM), searched deeply.")
+@click.option("--output-dir", type=FILE, required=True, help="Folder for manifest.parquet, findings.parquet and problems.csv.")
+@click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm for images whose own is unknown.")
+@click.option(
+    "--patient-regex", help="folder: what part of the DICOM PatientID (or the path) names the patient, e.g. 'P_\\d+'."
+)
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    help="Share of the training patients for validation, where the data set has no validation split.",
+)
+@click.option("--seed", default=0, help="Seed of that choice.")
+@click.option(
+    "--copy/--no-copy",
+    default=False,
+    help="Also lay the films out as OUTPUT_DIR/<split>/<study>_<image>.png, which the manifest then names: stored values, "
+    "8 or 16 bits, without a DICOM's window. Copies that are there are kept.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that read and copy.  [default: one a CPU]")
+@config_file_option
+@click.pass_context
+def prepare(
+    ctx: click.Context,
+    dataset: str,
+    csv_paths: tuple[Path, ...],
+    findings_csv: Path | None,
+    images_root: Path,
+    output_dir: Path,
+    assume_spacing: float | None,
+    patient_regex: str | None,
+    val_fraction: float,
+    seed: int,
+    copy: bool,
+    workers: int | None,
+) -> None:
+    """Describe a data set of mammograms in one table, split by patient.
+
+    Writes manifest.parquet: a row an image with its patient, side, view, split, pixel spacing and labels; findings.parquet with
+    boxes, where the data set has any; and problems.csv with everything that was left out. No patient is ever in two splits.
+    Images that cannot be read are listed; they stay in the table where their patient is known, and the build records why they
+    gave nothing.
+    """
+    from mammostream.common.errors import BadInput
+    from mammostream.common.parallel import available_cpus
+    from mammostream.shards.annotations.datasets import tell_dataset
+    from mammostream.shards.manifest import write_findings, write_manifest
+    from mammostream.shards.prepare.films import copy_films, prepare_films
+
+    if copy and output_dir.resolve() == images_root.resolve():
+        raise BadInput("--copy would lay images out among those of --images-root; choose another --output-dir")
+    if dataset == "auto":
+        dataset, reason = tell_dataset(csv_paths)
+        click.echo(f"data set: {dataset} ({reason})")
+    workers = workers or available_cpus()
+    made = prepare_films(
+        dataset,
+        images_root,
+        csv_paths,
+        findings_csv,
+        assume_spacing=assume_spacing,
+        patient_regex=patient_regex,
+        val_fraction=val_fraction,
+        seed=seed,
+        workers=workers,
+        skip=output_dir,
+    )
+    films, problems, notes = made.manifest, made.problems, made.notes
+    if copy:
+        films, not_copied, others = copy_films(films, output_dir, workers)
+        problems, notes = [*problems, *not_copied], [*notes, *others]
+    findings_path, path = output_dir / "findings.parquet", output_dir / "manifest.parquet"
+    if made.findings is not None:
+        write_findings(made.findings, findings_path)
+    elif findings_path.exists():
+        notes.append(f"{findings_path} is of an earlier run: this data set gave no boxes")
+    _write_problems(problems, output_dir / "problems.csv")
+    write_manifest(films, path)
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
+
+    _print_problems(problems, output_dir / "problems.csv")
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    _print_summary(films, made.findings)
+    unknown = films["pixel_spacing_mm"].isna().sum()
+    if unknown:
+        click.echo(f"{unknown} images have no pixel spacing; give --assume-spacing MM if you know it", err=True)
+    counts = Counter(problem.kind for problem in problems)
+    left_out = "".join(f", {count} {kind}" for kind, count in counts.items())
+    click.echo(f"{len(films)} images of {films['patient_id'].nunique()} patients{left_out} -> {path}")
+
+
+def _write_problems(problems: list[Problem], path: Path) -> None:
+    import pandas as pd
+
+    write_text(path, pd.DataFrame([vars(p) for p in problems], columns=["kind", "message"]).to_csv(index=False))
+
+
+def _print_problems(problems: list[Problem], path: Path) -> None:
+    """Print the first problems of each kind."""
+    shown: Counter[str] = Counter()
+    for problem in problems:
+        shown[problem.kind] += 1
+        if shown[problem.kind] <= _SHOWN:
+            click.echo(f"{problem.kind}: {problem.message}", err=True)
+    for kind, count in shown.items():
+        if count > _SHOWN:
+            click.echo(f"{kind}: and {count - _SHOWN} more, see {path}", err=True)
+
+
+def _print_summary(films: pd.DataFrame, findings: pd.DataFrame | None) -> None:
+    """Print counts by split: films by view, side and spacing, labels as 'positive of known', boxes by label."""
+    import pandas as pd
+
+    from mammostream.shards.manifest import LABEL_PREFIX, SPLITS
+
+    splits = [split for split in SPLITS if split in set(films["split"])]
+
+    def show(table: pd.DataFrame, what: str) -> None:
+        table = table.reindex(columns=splits, fill_value=0).rename_axis(index=None, columns=what)
+        click.echo(table.rename(index={"": "(unknown)"}).to_string() + "\n")
+
+    show(films.groupby("split").size().to_frame("images").T, "")
+    for column, what in (("view", "view"), ("laterality", "side"), ("spacing_source", "spacing from")):
+        show(pd.crosstab(films[column], films["split"]), what)
+    labels = {c: c.removeprefix(LABEL_PREFIX) for c in films.columns if c.startswith(LABEL_PREFIX)}
+    if labels:
+        by_split = films.groupby("split")[list(labels)]
+        positive, known = by_split.sum().astype(int).T, by_split.count().T
+        show((positive.astype(str) + " of " + known.astype(str)).rename(index=labels), "label")
+    if findings is not None and len(findings):
+        show(pd.crosstab(findings["label"], findings["image_id"].map(films.set_index("image_id")["split"])), "boxes")

@@ -1,0 +1,171 @@
+"""``mammostream finetune``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mammostream.common.errors import BadInput
+from mammostream.common.files import write_json, write_yaml
+from mammostream.common.options import Command, ListOption, config_file_option, config_options, resolved, split_commas
+from mammostream.train.classify.config import FinetuneConfig
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(cls=Command)
+@click.option("--byol-checkpoint", type=FILE, required=True, help="mammogram_byol_*.pth that 'pretrain' wrote.")
+@click.option("--train-csv", type=FILE, required=True, help="CSV of tile_path and one 0/1 column a class; empty = no label.")
+@click.option(
+    "--val-csv",
+    type=FILE,
+    required=True,
+    help="The same for validation; no patient, film or tile of the training may be in it.",
+)
+@click.option("--tiles-dir", type=FILE, help="Folder that tile_path is relative to.")
+@click.option("--shards", "shards_dir", type=FILE, help="Shard directory, instead of --tiles-dir; tile_path names keys.")
+@click.option(
+    "--class-names",
+    cls=ListOption,
+    callback=split_commas,
+    required=True,
+    help="Columns to learn, spaces or commas between them.",
+)
+@click.option("--output-dir", type=FILE, required=True, help="The run's folder: checkpoints, metrics, curves.png.")
+@click.option("--resume", help="auto = go on from the run's last checkpoint if there is one; or a checkpoint's path.")
+@click.option(
+    "--seeds",
+    cls=ListOption,
+    callback=split_commas,
+    help="Train once with each of these seeds, in seed_<n> below --output-dir, and give mean and spread (instead of --seed).",
+)
+@click.option("--patient-regex", help="With --tiles-dir: what part of tile_path names the patient, e.g. 'patient\\d+'.")
+@click.option(
+    "--allow-leakage/--no-allow-leakage",
+    default=False,
+    help="Train although patients, images or tiles are in both CSVs; every checkpoint then says so.",
+)
+@config_options(FinetuneConfig)
+@config_file_option
+@click.pass_context
+def finetune(
+    ctx: click.Context,
+    byol_checkpoint: Path,
+    train_csv: Path,
+    val_csv: Path,
+    tiles_dir: Path | None,
+    shards_dir: Path | None,
+    class_names: tuple[str, ...],
+    output_dir: Path,
+    resume: str | None,
+    seeds: tuple[str, ...],
+    patient_regex: str | None,
+    allow_leakage: bool,
+    **options: Any,
+) -> None:
+    """Fine-tune a pre-trained backbone for multi-label classification of tiles.
+
+    The backbone is frozen for the first epochs, then trained with its own, smaller learning rate. Writes
+    best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on, _last after each epoch,
+    final_classification_model.pth, and metrics.json with the LAST epoch's figures: the best epoch's are flattered by having
+    been chosen. Several processes: torchrun --nproc-per-node N -m mammostream finetune ...
+    """
+    if (tiles_dir is None) == (shards_dir is None):
+        raise BadInput("give either --tiles-dir or --shards")
+    config = FinetuneConfig(**options)
+    configs = _by_seed(config, seeds)
+    if resume not in (None, "auto") and seeds:
+        raise BadInput("--resume PATH goes on with one run; with --seeds use --resume auto")
+    from mammostream.shards.reading import open_shards
+    from mammostream.train.run.labels import describe_leakage, find_leakage, join_folder, join_shards, read_labels
+
+    shards = open_shards(shards_dir) if shards_dir else None
+    sides = []
+    for path in (train_csv, val_csv):
+        frame = read_labels(path, class_names, config.max_samples)
+        sides.append(
+            join_shards(frame, shards, str(path)) if shards else join_folder(frame, tiles_dir, str(path), patient_regex)
+        )
+    from mammostream.train.classify.finetune import CHECKPOINT_NAME, summarise
+    from mammostream.train.classify.finetune import finetune as run
+    from mammostream.train.run.resuming import find_resume
+    from mammostream.train.run.runtime import join_processes
+
+    folders = {seed: output_dir / f"seed_{seed}" if seeds else output_dir for seed in configs}
+    checkpoints = {seed: find_resume(resume, folder / CHECKPOINT_NAME.format("last")) for seed, folder in folders.items()}
+    # Nobody knows how tiles were made that came as image files, packed or not: then as the checkpoint's were.
+    record = shards.preprocessing if shards and shards.preprocessing["mapping"] else None
+    with join_processes(config) as runtime:
+        leakage = find_leakage(*sides)
+        for kind, names in leakage.items() if runtime.is_main else ():
+            click.echo(f"{kind} in both --train-csv and --val-csv:\n  " + "\n  ".join(names), err=True)
+        if leakage and not allow_leakage:
+            raise BadInput(
+                f"{describe_leakage(leakage)}; the validation would be of what was learnt: keep each patient on one side, or "
+                "pass --allow-leakage, which every checkpoint then says"
+            )
+        if runtime.is_main and any((side.patients == "").any() for side in sides):
+            click.echo(
+                "the patients of some tiles are unknown: that none is in both CSVs is for you to check; or give "
+                "--patient-regex or a column patient_id",
+                err=True,
+            )
+        runs = {}
+        for seed, seed_config in configs.items():
+            command = resolved(ctx) | {"seed": seed, "seeds": []}
+            runs[seed] = run(
+                byol_checkpoint,
+                *sides,
+                class_names,
+                record,
+                folders[seed],
+                seed_config,
+                command,
+                resume=checkpoints[seed],
+                leakage=leakage,
+                runtime=runtime,
+            )
+        if runtime.is_main and seeds:
+            summary = summarise(runs)
+            write_json(output_dir / "seeds.json", summary)
+            write_yaml(output_dir / "config.yaml", resolved(ctx))
+            _print_seeds(summary)
+        elif runtime.is_main:
+            for name, figures in runs[config.seed]["per_class"].items():
+                click.echo(f"{name}: {auc_line(figures, runs[config.seed])}")
+        if runtime.is_main:
+            click.echo(f"epoch {max(run['epoch'] for run in runs.values())} of {config.epochs}; checkpoints -> {output_dir}")
+
+
+def _by_seed(config: FinetuneConfig, seeds: tuple[str, ...]) -> dict[int, FinetuneConfig]:
+    """Return the options of each run by its seed: of ``--seeds`` where they are given, else of ``--seed`` alone."""
+    if not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
+        raise BadInput(f"--seeds {' '.join(seeds)}: give different whole numbers from 0 on")
+    return {seed: replace(config, seed=seed) for seed in (map(int, seeds) if seeds else [config.seed])}
+
+
+def _print_seeds(summary: dict[str, Any]) -> None:
+    """Print mean and standard deviation over seeds of the AUCs and average precisions."""
+
+    def words(spread: dict[str, Any]) -> str:
+        if spread["mean"] is None:
+            return "undefined"
+        return f"{spread['mean']:.3f}" + (f" ± {spread['sd']:.3f}" if spread["sd"] is not None else "")
+
+    seeds = f"{len(summary['seeds'])} seeds ({', '.join(map(str, summary['seeds']))}), mean ± standard deviation"
+    for name, figures in [*summary["per_class"].items(), ("mean", {"auc": summary["mean_auc"], "ap": summary["mean_ap"]})]:
+        click.echo(f"{name}: AUC {words(figures['auc'])}, AP {words(figures['ap'])} over {seeds}")
+
+
+def auc_line(figures: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Return a class's AUC with its interval in words."""
+    if figures["auc"] is None:
+        return f"AUC undefined ({figures['positives']} positive, {figures['negatives']} negative tiles)"
+    interval = figures["intervals"]["auc"]
+    over = metrics["intervals_over"]
+    spread = f" (95 % interval over {metrics[over]} {over} {interval[0]:.3f}-{interval[1]:.3f})" if interval else ""
+    tiles = figures["positives"] + figures["negatives"]
+    return f"AUC {figures['auc']:.3f}{spread}, {figures['positives']} of {tiles} tiles positive"

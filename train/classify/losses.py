@@ -1,0 +1,139 @@
+"""Losses of multi-label classification: binary cross entropy, focal and asymmetric, over the labels that are there.
+
+Each loss maps logits and targets (N, C) to losses (N, C), without reduction. Targets lie in [0, 1]: label smoothing and
+mixup put them between 0 and 1, and then both halves of the loss count, each by its share. All is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mammostream.common.errors import BadInput
+
+if TYPE_CHECKING:
+    from mammostream.train.classify.config import FinetuneConfig
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_LEAST_PROBABILITY = 1e-8  # below it the asymmetric loss of a negative is 0
+
+
+def bce_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor) -> Tensor:
+    """Return ``-(w t log p + (1 - t) log(1 - p))`` with ``p = sigmoid(logits)``; `pos_weight` w is (C,)."""
+    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight, reduction="none")
+
+
+def focal_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor, gamma: float) -> Tensor:
+    """Return the focal loss (Lin et al. 2017, arXiv:1708.02002): the entropy of what is predicted well counts less.
+
+    ``-(w t (1 - p)^gamma log p + (1 - t) p^gamma log(1 - p))``; gamma 0 is :func:`bce_loss`. `pos_weight` w stands for the
+    paper's alpha: alpha / (1 - alpha).
+    """
+    log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
+    # Powers through logarithms: their gradient stays finite where p or 1 - p rounds to 0.
+    return -(pos_weight * targets * torch.exp(gamma * log_q) * log_p + (1 - targets) * torch.exp(gamma * log_p) * log_q)
+
+
+def asymmetric_loss(
+    logits: Tensor, targets: Tensor, pos_weight: Tensor, gamma_positive: float, gamma_negative: float, margin: float
+) -> Tensor:
+    """Return the asymmetric loss (Ridnik et al. 2021, arXiv:2009.14119): easy negatives count less than easy positives.
+
+    ``-(w t (1 - p)^gamma_positive log p + (1 - t) q^gamma_negative log(1 - q))`` with ``q = max(p - margin, 0)``: negatives
+    predicted below the margin do not count at all. With the gammas equal and no margin it is :func:`focal_loss`.
+    """
+    log_p = F.logsigmoid(logits)
+    positive = torch.exp(gamma_positive * F.logsigmoid(-logits)) * log_p
+    shifted = (torch.sigmoid(logits) - margin).clamp(min=_LEAST_PROBABILITY)
+    log_shifted = torch.log(shifted) if margin else log_p
+    log_rest = torch.log1p(-shifted) if margin else F.logsigmoid(-logits)
+    negative = torch.exp(gamma_negative * log_shifted) * log_rest
+    return -(pos_weight * targets * positive + (1 - targets) * negative)
+
+
+def positive_weights(labels: np.ndarray, wanted: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+    """Return the weight of a positive label for each class: float32 (C,).
+
+    Parameters
+    ----------
+    labels
+        (N, C) training labels of 1, 0 and NaN for missing.
+    wanted
+        Nothing for no weights, ``("auto",)`` for negatives / positives, or a number for each class.
+    class_names
+        C names.
+
+    Raises
+    ------
+    BadInput
+        There are numbers, but not one a class.
+    """
+    if not wanted:
+        return np.ones(len(class_names), np.float32)
+    if tuple(wanted) != ("auto",):
+        if len(wanted) != len(class_names):
+            raise BadInput(
+                f"--pos-weight has {len(wanted)} values for {len(class_names)} classes; give one a class, in the order of "
+                f"--class-names ({', '.join(class_names)}), or auto"
+            )
+        return np.array([float(value) for value in wanted], np.float32)
+    positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)
+    # A class of one value has nothing to balance.
+    both = (positives > 0) & (negatives > 0)
+    return np.where(both, negatives / np.maximum(positives, 1), 1).astype(np.float32)
+
+
+def build_loss(config: FinetuneConfig, pos_weight: Tensor) -> Loss:
+    """Return the loss that the options name, of logits of any precision and labels (N, C) with NaN for missing.
+
+    It smooths the labels, gives float32 losses (N, C), and 0 where the label is missing.
+    """
+    kinds = {
+        "bce": bce_loss,
+        "focal": partial(focal_loss, gamma=config.focal_gamma),
+        "asymmetric": partial(
+            asymmetric_loss,
+            gamma_positive=config.asymmetric_gamma_positive,
+            gamma_negative=config.asymmetric_gamma_negative,
+            margin=config.asymmetric_margin,
+        ),
+    }
+    return partial(masked_loss, kind=kinds[config.loss], pos_weight=pos_weight, label_smoothing=config.label_smoothing)
+
+
+def masked_loss(
+    logits: Tensor, labels: Tensor, *, kind: Callable[..., Tensor], pos_weight: Tensor, label_smoothing: float
+) -> Tensor:
+    """Return float32 losses (N, C) of smoothed labels, 0 where the label is missing (NaN).
+
+    Parameters
+    ----------
+    logits, labels
+        (N, C).
+    kind
+        One of this module's losses.
+    pos_weight
+        (C,) weight of a positive label.
+    label_smoothing
+        s in [0, 1): a label y becomes ``y (1 - s) + s/2``.
+    """
+    known = ~labels.isnan()
+    targets = labels.nan_to_num() * (1 - label_smoothing) + label_smoothing / 2
+    return kind(logits.float(), targets, pos_weight) * known
+
+
+def mix(tiles: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Return tiles and labels blended with those of a random partner (mixup, Zhang et al. 2018, arXiv:1710.09412).
+
+    The share is drawn from Beta(alpha, alpha), once a batch. A label that either partner lacks is missing.
+    """
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    partner = torch.randperm(len(tiles)).to(tiles.device)
+    return tiles.lerp(tiles[partner], 1 - share), labels.lerp(labels[partner], 1 - share)

@@ -1,0 +1,82 @@
+"""``mammostream evaluate``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+
+from mammostream.common.errors import BadInput
+from mammostream.common.files import write_yaml
+from mammostream.common.options import Command, config_file_option, resolved
+
+FILE = click.Path(path_type=Path)
+
+
+def _score(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"max|noisy_or|top[1-9]\d*", value):
+        raise BadInput(f"--score {value} is none of max, noisy_or and top3 (or another number)")
+    return value
+
+
+@click.command(cls=Command)
+@click.option("--predictions", "predictions_path", type=FILE, required=True, help="Parquet, CSV or JSON that 'infer' wrote.")
+@click.option(
+    "--labels",
+    "labels_path",
+    type=FILE,
+    required=True,
+    help="CSV or Parquet of tile_path, image_id, or patient_id and laterality, and one 0/1 column a class; empty = no label.",
+)
+@click.option("--output-dir", type=FILE, help="Folder for metrics.json and the plots.")
+@click.option("--model-path", type=FILE, help="The classifier that predicted, for its fitted thresholds.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Probability from which each class counts as found; default: the model's, else those in the predictions, else 0.5.",
+)
+@click.option(
+    "--score",
+    default="max",
+    callback=_score,
+    help="An image's or breast's probability: max, its highest tile's; top3 (or another number), the mean of its three "
+    "highest; or noisy_or.",
+)
+@click.option("--patient-column", default="patient_id", help="Column of --labels, where the predictions name no patient.")
+@click.option(
+    "--bootstrap", type=click.IntRange(min=0), default=1000, help="Resamples of patients for the 95 % intervals; 0 = none."
+)
+@config_file_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    predictions_path: Path,
+    labels_path: Path,
+    output_dir: Path | None,
+    model_path: Path | None,
+    threshold: float | None,
+    score: str,
+    patient_column: str,
+    bootstrap: int,
+) -> None:
+    """Compare predictions with labels: AUC, AP, balanced accuracy, sensitivity at 90 % specificity, Brier score, ECE.
+
+    Tiles, images or breasts, as both files name them; 95 % intervals over patients. Rows without a counterpart and rows that
+    stand there twice are counted. Writes metrics.json, roc.png, precision_recall.png and reliability.png.
+    """
+    from mammostream.train.evaluate.evaluate import choose_thresholds, match_labels, read_predictions, table_lines
+    from mammostream.train.evaluate.evaluate import evaluate as run
+
+    predictions = read_predictions(predictions_path, score)
+    matched = match_labels(predictions, labels_path, patient_column, score)
+    thresholds, source = choose_thresholds(predictions, matched.class_names, threshold, model_path)
+    for note in matched.notes:
+        click.echo(note, err=True)
+    metrics = run(matched, thresholds, bootstrap, output_dir)
+    for line in table_lines(metrics):
+        click.echo(line)
+    click.echo(f"{metrics['rows']} {metrics['level']}s of {metrics['patients']} patients; thresholds: {source}")
+    if output_dir is not None:
+        write_yaml(output_dir / "config.yaml", resolved(ctx))
+        click.echo(f"metrics.json and plots -> {output_dir}")

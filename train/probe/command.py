@@ -1,0 +1,100 @@
+"""``mammostream probe``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mammostream.common.errors import BadInput
+from mammostream.common.files import write_json, write_text, write_yaml
+from mammostream.common.options import Command, ListOption, config_file_option, config_options, resolved, split_commas
+from mammostream.train.probe.config import ProbeConfig
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(cls=Command)
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    cls=ListOption,
+    required=True,
+    help="Checkpoints that 'pretrain' or 'finetune' wrote, spaces between them.",
+)
+@click.option("--shards", "shards_dir", type=FILE, required=True, help="Shard directory with the labelled tiles.")
+@click.option(
+    "--labels", "labels_path", type=FILE, required=True, help="CSV of tile_path and one 0/1 column a class; empty = no label."
+)
+@click.option(
+    "--class-names", cls=ListOption, callback=split_commas, help="Columns to probe; default: all that hold only 0, 1 and empty."
+)
+@click.option("--weights-file", type=FILE, help="File with ImageNet's weights, where there is no network.")
+@click.option("--output-dir", type=FILE, required=True, help="Folder for probe.json, probe.csv, probe.png and the features.")
+@config_options(ProbeConfig)
+@config_file_option
+@click.pass_context
+def probe(
+    ctx: click.Context,
+    checkpoints: tuple[str, ...],
+    shards_dir: Path,
+    labels_path: Path,
+    class_names: tuple[str, ...],
+    weights_file: Path | None,
+    output_dir: Path,
+    **options: Any,
+) -> None:
+    """Compare frozen features on labels: checkpoints beside random weights and ImageNet's.
+
+    Logistic regression and nearest neighbours learn from 1, 10 and 100 % of the labels, drawn by patient, and score tiles,
+    images and breasts of other patients: those of the split val (else test) where both sides have labels, else by
+    cross-validation. AUC with 95 % intervals over patients, mean over seeds. An image or breast is positive where one of its
+    tiles is. Features are kept in --output-dir and used again.
+    """
+    config = ProbeConfig(**options)
+    from mammostream.shards.reading import open_shards
+    from mammostream.train.probe.pictures import draw_probe
+    from mammostream.train.probe.probing import (
+        checkpoint_network,
+        compare,
+        imagenet_network,
+        markdown,
+        random_network,
+        read_probe_set,
+    )
+    from mammostream.train.run.runtime import resolve_runtime
+
+    shards = open_shards(shards_dir)
+    probe_set = read_probe_set(labels_path, class_names, shards)
+    runtime = resolve_runtime(config)
+    paths = [Path(path) for path in checkpoints]
+    found = [checkpoint_network(path, name, shards) for path, name in zip(paths, _short_names(paths), strict=True)]
+    networks = [network for network, _ in found]
+    for arch in dict.fromkeys(arch for _, arch in found):
+        networks.append(random_network(arch))
+        try:
+            networks.append(imagenet_network(arch, weights_file or "imagenet"))
+        except BadInput as error:
+            if weights_file:
+                raise
+            click.echo(f"without ImageNet: {error}", err=True)
+    result = compare(networks, probe_set, runtime, config, output_dir / "features")
+    import pandas as pd
+
+    write_json(output_dir / "probe.json", result)
+    write_text(output_dir / "probe.csv", pd.DataFrame(result["rows"]).drop(columns="aucs").to_csv(index=False))
+    write_yaml(output_dir / "config.yaml", resolved(ctx))
+    draw_probe(result["rows"], output_dir / "probe.png")
+    for line in markdown(result):
+        click.echo(line)
+    click.echo(f"probe.json, probe.csv, probe.png -> {output_dir}")
+
+
+def _short_names(paths: list[Path]) -> list[str]:
+    """Return the checkpoints' names with as many folders before them as tell them apart."""
+    for parts in range(2, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names

@@ -1,0 +1,26 @@
+"""``mammostream report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mammostream.common.options import Command
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command(cls=Command)
+@click.argument("run_dir", type=FILE)
+@click.option("--output", type=FILE, help="The page; default: report.html in RUN_DIR.")
+def report(run_dir: Path, output: Path | None) -> None:
+    """Gather a run's tables, curves and pictures into one self-contained HTML page.
+
+    RUN_DIR is searched for shard directories, trainings, predictions and pictures, as deep as two folders down.
+    """
+    from mammostream.train.report.report import write_report
+
+    path = output or run_dir / "report.html"
+    pictures = write_report(run_dir, path)
+    click.echo(f"{pictures} pictures, {path.stat().st_size / 1e6:.1f} MB -> {path}")
