@@ -61,6 +61,9 @@ def loader(
                 f"--only {name}: its package is not installed (Python cannot import {packages}); install it or leave it out"
             )
     check_page(output)
+    # Each contender runs in its own process; a missing package is reported once, here.
+    import torch  # noqa: F401
+
     shards = open_shards(directory)
     task = Task(
         shards=tuple(shards.shards(split)),

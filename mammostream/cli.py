@@ -11,6 +11,7 @@ import click
 
 from mammostream.common.errors import BadInput, MachineFault, Stopped, speaks_for_all
 from mammostream.common.options import Group
+from mammostream.common.packages import how_to_install
 
 # name -> (module of this package, attribute, one line for --help): --help must not import the rooms.
 BENCHMARKS = {
@@ -105,7 +106,7 @@ def bench() -> None:
 def main() -> None:
     """Run the command line; print an error as one line, whatever the number of processes, and exit with its code."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="mammostream", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "mammostream"
@@ -114,6 +115,11 @@ def main() -> None:
         _end(f"error: {error}", error.exit_code)
     except Stopped as stopped:
         _end(str(stopped), stopped.exit_code)
+    except ModuleNotFoundError as error:
+        message = how_to_install(error)
+        if message is None:
+            raise
+        _end(f"error: {message}", 2)
     except BrokenPipeError:
         # The reader of a pipe left ('... | head'): nothing more can be said there, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

