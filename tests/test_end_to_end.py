@@ -1,4 +1,4 @@
-"""The whole road by the real console script: from two films to a report."""
+"""The whole pipeline by its commands: from two films to a report."""
 
 from __future__ import annotations
 
@@ -16,44 +16,30 @@ import pandas as pd
 import yaml
 
 from mammostream.common.real_films import film_cases
+from mammostream.demo import run_command
 from mammostream.train.report.pictures import embed
 
 TILING = "--pixel-spacing 0.2 --tile-size 64 --stride 64"
 CLASS = "simulated_calcification"
 
 
-def test_from_films_to_report(tmp_path):
+def test_from_films_to_report(tmp_path, monkeypatch, capsys):
     films, out = tmp_path / "films", tmp_path / "run"
     films.mkdir()
     for case in film_cases()[:2]:
         shutil.copy(case["lcc"], films)
-    script = Path(sys.executable).with_name("mammostream")
-    # One thread: on a busy machine several wait for each other. No key: wandb must not look for a network.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"OMP_NUM_THREADS": "1"}
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)  # without a key, wandb does not look for a network
 
-    def run(*lines: str) -> list[str]:
-        """Run commands that do not need each other side by side; return what each said."""
-        started = [
-            subprocess.Popen(
-                [script, *shlex.split(line)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-                cwd=tmp_path,
-            )
-            for line in lines
-        ]
-        said = []
-        for line, process in zip(lines, started, strict=True):
-            stdout, stderr = process.communicate(timeout=300)
-            assert process.returncode == 0, f"{line}\n{stdout}\n{stderr}"
-            assert "Traceback" not in stderr
-            said.append(stdout)
-        return said
+    def run(line: str) -> str:
+        """Run a command in this process, as the console script would, and return what it printed."""
+        capsys.readouterr()
+        run_command(shlex.split(line))
+        return capsys.readouterr().out
 
     # prepare: two patients, one a split
-    (said,) = run(
+    said = run(
         f"prepare --images-root {films} --output-dir {out}/films --assume-spacing 0.05 --patient-regex 'P_\\d+' "
         "--val-fraction 0.5"
     )
@@ -73,10 +59,8 @@ def test_from_films_to_report(tmp_path):
     assert dict(pd.read_parquet(simulated)[["split", "patient_id"]].to_numpy()) == patient_of
 
     # preview: a picture a film; shards build
-    run(
-        f"preview --manifest {simulated} --findings {findings_path} --output-dir {out}/preview {TILING}",
-        f"shards build --manifest {simulated} --output-dir {out}/shards {TILING} --device cpu",
-    )
+    run(f"preview --manifest {simulated} --findings {findings_path} --output-dir {out}/preview {TILING}")
+    run(f"shards build --manifest {simulated} --output-dir {out}/shards {TILING} --device cpu --workers 1")
     assert len(list((out / "preview").glob("*.png"))) == 4  # and a contact sheet, and the energies of all tiles
     tiles = pd.read_parquet(out / "shards/tiles.parquet")
     assert len(tiles) > 60
@@ -86,15 +70,13 @@ def test_from_films_to_report(tmp_path):
 
     # verify, info, labels; pretrain, with wandb's own record beside the run
     small = "--device cpu --num-workers 2 --batch-size 16"
-    verified, info, *_ = run(
-        f"shards verify {out}/shards",
-        f"shards info {out}/shards",
-        *(
-            f"shards labels {out}/shards --split {split} --findings {findings_path} --output {out}/{split}.csv"
-            for split in ("train", "val")
-        ),
+    verified = run(f"shards verify {out}/shards --workers 1")
+    info = run(f"shards info {out}/shards")
+    for split in ("train", "val"):
+        run(f"shards labels {out}/shards --split {split} --findings {findings_path} --output {out}/{split}.csv")
+    run(
         f"pretrain --shards {out}/shards --output-dir {out}/pretrain --arch resnet18 --hidden-dim 32 --proj-dim 16 --epochs 1 "
-        f"--wandb-mode offline {small}",
+        f"--wandb-mode offline {small}"
     )
     assert f"{len(tiles)} tiles: all well" in verified
     assert "tile_size: 64" in info
@@ -126,11 +108,16 @@ def test_from_films_to_report(tmp_path):
 
     # infer: the shards of one patient, and one of his films
     film = next(iter(tiles.loc[tiles["split"] == "val", "image_id"]))
-    _, said = run(
-        f"infer --model-path {model} --shards {out}/shards --split val --output-dir {out}/infer --device cpu",
+    run(f"infer --model-path {model} --shards {out}/shards --split val --output-dir {out}/infer --device cpu")
+    # One command by the console script itself.
+    predict = (
         f"infer --model-path {model} --image-path {out}/simulated/images/{film}.tif --assume-spacing 0.05 "
-        f"--output-dir {out}/infer_film --output-json {out}/infer_film/predictions.json --device cpu",
+        f"--output-dir {out}/infer_film --output-json {out}/infer_film/predictions.json --device cpu"
     )
+    script = Path(sys.executable).with_name("mammostream")
+    done = subprocess.run([script, *shlex.split(predict)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     predictions = pd.read_parquet(out / "infer/predictions.parquet")
     assert set(predictions["patient_id"]) == {patient_of["val"]}
     assert sorted(predictions["key"]) == sorted(tiles.loc[tiles["split"] == "val", "key"])
