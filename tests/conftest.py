@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,11 +73,9 @@ def cropped_films(films: list[RealFilm], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def old_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of an earlier version, see ``test_old_runs.py``."""
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(Path(__file__).parent / "data/run-0.1.0.tar.xz") as archive:
         archive.extractall(folder, filter="data")
-    yield folder
-    for path in folder.rglob("*.pth"):
-        path.unlink()
+    return folder

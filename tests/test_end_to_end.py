@@ -138,6 +138,3 @@ def test_from_films_to_report(tmp_path, monkeypatch, capsys):
     assert "Pre-training" in page
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
     assert f"{figures['auc']:.4g}" in page
-
-    for path in tmp_path.rglob("*.pth"):  # large
-        path.unlink()

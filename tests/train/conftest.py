@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 TILE = 32
 TILING = f"--pixel-spacing 0.4 --tile-size {TILE} --stride {TILE} --device cpu"
@@ -92,23 +94,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def _no_checkpoints_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Checkpoints are large: they go with the test that made them."""
-    # Asked for before the test: after it the folder's fixture may be gone.
-    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
-    yield
-    if folder is not None:
-        _remove_checkpoints(folder)
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    for pattern in ("*.pth", ".*.pth.*.tmp"):
-        for path in folder.rglob(pattern):
-            if path.is_file() and not path.is_symlink():
-                path.unlink()
-
-
 @pytest.fixture
 def mammostream(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[str], Outcome]:
     """Run a command line as the console script does, in this process."""
@@ -130,16 +115,30 @@ def single_thread_environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="session")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
-    """Films, simulated copies, shards and labels of two patients, one to train and one to validate."""
-    import shutil
+def _once(mark: Path, make: Callable[[], None]) -> None:
+    """Make something that all processes of pytest-xdist share, in the first that asks; `mark` says that it is there."""
+    with FileLock(mark.with_suffix(".lock")):
+        if not mark.exists():
+            make()
+            mark.touch()
 
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """Films, simulated copies, shards and labels of two patients, one to train and one to validate."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    road = Road(shared / "road")
+    _once(shared / "road.made", lambda: _make_road(road))
+    return road
+
+
+def _make_road(road: Road) -> None:
     from mammostream.common.real_films import film_cases
     from mammostream.shards import open_shards
 
-    road = Road(tmp_path_factory.mktemp("road"))
-    road.films.mkdir()
+    shutil.rmtree(road.root, ignore_errors=True)
+    road.films.mkdir(parents=True)
     for case in film_cases():
         shutil.copy(case["lcc"], road.films)
     _run(
@@ -162,24 +161,24 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
         labels["simulated_calcification"] = labels["simulated_calcification"].astype(float)
         labels.loc[4::11, "simulated_calcification"] = np.nan
         labels.to_csv(path, index=False)
-    yield road
-    _remove_checkpoints(road.root)
 
 
 @pytest.fixture(scope="session")
 def pretrained(road: Road) -> Road:
     """The same, after four epochs of pre-training."""
-    _run(f"pretrain --shards {road.shards} --output-dir {road.pretrained} {road.pretrain_options}")
+    pretrain = f"pretrain --shards {road.shards} --output-dir {road.pretrained} {road.pretrain_options}"
+    _once(road.root / "pretrain.made", lambda: _run(pretrain))
     return road
 
 
 @pytest.fixture(scope="session")
 def finetuned(pretrained: Road) -> Road:
     """The same, after two epochs of fine-tuning, the first with the backbone frozen."""
-    _run(
+    finetune = (
         f"finetune {pretrained.finetune_options} --output-dir {pretrained.finetuned} --epochs 2 --freeze-backbone-epochs 1 "
         "--lr-backbone 1e-3 --lr-head 1e-2"
     )
+    _once(pretrained.root / "finetune.made", lambda: _run(finetune))
     return pretrained
 
 
@@ -189,6 +188,12 @@ def sharp_classifier(finetuned: Road) -> Path:
 
     The fine-tuned network, its batch norms' statistics gathered anew on the tiles, its logits stretched.
     """
+    sharp = finetuned.finetuned / "sharp.pth"
+    _once(sharp.with_suffix(".made"), lambda: _sharpen(finetuned, sharp))
+    return sharp
+
+
+def _sharpen(finetuned: Road, sharp: Path) -> None:
     from mammostream.dali_pipelines import LabelledLoader
     from mammostream.models.checkpoints import load_checkpoint, restore_classifier, save_checkpoint
     from mammostream.shards import open_shards
@@ -222,10 +227,8 @@ def sharp_classifier(finetuned: Road) -> Path:
         stretch = 2 / logits.std(0)
         last.weight *= stretch[:, None]
         last.bias.copy_((last.bias - logits.mean(0)) * stretch)
-    sharp = path.with_name("sharp.pth")
     save_checkpoint(
         sharp,
         {name: checkpoint[name] for name in ("kind", "arch", "config", "class_names", "preprocessing")}
         | {"model_state_dict": model.state_dict()},
     )
-    return sharp

@@ -55,8 +55,8 @@ def end_of(folder: Path, name: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(road, run_cli) -> Path:
-    folder = road.root / "uninterrupted"
+def uninterrupted(road, run_cli, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     run_cli(f"pretrain --shards {road.shards} --output-dir {folder} {RUN} {road.small}")
     return folder
 

@@ -517,8 +517,8 @@ RESUMED = (
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(pretrained, run_cli) -> Path:
-    folder = pretrained.root / "uninterrupted"
+def uninterrupted(pretrained, run_cli, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     run_cli(f"finetune {pretrained.finetune_options} --output-dir {folder} {RESUMED}")
     return folder
 
