@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from mammostream import preprocess
 from mammostream.preprocess.backend import Backend, _cupy_backend, backend_of
 
-ROOM = Path(preprocess.__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
+ROOM = ROOT / "preprocess"
+ROOMS = ("preprocess", "shards", "dali_pipelines", "models", "train", "mammostream", "benchmarks", "tests")
 LIBRARIES = ("xp", "ndimage", "filters", "transform")
 
 
@@ -82,7 +83,7 @@ def complaint(use: Use, backend: Backend) -> str | None:
 @pytest.mark.parametrize("first", ["", "import torch", "import nvidia.dali", "import cupy"])
 def test_cucim_is_imported_whatever_came_before(first):
     """In a process of its own with a time limit: with the reader of slides, importing cuCIM may never return."""
-    code = f"{first}\nfrom preprocess.backend import gpu_library_versions\nprint(gpu_library_versions())"
+    code = f"{first}\nfrom mammostream.preprocess.backend import gpu_library_versions\nprint(gpu_library_versions())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOM.parent, capture_output=True, text=True, timeout=120, check=False
     )
@@ -93,17 +94,17 @@ def test_cucim_is_imported_whatever_came_before(first):
 
 def test_only_the_backend_imports_cucim():
     """Whoever imports it first decides whether that hangs."""
-    sources = {path.name: path.read_text() for path in ROOM.parent.glob("*/**/*.py") if ".venv" not in path.parts}
-    assert {"backend.py", Path(__file__).name} < sources.keys()
+    sources = {path: path.read_text() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert {ROOT / "preprocess/backend.py", Path(__file__)} < sources.keys()
     importing = {
-        name
-        for name, source in sources.items()
+        path
+        for path, source in sources.items()
         if "cucim" in source
         for node in ast.walk(ast.parse(source))
         if (isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == "cucim" for alias in node.names))
         or (isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "cucim")
     }
-    assert importing == {"backend.py"}
+    assert importing == {ROOT / "preprocess/backend.py"}
 
 
 @pytest.fixture(scope="module")

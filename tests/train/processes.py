@@ -23,7 +23,8 @@ def torchrun_command(*options: str) -> list[str]:
 
 def with_this_code(environment: dict[str, str]) -> dict[str, str]:
     """Return an environment in which children import this checkout and its tests' helpers."""
-    paths = [str(ROOT), str(ROOT / "tests/train"), os.environ.get("PYTHONPATH", "")]
+    tests = ROOT / "tests/train"
+    paths = [str(path) for path in (ROOT, tests, *tests.iterdir()) if path.is_dir()] + [os.environ.get("PYTHONPATH", "")]
     return environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
 

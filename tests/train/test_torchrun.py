@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import ROOT, Child, assert_same_tree, torchrun_command, torchrun_to_end, with_this_code, workers_of
-from test_survival import end_of, lines_without_timing
+from runs import end_of, lines_without_timing
 
 from mammostream.models.backbones import build_backbone
 from mammostream.models.byol import MammogramBYOL
@@ -37,7 +37,6 @@ RUN = (
 STEP = """
 import os, signal, sys, torch
 from torch import nn
-sys.path.insert(0, sys.argv[2])
 from test_torchrun import PretrainConfig, norm_case, small_state, some_batches, train_step
 from mammostream.train.byol.bad_steps import BadSteps
 from mammostream.train.run.runtime import join_processes
@@ -126,7 +125,7 @@ def norm_case(dims):
 def of_two(single_thread_environment, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("two")
     (folder / "step.py").write_text(STEP)
-    torchrun_to_end([str(folder / "step.py"), str(folder / "two.pt"), str(Path(__file__).parent)], single_thread_environment)
+    torchrun_to_end([str(folder / "step.py"), str(folder / "two.pt")], single_thread_environment)
     found = torch.load(folder / "two.pt", weights_only=True)
     return found | {"bad": (folder / "bad.jsonl").read_text()}
 

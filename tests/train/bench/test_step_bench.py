@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from mammostream.train import step_bench
+from mammostream.train.bench import step as step_bench
 from mammostream.train.bench.step import RUNGS, Result, Task
 
 TASK = Task("resnet18", batch_size=2, tile_size=32, device="cpu", steps=1, warmup=2, rounds=1)

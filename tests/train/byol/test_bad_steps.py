@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from processes import assert_same_tree
-from test_pretrain import small_config
+from runs import small_config
 
 from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import PretrainLoader

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from runs import small_config
 
 from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import PretrainLoader
@@ -26,11 +27,6 @@ from mammostream.train.run.schedules import byol_momenta, learning_rates
 from mammostream.train.run.stages import checkpoint_activations
 
 CPU = Runtime(torch.device("cpu"), "fp32")
-
-
-def small_config(**options):
-    small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 16, "epochs": 1}
-    return PretrainConfig(**(small | {"device": "cpu", "num_workers": 2, "wandb_mode": "disabled"} | options))
 
 
 def assert_equal_states(one, other):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Child, assert_same_tree
+from runs import end_of, lines_without_timing
 
 from mammostream.common.errors import BadInput
 from mammostream.models.checkpoints import load_checkpoint
@@ -32,26 +33,9 @@ RUN = (
 CPU = Runtime(torch.device("cpu"), "fp32")
 
 
-def lines_without_timing(folder: Path) -> list[dict]:
-    return [
-        {name: value for name, value in line.items() if not name.endswith(("pairs_per_second", "data_wait_percent"))}
-        for line in read_metrics(folder / "metrics.jsonl")
-    ]
-
-
 def fill(file) -> None:
     while True:
         file.write(bytes(4096))
-
-
-def end_of(folder: Path, name: str) -> dict:
-    """A checkpoint but for what says how fast it went and how often it was saved."""
-    checkpoint = load_checkpoint(folder / f"mammogram_byol_{name}.pth", "byol")
-    del checkpoint["config"]
-    for figures in (checkpoint["metrics"], checkpoint["resume"]["best"]):
-        for name in ("pairs_per_second", "data_wait_percent"):
-            figures.pop(name, None)  # both may be the same epoch's
-    return checkpoint
 
 
 @pytest.fixture(scope="module")

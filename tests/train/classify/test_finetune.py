@@ -587,7 +587,6 @@ def test_resuming_otherwise_names_what_differs(pretrained, uninterrupted, mammos
 
 STEP = """
 import sys, torch
-sys.path.insert(0, sys.argv[2])
 from test_finetune import CPU, FinetuneConfig, small_batch, small_state
 from mammostream.train.classify.finetune import train_step
 from mammostream.train.run.runtime import join_processes
@@ -610,9 +609,7 @@ with join_processes(config) as runtime:
 def test_two_processes_take_the_step_of_one(single_thread_environment, tmp_path):
     """The loss is the mean over all known labels, wherever they are, and so are the gradients."""
     (tmp_path / "step.py").write_text(STEP)
-    torchrun_to_end(
-        [str(tmp_path / "step.py"), str(tmp_path / "two.pt"), str(Path(__file__).parents[1])], single_thread_environment
-    )
+    torchrun_to_end([str(tmp_path / "step.py"), str(tmp_path / "two.pt")], single_thread_environment)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
 
     config = FinetuneConfig(dropout=0.0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mammostream.dali_pipelines import LabelledLoader, create_inference_transform
 from mammostream.shards import open_shards
-from mammostream.train import top_tiles
+from mammostream.train.predict import top_tiles
 from mammostream.train.predict.config import InferConfig
 from mammostream.train.predict.gradcam import grad_cam
 from mammostream.train.predict.infer import FilmInput, load_predictor, predict_film

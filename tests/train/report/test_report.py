@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from mammostream.common.errors import BadInput
-from mammostream.train import report, report_pictures
 from mammostream.train.byol.pictures import draw_views
+from mammostream.train.report import report
+from mammostream.train.report.pictures import heat_map_scores
 from mammostream.train.report.report import write_report
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -285,7 +286,7 @@ def test_the_highest_heat_maps_come_first(run_dir, tmp_path):
     folder = tmp_path / "infer"
     shutil.copytree(run_dir / "infer", folder)
     images = pd.read_parquet(folder / "image_predictions.parquet")
-    scores = report_pictures.heat_map_scores(images, ["bright"])
+    scores = heat_map_scores(images, ["bright"])
     first = max(scores, key=scores.get)
     alternatives = [a for a in page_of(tmp_path, tmp_path)[1].alternatives if "bright" in a and a.startswith("Heat map")]
     assert alternatives[0] == f"Heat map over a film: {first.removeprefix('heatmap_')}"
