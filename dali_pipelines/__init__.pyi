@@ -1,4 +1,5 @@
 from .inference import create_inference_transform as create_inference_transform
+from .loader_config import LoaderConfig as LoaderConfig
 from .loaders import LabelledLoader as LabelledLoader
 from .loaders import PretrainLoader as PretrainLoader
 from .recipes import RECIPES as RECIPES

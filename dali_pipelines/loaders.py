@@ -25,6 +25,7 @@ from mammostream.common.buckets import lost_connection
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import sha256_json
 from mammostream.dali_pipelines.intensity import ImageFormat
+from mammostream.dali_pipelines.loader_config import LoaderConfig
 from mammostream.dali_pipelines.pipelines import evaluation_pipeline, view_pipeline
 from mammostream.dali_pipelines.readers import FileSource, ShardSource, allow_open_files, open_source
 from mammostream.dali_pipelines.recipes import RECIPES, View
@@ -58,40 +59,24 @@ class _Loader:
     def __init__(
         self,
         source: Sequence[Shard] | Sequence[str | Path],
-        views: tuple[View, ...],
-        form: ImageFormat,
+        config: LoaderConfig,
         *,
-        batch_size: int,
-        tile_size: int,
-        shuffle: bool,
-        initial_fill: int,
-        drop_tail: bool,
-        seed: int,
-        device: str,
-        num_threads: int,
+        views: tuple[View, ...],
+        view_size: int,
         tiles: Iterable[int] | None,
-        rank: int | None,
-        world_size: int | None,
-        mmap: bool,
-        keep_memory: bool = True,
+        shuffle: bool,
+        drop_tail: bool,
     ) -> None:
-        default_rank, default_world_size = _rank_and_world_size()
-        rank = default_rank if rank is None else rank
-        world_size = default_world_size if world_size is None else world_size
-        if device not in ("cpu", "gpu"):
-            raise BadInput(f"device '{device}' is neither 'cpu' nor 'gpu'")
+        rank, world_size = config.rank_and_world_size()
+        batch_size, device = config.batch_size, config.device
         if device == "gpu" and not torch.cuda.is_available():
             raise BadInput("there is no usable GPU; choose --device cpu or see 'mammostream doctor'")
-        if batch_size < 1 or num_threads < 1 or initial_fill < 1 or not 0 <= rank < world_size:
-            raise BadInput(
-                f"batch size {batch_size}, {num_threads} threads, a buffer of {initial_fill}, rank {rank} of {world_size}: the "
-                "first three must be at least 1, and ranks run from 0"
-            )
-        self._source = open_source(source, tile_size=tile_size, tiles=tiles)
+        form = ImageFormat(view_size, config.mean, config.std, config.dtype)
+        self._source = open_source(source, tile_size=config.tile_size, tiles=tiles)
         self._device_id = torch.cuda.current_device() if device == "gpu" else None
-        if not mmap:
-            allow_open_files(self._source.count if self._source.resizes else len(self._source.tars))
-        if device == "cpu" and keep_memory:
+        if not config.mmap:
+            allow_open_files(self._source.file_count)
+        if device == "cpu" and config.keep_memory:
             _keep_freed_memory()
 
         self.tiles = self._source.count
@@ -115,13 +100,13 @@ class _Loader:
         self._done = 0  # batches of this epoch that were read
         self._setting = {
             "tiles": self.tiles,
-            "seed": seed,  # DALI's checkpoint has its random states, but not the seed of the tars' order
-            "views": sha256_json(repr((views, form, tile_size)))[:8],
+            "seed": config.seed,  # DALI's checkpoint has its random states, but not the seed of the tars' order
+            "views": sha256_json(repr((views, form, config.tile_size)))[:8],
             # What another number of processes may change.
             "world_size": world_size,
             "rank": rank,
             "batch_size": batch_size,
-            "initial_fill": initial_fill,
+            "initial_fill": config.initial_fill,
         }
         self._pipeline: Pipeline | None = None
         self._checkpoint: bytes | None = None  # where to start the pipeline
@@ -130,22 +115,22 @@ class _Loader:
 
         self._reader = {
             "shuffle": shuffle,
-            "initial_fill": initial_fill,
+            "initial_fill": config.initial_fill,
             # Without a shuffle DALI would move every rank to the next slice each epoch.
             "stick_to_shard": not shuffle,
             "pad_last_batch": True,
             "num_shards": world_size,
             "shard_id": rank,
-            "dont_use_mmap": not mmap,
+            "dont_use_mmap": not config.mmap,
         }
         self._build = partial(
             partial(view_pipeline, views=views) if views else evaluation_pipeline,
             self._source,
             form=form,
-            tile_size=tile_size,
+            tile_size=config.tile_size,
             device=device,
             batch_size=batch_size,
-            num_threads=num_threads,
+            num_threads=config.num_threads,
             device_id=self._device_id,
             enable_checkpointing=True,
         )
@@ -283,13 +268,6 @@ class _Loader:
             self._done, self._origin, self._checkpoint = 0, self.epoch, None
 
 
-def _rank_and_world_size() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
 @functools.cache
 def _keep_freed_memory() -> None:
     """Let malloc keep what is freed: batches of tens of MB would else go back to the system and come again as new pages,
@@ -312,34 +290,17 @@ class PretrainLoader(_Loader):
     ----------
     shards
         The shards to read, of one directory or of several; for the numbers see :mod:`mammostream.dali_pipelines.readers`.
-    batch_size
-        Tiles a batch and rank.
+    config
+        How to read them; None: all of it is in `options`.
     views
         What may vary in each view.
-    tile_size
-        Edge of the tiles in pixels.
     view_size
         Edge of the views in pixels; None: the tiles'. A smaller view shows the whole tile, resampled once without an
         antialiasing filter: meant for recipes that crop.
-    mean, std
-        Normalisation in units of full scale.
-    dtype
-        ``float32`` or ``float16``.
-    seed
-        Decides the order and all draws; ranks draw differently.
-    device
-        ``cpu`` or ``gpu`` (torch's current device).
-    num_threads
-        CPU threads of the pipeline; they change nothing but speed.
-    rank, world_size
-        This process, and how many share the tiles; by default torch.distributed's where it is initialised, else 0 of 1.
     tiles
         The numbers of the only tiles to read; None reads all.
-    initial_fill
-        Samples in the shuffle buffer; the order of the tars changes each epoch besides.
-    mmap
-        Whether tars are mapped into memory, which is fastest on local disks. False reads them instead, as network file
-        systems (NFS, Lustre) want it; every tar is then held open.
+    options
+        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`, in place of `config` or to replace part of it.
 
     Raises
     ------
@@ -350,50 +311,26 @@ class PretrainLoader(_Loader):
     def __init__(
         self,
         shards: Sequence[Shard],
+        config: LoaderConfig | None = None,
         *,
-        batch_size: int,
-        tile_size: int,
-        mean: float,
-        std: float,
         views: tuple[View, View] = RECIPES["guide"],
         view_size: int | None = None,
-        dtype: str = "float32",
-        seed: int = 0,
-        device: str = "cpu",
-        num_threads: int = 2,
-        rank: int | None = None,
-        world_size: int | None = None,
         tiles: Iterable[int] | None = None,
-        initial_fill: int = 1024,
-        mmap: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            shards,
-            tuple(views),
-            ImageFormat(tile_size if view_size is None else view_size, mean, std, dtype),
-            batch_size=batch_size,
-            tile_size=tile_size,
-            shuffle=True,
-            initial_fill=initial_fill,
-            drop_tail=True,
-            seed=seed,
-            device=device,
-            num_threads=num_threads,
-            tiles=tiles,
-            rank=rank,
-            world_size=world_size,
-            mmap=mmap,
-        )
+        config = LoaderConfig.of(config, options)
+        size = config.tile_size if view_size is None else view_size
+        super().__init__(shards, config, views=tuple(views), view_size=size, tiles=tiles, shuffle=True, drop_tail=True)
         if not len(self):
             processes = self._setting["world_size"]
             raise BadInput(
-                f"{self.tiles} tiles over {processes} processes fill no batch of {batch_size}; lower --batch-size to "
+                f"{self.tiles} tiles over {processes} processes fill no batch of {config.batch_size}; lower --batch-size to "
                 f"{self.tiles // processes} or less"
             )
 
 
 class LabelledLoader(_Loader):
-    """One view of each tile, or the tile as it is; every tile exactly once an epoch, so the last batch may be smaller.
+    """One view of each tile, or the tile as it is; every tile exactly once per epoch, so the last batch may be smaller.
 
     Yields ``(tiles, numbers)``: a tensor (N, 1, tile_size, tile_size) on the device, in ``channels_last`` strides, and int64
     numbers (N,) on the CPU, ``N <= batch_size``. Labels join by number. With several ranks, each yields its share, and the
@@ -404,21 +341,16 @@ class LabelledLoader(_Loader):
     source
         Shards, or paths of tile images (PNG or TIFF, 8 or 16 bits; colours are reduced to grey, other sizes resized to
         `tile_size`). A file's number is its position in the list.
-    batch_size
-        Most tiles a batch and rank.
-    tile_size
-        Edge of the tiles in pixels.
-    mean, std
-        Normalisation in units of full scale.
+    config
+        How to read them; None: all of it is in `options`.
     view
         What may vary; None is the evaluation pipeline, which draws nothing.
     shuffle
         Whether the order changes each epoch; otherwise it is the source's.
-    dtype, seed, device, num_threads, rank, world_size, tiles, initial_fill, mmap
-        As for :class:`PretrainLoader`; `tiles` are positions where the source is files.
-    keep_memory
-        On a CPU, let this process keep the memory that it frees, which is faster. False where one loader follows another for
-        hours: what is kept then falls into pieces, and grows.
+    tiles
+        The numbers of the only tiles to read, or positions where the source is files; None reads all.
+    options
+        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`, in place of `config` or to replace part of it.
 
     Raises
     ------
@@ -429,39 +361,13 @@ class LabelledLoader(_Loader):
     def __init__(
         self,
         source: Sequence[Shard] | Sequence[str | Path],
+        config: LoaderConfig | None = None,
         *,
-        batch_size: int,
-        tile_size: int,
-        mean: float,
-        std: float,
         view: View | None = None,
         shuffle: bool = False,
-        dtype: str = "float32",
-        seed: int = 0,
-        device: str = "cpu",
-        num_threads: int = 2,
         tiles: Iterable[int] | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-        initial_fill: int = 1024,
-        mmap: bool = True,
-        keep_memory: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            source,
-            () if view is None else (view,),
-            ImageFormat(tile_size, mean, std, dtype),
-            batch_size=batch_size,
-            tile_size=tile_size,
-            shuffle=shuffle,
-            initial_fill=initial_fill,
-            drop_tail=False,
-            seed=seed,
-            device=device,
-            num_threads=num_threads,
-            tiles=tiles,
-            rank=rank,
-            world_size=world_size,
-            mmap=mmap,
-            keep_memory=keep_memory,
-        )
+        config = LoaderConfig.of(config, options)
+        views = () if view is None else (view,)
+        super().__init__(source, config, views=views, view_size=config.tile_size, tiles=tiles, shuffle=shuffle, drop_tail=False)

@@ -63,6 +63,11 @@ class ShardSource:
     resizes = False  # a shard's tiles have the size they were cut to
 
     @property
+    def file_count(self) -> int:
+        """Number of files that are read."""
+        return len(self.tars)
+
+    @property
     def bucket(self) -> str | None:
         """The first tar, where it lies in a bucket."""
         return next((tar for tar in self.tars if tar.startswith(SCHEME)), None)
@@ -152,6 +157,8 @@ class FileSource:
     def count(self) -> int:
         """Number of files."""
         return len(self.files)
+
+    file_count = count
 
     def nodes(self, *, shuffle: bool, initial_fill: int, **options: Any) -> tuple[Any, list[Any]]:
         """Return DALI nodes ``(encoded tile, labels)``: uint8 bytes; the int64 number.

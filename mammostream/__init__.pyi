@@ -5,6 +5,7 @@ from . import shards as shards
 from . import train as train
 from .cli import main as main
 from .dali_pipelines import LabelledLoader as LabelledLoader
+from .dali_pipelines import LoaderConfig as LoaderConfig
 from .dali_pipelines import PretrainLoader as PretrainLoader
 from .dali_pipelines import create_inference_transform as create_inference_transform
 from .models import load_byol as load_byol
