@@ -300,7 +300,8 @@ class PretrainLoader(_Loader):
     tiles
         The numbers of the only tiles to read; None reads all.
     options
-        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`, in place of `config` or to replace part of it.
+        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`: instead of `config`, or to replace part of
+        it.
 
     Raises
     ------
@@ -350,7 +351,8 @@ class LabelledLoader(_Loader):
     tiles
         The numbers of the only tiles to read, or positions where the source is files; None reads all.
     options
-        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`, in place of `config` or to replace part of it.
+        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`: instead of `config`, or to replace part of
+        it.
 
     Raises
     ------
