@@ -182,14 +182,14 @@ def run_without_predictor() -> None:
 
     import mammostream
     from mammostream.models.byol import MammogramBYOL
-    from mammostream.train.byol import pretrain
+    from mammostream.train.byol import assembly
 
     class WithoutPredictor(MammogramBYOL):
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             self.prediction_head = nn.Identity()
 
-    pretrain.MammogramBYOL = WithoutPredictor
+    assembly.MammogramBYOL = WithoutPredictor
     mammostream.main()
 
 

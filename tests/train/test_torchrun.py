@@ -19,7 +19,7 @@ from runs import end_of, lines_without_timing
 from mammostream.models.backbones import build_backbone
 from mammostream.models.byol import MammogramBYOL
 from mammostream.train.byol.config import PretrainConfig
-from mammostream.train.byol.pretrain import TrainingState, train_step
+from mammostream.train.byol.step import TrainingState, train_step
 from mammostream.train.run.charts import read_metrics
 from mammostream.train.run.runtime import Runtime
 

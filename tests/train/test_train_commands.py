@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mammostream.models.checkpoints import load_checkpoint
-from mammostream.train.byol.pretrain import CHECKPOINT_NAME
+from mammostream.train.byol.run import CHECKPOINT_NAME
 
 # What is wrong -> the command and a part of its one line. {road} etc. are filled in below.
 PRETRAIN = "pretrain --shards {shards} --output-dir {out} --arch resnet18 --epochs 1 {small}"

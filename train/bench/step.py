@@ -30,8 +30,8 @@ from mammostream.shards.reading import Shard
 from mammostream.train.byol.config import PretrainConfig
 from mammostream.train.byol.flops import flops_per_pair, mfu, peak_flops
 from mammostream.train.byol.optimisation import build_optimizer, resolve_optimisation
-from mammostream.train.byol.pretrain import TrainingState, train_step
 from mammostream.train.byol.speed import accelerate, collecting_on_schedule, resolve_compile, search_convolutions
+from mammostream.train.byol.step import TrainingState, train_step
 from mammostream.train.run.runtime import Runtime, resolve_runtime
 
 NAIVE = "naive"

@@ -34,8 +34,8 @@ def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str
     config = PretrainConfig(**options)
     shards = open_shards(shards_dir)
     shards.shards("train")
-    from mammostream.train.byol.pretrain import CHECKPOINT_NAME
     from mammostream.train.byol.pretrain import pretrain as run
+    from mammostream.train.byol.run import CHECKPOINT_NAME
     from mammostream.train.run.resuming import find_resume
     from mammostream.train.run.runtime import join_processes
 

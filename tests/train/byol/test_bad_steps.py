@@ -18,7 +18,8 @@ from mammostream.models.byol import MammogramBYOL
 from mammostream.models.checkpoints import load_checkpoint
 from mammostream.shards import open_shards
 from mammostream.train.byol.bad_steps import BadSteps
-from mammostream.train.byol.pretrain import TrainingState, pretrain, train_step
+from mammostream.train.byol.pretrain import pretrain
+from mammostream.train.byol.step import TrainingState, train_step
 from mammostream.train.run.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), "fp32")

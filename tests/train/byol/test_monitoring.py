@@ -241,7 +241,7 @@ def healthy(road, tmp_path_factory, labels_csv):
     options = {"probe_csv": str(labels_csv), "probe_class_names": ("bright",), "probe_every": 5}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mammostream.train.byol.flops.peak_flops", lambda device: 1e12)
-        patch.setattr("mammostream.train.byol.pretrain.peak_flops", lambda device: 1e12)
+        patch.setattr("mammostream.train.byol.assembly.peak_flops", lambda device: 1e12)
         yield folder, train(road, folder, **options), options
     for path in folder.glob("*.pth"):
         path.unlink()
@@ -315,7 +315,7 @@ def without_speed(lines):
 
 
 def test_a_collapsing_run_warns_with_the_evidence_and_stops_if_asked_to(road, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("mammostream.train.byol.pretrain.MammogramBYOL", WithoutPredictor)
+    monkeypatch.setattr("mammostream.train.byol.assembly.MammogramBYOL", WithoutPredictor)
     options = {"lr": 2e-3, "max_steps": 48, "save_every": 14}
     lines = train(road, tmp_path, **options)
     err = capfd.readouterr().err

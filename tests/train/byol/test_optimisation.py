@@ -13,9 +13,9 @@ from torch import nn
 
 from mammostream.models.backbones import build_backbone
 from mammostream.models.byol import MammogramBYOL
+from mammostream.train.byol.assembly import build_state
 from mammostream.train.byol.config import PretrainConfig
 from mammostream.train.byol.optimisation import LARS, build_optimizer, resolve_optimisation, split_parameters
-from mammostream.train.byol.pretrain import _initial_state
 from mammostream.train.run.runtime import Runtime
 
 
@@ -95,13 +95,13 @@ def test_options_reach_the_training():
         recipe="mammo", arch="resnet18", hidden_dim=8, proj_dim=4, batch_size=64, accumulate=4, epochs=20, concat_views=True
     )
     runtime = Runtime(torch.device("cpu"), "fp32")
-    state = _initial_state(config, runtime, 40)
+    state = build_state(config, runtime, 40)
     assert state.model.concat_views
     assert max(state.lrs) == pytest.approx(3e-4 * np.sqrt(8))
     assert state.momenta[0] == pytest.approx(0.996**8)
     assert len(state.lrs) == 20 * 10
     assert [group["weight_decay"] for group in state.optimizer.param_groups] == [1e-4, 0.0]
-    lars = _initial_state(replace(config, optimizer="lars", lr=0.7), runtime, 40)
+    lars = build_state(replace(config, optimizer="lars", lr=0.7), runtime, 40)
     assert isinstance(lars.optimizer, LARS)
     assert max(lars.lrs) == pytest.approx(0.7)
 

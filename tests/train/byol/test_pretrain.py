@@ -20,7 +20,9 @@ from mammostream.models.byol import MammogramBYOL
 from mammostream.models.checkpoints import load_checkpoint
 from mammostream.shards import open_shards
 from mammostream.train.byol.config import PretrainConfig
-from mammostream.train.byol.pretrain import TrainingState, is_better, pretrain, train_step
+from mammostream.train.byol.pretrain import pretrain
+from mammostream.train.byol.records import is_better
+from mammostream.train.byol.step import TrainingState, train_step
 from mammostream.train.run.charts import read_metrics
 from mammostream.train.run.runtime import Runtime, make_deterministic, resolve_runtime
 from mammostream.train.run.schedules import byol_momenta, learning_rates

@@ -15,8 +15,8 @@ from mammostream.models.backbones import build_backbone
 from mammostream.models.byol import BYOLOutput, MammogramBYOL
 from mammostream.train.byol.config import PretrainConfig
 from mammostream.train.byol.optimisation import build_optimizer, resolve_optimisation
-from mammostream.train.byol.pretrain import TrainingState, train_step
 from mammostream.train.byol.speed import accelerate, collecting_on_schedule, resolve_compile
+from mammostream.train.byol.step import TrainingState, train_step
 from mammostream.train.run.runtime import Runtime
 from mammostream.train.run.stages import checkpoint_activations
 

@@ -1,0 +1,124 @@
+"""A pre-training in progress: what its steps, its records and its checkpoints share, and how it is saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mammostream.common.errors import BadInput
+from mammostream.common.files import second_name
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.dali_pipelines import PretrainLoader, views_to_dict
+from mammostream.models.checkpoints import save_checkpoint
+from mammostream.shards.reading import ShardSet
+from mammostream.train.byol.assembly import chosen_views, steps_per_epoch
+from mammostream.train.byol.bad_steps import BadSteps
+from mammostream.train.byol.config import PretrainConfig
+from mammostream.train.byol.monitoring import Monitor
+from mammostream.train.byol.step import TrainingState
+from mammostream.train.run.resuming import check_same_options, load_to_resume, random_state, set_random_state
+from mammostream.train.run.runtime import Runtime
+from mammostream.train.run.stopping import StopSignals
+from mammostream.train.run.tracking import Tracker
+
+if TYPE_CHECKING:
+    from mammostream.train.probe.probing import OnlineProbe
+
+CHECKPOINT_NAME = "mammogram_byol_{}.pth"
+# What may change between the two halves of a run without changing its result, or on purpose. The file of views may move: the
+# loader compares its content.
+_FREE = {"num_workers", "wandb_project", "wandb_mode", "save_every", "save_every_steps", "device", "precision", "compile"}
+_FREE |= {"cuda_graphs", "mmap", "views", "gradient_checkpointing", "deterministic", "max_bad_steps", "on_collapse"}
+
+
+@dataclass
+class Run:
+    """What the steps, the records and the checkpoints of a pre-training share."""
+
+    shards: ShardSet
+    output_dir: Path
+    config: PretrainConfig
+    runtime: Runtime
+    loader: PretrainLoader
+    state: TrainingState
+    bad_steps: BadSteps
+    signals: StopSignals
+    monitor: Monitor  # the main process's batches
+    probe: OnlineProbe | None  # of the main process
+    tracker: Tracker | None = None  # of the main process
+    metrics: dict[str, Any] = field(default_factory=dict)  # the last whole epoch's, in the main process
+    best: dict[str, Any] | None = None  # the best epoch's
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a whole epoch."""
+        return steps_per_epoch(self.config, len(self.loader))
+
+    def batches_before(self, step: int) -> int:
+        """Return how many batches a process takes before a step, counted from 0; an epoch's last step takes those left."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch * len(self.loader) + place * self.config.accumulate
+
+    def save(self, names: Sequence[str], unless_bad: bool = False) -> None:
+        """Write the checkpoint under each of the names; the processes leave together."""
+        self.bad_steps.read()
+        if unless_bad and self.bad_steps.ongoing:
+            return  # the one before it may be of better weights
+        mine = {
+            "loader": self.loader.state_dict(),
+            "random": random_state(self.runtime.device),
+            "sums": self.state.sums.tolist(),
+        }
+        processes = self.runtime.gather(mine)
+        if self.runtime.is_main:
+            state, config = self.state, self.config
+            checkpoint = {
+                "kind": "byol",
+                "arch": config.arch,
+                "model_state_dict": state.model.state_dict(),
+                "optimizer_state_dict": state.optimizer.state_dict(),
+                "config": asdict(config),
+                "views": views_to_dict(chosen_views(config, self.shards.preprocessing)),
+                "epoch": state.step // self.steps_per_epoch,
+                "step": state.step,
+                "metrics": self.metrics,
+                "preprocessing": self.shards.preprocessing | {"mean": MEAN, "std": STD},
+                "resume": {
+                    "scaler": state.scaler.state_dict(),
+                    "best": self.best,
+                    "bad_steps": self.bad_steps.state_dict(),
+                    "monitor": self.monitor.state_dict(),
+                    "processes": processes,
+                },
+            }
+            first, *others = (self.output_dir / CHECKPOINT_NAME.format(name) for name in names)
+            save_checkpoint(first, checkpoint)
+            for path in others:
+                second_name(first, path)
+        self.runtime.wait()
+
+    def restore(self, path: Path) -> None:
+        """Put the run back where a checkpoint left it."""
+        checkpoint = load_to_resume(path, "byol")
+        saved, state, runtime = checkpoint["resume"], self.state, self.runtime
+        check_same_options(path, checkpoint["config"], self.config, _FREE)
+        if checkpoint["preprocessing"]["shard_config_hash"] != self.shards.preprocessing["shard_config_hash"]:
+            raise BadInput(f"checkpoint {path} was trained on other --shards than {self.shards.directory}; resume with them")
+        if len(saved["processes"]) != runtime.world_size:
+            raise BadInput(f"checkpoint {path} was trained by {len(saved['processes'])} processes; resume with as many")
+        state.model.load_state_dict(checkpoint["model_state_dict"])
+        state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        if saved["scaler"]:  # empty where the first half needed no scaler
+            state.scaler.load_state_dict(saved["scaler"])
+        state.step = checkpoint["step"]
+        self.metrics, self.best = checkpoint["metrics"], saved["best"]
+        self.bad_steps.load_state_dict(saved["bad_steps"])
+        self.monitor.load_state_dict(saved["monitor"])
+        mine = saved["processes"][runtime.rank]
+        state.sums.copy_(torch.tensor(mine["sums"], dtype=torch.float64))
+        self.loader.load_state_dict(mine["loader"])
+        set_random_state(mine["random"], runtime.device)
