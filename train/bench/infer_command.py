@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from mammostream.train.predict.infer import Part, Predictor
+    from mammostream.train.predict.network import Predictor
+    from mammostream.train.predict.stream import Part
 
 FILE = click.Path(path_type=Path)
 _PLAIN_BATCH = 32
@@ -58,7 +59,8 @@ def infer(
 
     from mammostream.shards.build.pack import unpack_shards
     from mammostream.shards.reading import open_shards
-    from mammostream.train.predict.infer import load_predictor, shard_parts
+    from mammostream.train.predict.network import load_predictor
+    from mammostream.train.predict.stream import shard_parts
 
     shards = open_shards(shards_dir)
     predictor = load_predictor(model_path, InferConfig(**options))
@@ -184,7 +186,7 @@ def _films(manifest: Path) -> list[Any]:
     import pandas as pd
 
     from mammostream.shards.manifest import read_manifest
-    from mammostream.train.predict.infer import FilmInput
+    from mammostream.train.predict.films import FilmInput
 
     rows = read_manifest(manifest).to_dict("records")
     return [
@@ -205,7 +207,7 @@ def _film_contenders(
     import numpy as np
     import torch
 
-    from mammostream.train.predict.infer import film_parts, prepare_film
+    from mammostream.train.predict.films import film_parts, prepare_film
 
     record, transform = predictor.preprocessing, plain_transform(predictor)
 

@@ -65,7 +65,8 @@ def step(
 
     from mammostream.common.files import write_json, write_text
     from mammostream.shards.reading import open_shards
-    from mammostream.train.bench.step import RUNGS, Task, default_rungs, describe_task, flops_of, measure, profile, rows, table
+    from mammostream.train.bench.ladder import RUNGS, Task, default_rungs
+    from mammostream.train.bench.step import describe_task, flops_of, measure, profile, rows, table
 
     check_page(output)
     if device == "cuda" and not torch.cuda.is_available():

@@ -29,7 +29,7 @@ from mammostream.train.run.schedules import byol_momenta, learning_rates
 from mammostream.train.run.stages import checkpoint_activations
 
 if TYPE_CHECKING:
-    from mammostream.train.probe.probing import OnlineProbe
+    from mammostream.train.probe.compare import OnlineProbe
 
 VIEWS_SHOWN = 6
 
@@ -111,10 +111,10 @@ def build_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> O
     """Return the online probe, or None without ``--probe-csv``."""
     if config.probe_csv is None:
         return None
-    from mammostream.train.probe.probing import (  # scikit-learn is a quarter of all that would be imported
-        OnlineProbe,
-        read_probe_set,
-    )
+
+    # scikit-learn is a quarter of all that would be imported
+    from mammostream.train.probe.compare import OnlineProbe
+    from mammostream.train.probe.labelled import read_probe_set
 
     probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards, config.probe_tiles)
     return OnlineProbe(probe_set, runtime, config)

@@ -26,7 +26,7 @@ from mammostream.train.run.stopping import StopSignals
 from mammostream.train.run.tracking import Tracker
 
 if TYPE_CHECKING:
-    from mammostream.train.probe.probing import OnlineProbe
+    from mammostream.train.probe.compare import OnlineProbe
 
 CHECKPOINT_NAME = "mammogram_byol_{}.pth"
 # What may change between the two halves of a run without changing its result, or on purpose. The file of views may move: the

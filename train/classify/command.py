@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,9 @@ from mammostream.common.errors import BadInput
 from mammostream.common.files import write_json, write_yaml
 from mammostream.common.options import Command, ListOption, config_file_option, config_options, resolved, split_commas
 from mammostream.train.classify.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from mammostream.train.classify.run import LabelledData
 
 FILE = click.Path(path_type=Path)
 
@@ -78,66 +82,85 @@ def finetune(
     config = FinetuneConfig(**options)
     configs = _by_seed(config, seeds)
     if resume not in (None, "auto") and seeds:
-        raise BadInput("--resume PATH goes on with one run; with --seeds use --resume auto")
-    from mammostream.shards.reading import open_shards
-    from mammostream.train.run.labels import describe_leakage, find_leakage, join_folder, join_shards, read_labels
-
-    shards = open_shards(shards_dir) if shards_dir else None
-    sides = []
-    for path in (train_csv, val_csv):
-        frame = read_labels(path, class_names, config.max_samples)
-        sides.append(
-            join_shards(frame, shards, str(path)) if shards else join_folder(frame, tiles_dir, str(path), patient_regex)
-        )
-    from mammostream.train.classify.finetune import CHECKPOINT_NAME, summarise
+        raise BadInput("--resume PATH resumes one run; with --seeds use --resume auto")
+    csvs = (train_csv, val_csv)
+    data = _read_data(csvs, class_names, config.max_samples, tiles_dir, shards_dir, patient_regex)
     from mammostream.train.classify.finetune import finetune as run
+    from mammostream.train.classify.run import CHECKPOINT_NAME
+    from mammostream.train.classify.validation import summarise
     from mammostream.train.run.resuming import find_resume
     from mammostream.train.run.runtime import join_processes
 
     folders = {seed: output_dir / f"seed_{seed}" if seeds else output_dir for seed in configs}
     checkpoints = {seed: find_resume(resume, folder / CHECKPOINT_NAME.format("last")) for seed, folder in folders.items()}
-    # Nobody knows how tiles were made that came as image files, packed or not: then as the checkpoint's were.
-    record = shards.preprocessing if shards and shards.preprocessing["mapping"] else None
     with join_processes(config) as runtime:
-        leakage = find_leakage(*sides)
-        for kind, names in leakage.items() if runtime.is_main else ():
-            click.echo(f"{kind} in both --train-csv and --val-csv:\n  " + "\n  ".join(names), err=True)
-        if leakage and not allow_leakage:
-            raise BadInput(
-                f"{describe_leakage(leakage)}; the validation would be of what was learnt: keep each patient on one side, or "
-                "pass --allow-leakage, which every checkpoint then says"
-            )
-        if runtime.is_main and any((side.patients == "").any() for side in sides):
-            click.echo(
-                "the patients of some tiles are unknown: that none is in both CSVs is for you to check; or give "
-                "--patient-regex or a column patient_id",
-                err=True,
-            )
+        data = _with_leakage(data, allow_leakage, quiet=not runtime.is_main)
         runs = {}
         for seed, seed_config in configs.items():
             command = resolved(ctx) | {"seed": seed, "seeds": []}
             runs[seed] = run(
-                byol_checkpoint,
-                *sides,
-                class_names,
-                record,
-                folders[seed],
-                seed_config,
-                command,
-                resume=checkpoints[seed],
-                leakage=leakage,
-                runtime=runtime,
+                byol_checkpoint, data, folders[seed], seed_config, command, resume=checkpoints[seed], runtime=runtime
             )
-        if runtime.is_main and seeds:
+        if not runtime.is_main:
+            return
+        if seeds:
             summary = summarise(runs)
             write_json(output_dir / "seeds.json", summary)
             write_yaml(output_dir / "config.yaml", resolved(ctx))
             _print_seeds(summary)
-        elif runtime.is_main:
+        else:
             for name, figures in runs[config.seed]["per_class"].items():
                 click.echo(f"{name}: {auc_line(figures, runs[config.seed])}")
-        if runtime.is_main:
-            click.echo(f"epoch {max(run['epoch'] for run in runs.values())} of {config.epochs}; checkpoints -> {output_dir}")
+        click.echo(f"epoch {max(run['epoch'] for run in runs.values())} of {config.epochs}; checkpoints -> {output_dir}")
+
+
+def _read_data(
+    csvs: Iterable[Path],
+    class_names: Sequence[str],
+    max_samples: int | None,
+    tiles_dir: Path | None,
+    shards_dir: Path | None,
+    patient_regex: str | None,
+) -> LabelledData:
+    """Read the CSVs of training and validation and join them to the tiles of a folder or of shards, whichever is given."""
+    from mammostream.shards.reading import open_shards
+    from mammostream.train.run.labels import join_folder, join_shards, read_labels
+
+    shards = open_shards(shards_dir) if shards_dir else None
+    sides = []
+    for path in csvs:
+        frame = read_labels(path, class_names, max_samples)
+        if shards is not None:
+            sides.append(join_shards(frame, shards, str(path)))
+        elif tiles_dir is not None:
+            sides.append(join_folder(frame, tiles_dir, str(path), patient_regex))
+    # How tiles were made that came as image files, packed or not, is unknown: then it is as the checkpoint says.
+    record = shards.preprocessing if shards and shards.preprocessing["mapping"] else None
+    from mammostream.train.classify.run import LabelledData
+
+    return LabelledData(*sides, class_names, record)
+
+
+def _with_leakage(data: LabelledData, allowed: bool, quiet: bool) -> LabelledData:
+    """Return the data with what is on both sides; BadInput where that is not allowed. Unknown patients are warned of."""
+    from mammostream.train.run.labels import describe_leakage, find_leakage
+
+    leakage = find_leakage(data.train, data.val)
+    if not quiet:
+        for kind, names in leakage.items():
+            click.echo(f"{kind} in both --train-csv and --val-csv:\n  " + "\n  ".join(names), err=True)
+    if leakage and not allowed:
+        raise BadInput(
+            f"{describe_leakage(leakage)}; the validation would be of what was learnt: keep each patient on one side, or "
+            "pass --allow-leakage, which every checkpoint then records"
+        )
+    if not quiet and any((side.patients == "").any() for side in (data.train, data.val)):
+        click.echo(
+            "the patients of some tiles are unknown: make sure that none is in both CSVs, or give --patient-regex or a column "
+            "patient_id",
+            err=True,
+        )
+    return replace(data, leakage=leakage)
 
 
 def _by_seed(config: FinetuneConfig, seeds: tuple[str, ...]) -> dict[int, FinetuneConfig]:

@@ -65,8 +65,9 @@ def evaluate(
     Tiles, images or breasts, as both files name them; 95 % intervals over patients. Rows without a counterpart and rows that
     stand there twice are counted. Writes metrics.json, roc.png, precision_recall.png and reliability.png.
     """
-    from mammostream.train.evaluate.evaluate import choose_thresholds, match_labels, read_predictions, table_lines
+    from mammostream.train.evaluate.evaluate import choose_thresholds, table_lines
     from mammostream.train.evaluate.evaluate import evaluate as run
+    from mammostream.train.evaluate.matching import match_labels, read_predictions
 
     predictions = read_predictions(predictions_path, score)
     matched = match_labels(predictions, labels_path, patient_column, score)

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mammostream.preprocess.tiling import Film
-    from mammostream.train.predict.infer import FilmInput, Part, Predictor
+    from mammostream.train.predict.films import FilmInput
+    from mammostream.train.predict.network import Predictor
     from mammostream.train.predict.parts import Totals
+    from mammostream.train.predict.stream import Part
     from mammostream.train.run.runtime import Runtime
 
 FILE = click.Path(path_type=Path)
@@ -125,8 +127,10 @@ def infer(
     from mammostream.shards.reading import open_shards
 
     shards = open_shards(shards_dir) if shards_dir else None
-    from mammostream.train.predict.infer import draw_film_heat_maps, film_parts, image_parts, load_predictor, shard_parts
+    from mammostream.train.predict.films import draw_film_heat_maps, film_parts
+    from mammostream.train.predict.network import load_predictor
     from mammostream.train.predict.secondary_capture import check_sources, write_secondary_captures
+    from mammostream.train.predict.stream import image_parts, shard_parts
     from mammostream.train.predict.top_tiles import FilmTiles, draw_top_tiles, gather_top_tiles, image_reader, shard_reader
     from mammostream.train.run.runtime import join_processes
 
@@ -208,8 +212,9 @@ def embed(checkpoint: Path, shards_dir: Path, split: str | None, output: Path, m
     from mammostream.shards.reading import open_shards
 
     shards = open_shards(shards_dir)
-    from mammostream.train.predict.infer import load_predictor, shard_parts
+    from mammostream.train.predict.network import load_predictor
     from mammostream.train.predict.parts import check_record, merge_tiles, predict_parts
+    from mammostream.train.predict.stream import shard_parts
     from mammostream.train.run.runtime import join_processes
 
     with join_processes(config) as runtime:
@@ -389,7 +394,7 @@ def _films(
     from mammostream.preprocess.reading import read_header
     from mammostream.shards.annotations.folder import find_images
     from mammostream.shards.manifest import read_findings, read_manifest
-    from mammostream.train.predict.infer import FilmInput
+    from mammostream.train.predict.films import FilmInput
 
     boxes: dict[str, tuple] = {}
     if findings is not None:

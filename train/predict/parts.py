@@ -23,7 +23,8 @@ from mammostream.common.errors import BadInput
 from mammostream.common.files import make_folder, whole_file, write_json, write_parquet
 from mammostream.common.progress import progress
 from mammostream.train.predict.aggregation import Groups
-from mammostream.train.predict.infer import Part, Predictor
+from mammostream.train.predict.network import Predictor
+from mammostream.train.predict.stream import Part
 from mammostream.train.predict.tables import JsonWriter, TableWriter, as_table, breast_schema, image_schema, tile_schema
 from mammostream.train.run.runtime import Runtime
 

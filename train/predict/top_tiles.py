@@ -20,10 +20,12 @@ from mammostream.preprocess.tiling import Film
 from mammostream.shards.archive import escape_id
 from mammostream.shards.reading import ShardSet
 from mammostream.train.predict.aggregation import PROBABILITY
+from mammostream.train.predict.films import FilmInput, PreparedFilms, film_tiles
 from mammostream.train.predict.gradcam import grad_cam
 from mammostream.train.predict.heat_maps import CAUTION
-from mammostream.train.predict.infer import FilmInput, Part, Predictor, PreparedFilms, film_tiles, loader_options, read_rows
+from mammostream.train.predict.network import Predictor, loader_options
 from mammostream.train.predict.parts import read_part
+from mammostream.train.predict.stream import Part, read_rows
 from mammostream.train.predict.tables import FEATURES
 
 if TYPE_CHECKING:

@@ -54,15 +54,10 @@ def probe(
     """
     config = ProbeConfig(**options)
     from mammostream.shards.reading import open_shards
+    from mammostream.train.probe.compare import compare, markdown
+    from mammostream.train.probe.features import checkpoint_network, imagenet_network, random_network
+    from mammostream.train.probe.labelled import read_probe_set
     from mammostream.train.probe.pictures import draw_probe
-    from mammostream.train.probe.probing import (
-        checkpoint_network,
-        compare,
-        imagenet_network,
-        markdown,
-        random_network,
-        read_probe_set,
-    )
     from mammostream.train.run.runtime import resolve_runtime
 
     shards = open_shards(shards_dir)

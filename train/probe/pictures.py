@@ -16,7 +16,7 @@ def draw_probe(rows: Sequence[Mapping], path: Path) -> None:
     Parameters
     ----------
     rows
-        What :func:`mammostream.train.probe.probing.compare` found; what is undefined is left out.
+        What :func:`mammostream.train.probe.compare.compare` found; what is undefined is left out.
     path
         The PNG.
     """

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mammostream.train.bench import step as step_bench
-from mammostream.train.bench.step import RUNGS, Result, Task
+from mammostream.train.bench.ladder import RUNGS, Task
+from mammostream.train.bench.step import Result
 
 TASK = Task("resnet18", batch_size=2, tile_size=32, device="cpu", steps=1, warmup=2, rounds=1)
 

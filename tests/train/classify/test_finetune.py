@@ -29,8 +29,8 @@ from mammostream.models.classifier import build_classification_head
 from mammostream.shards import open_shards
 from mammostream.train.classify.config import FinetuneConfig
 from mammostream.train.classify.ema import WeightAverage
-from mammostream.train.classify.finetune import TrainingState, train_step
 from mammostream.train.classify.losses import build_loss
+from mammostream.train.classify.step import TrainingState, train_step
 from mammostream.train.run.charts import read_metrics
 from mammostream.train.run.labels import join_shards, read_labels
 from mammostream.train.run.runtime import Runtime
@@ -588,7 +588,7 @@ def test_resuming_otherwise_names_what_differs(pretrained, uninterrupted, mammos
 STEP = """
 import sys, torch
 from test_finetune import CPU, FinetuneConfig, small_batch, small_state
-from mammostream.train.classify.finetune import train_step
+from mammostream.train.classify.step import train_step
 from mammostream.train.run.runtime import join_processes
 
 torch.set_num_threads(1)

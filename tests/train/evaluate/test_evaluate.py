@@ -13,7 +13,8 @@ import pytest
 from mammostream.common.errors import BadInput
 from mammostream.common.files import sha256_file
 from mammostream.models.checkpoints import load_checkpoint, save_checkpoint
-from mammostream.train.evaluate.evaluate import choose_thresholds, match_labels, read_predictions
+from mammostream.train.evaluate.evaluate import choose_thresholds
+from mammostream.train.evaluate.matching import match_labels, read_predictions
 from mammostream.train.evaluate.metrics import evaluate_predictions
 from mammostream.train.report.report import write_report
 

@@ -16,8 +16,9 @@ from mammostream.dali_pipelines import LabelledLoader, create_inference_transfor
 from mammostream.shards import open_shards
 from mammostream.train.predict import top_tiles
 from mammostream.train.predict.config import InferConfig
+from mammostream.train.predict.films import FilmInput, predict_film
 from mammostream.train.predict.gradcam import grad_cam
-from mammostream.train.predict.infer import FilmInput, load_predictor, predict_film
+from mammostream.train.predict.network import load_predictor
 from mammostream.train.predict.top_tiles import (
     Cell,
     FilmTiles,

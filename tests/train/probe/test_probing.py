@@ -21,25 +21,11 @@ from mammostream.models.backbones import build_backbone
 from mammostream.models.checkpoints import load_checkpoint, save_checkpoint
 from mammostream.shards import open_shards
 from mammostream.train.predict.aggregation import PROBABILITY, aggregate
+from mammostream.train.probe.compare import OnlineProbe
 from mammostream.train.probe.config import ProbeConfig
-from mammostream.train.probe.probing import (
-    LEVELS,
-    PROBES,
-    SHARES,
-    Fold,
-    OnlineProbe,
-    ProbeSet,
-    auc_of,
-    count_pairs,
-    draw_share,
-    extract_features,
-    gather,
-    knn_scores,
-    make_folds,
-    random_network,
-    read_probe_set,
-    score_tiles,
-)
+from mammostream.train.probe.features import extract_features, random_network
+from mammostream.train.probe.labelled import Fold, ProbeSet, draw_share, make_folds, read_probe_set
+from mammostream.train.probe.scores import LEVELS, PROBES, SHARES, auc_of, count_pairs, gather, knn_scores, score_tiles
 from mammostream.train.run.runtime import resolve_runtime
 
 CPU = ProbeConfig(device="cpu", num_workers=2)

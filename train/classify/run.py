@@ -1,0 +1,203 @@
+"""A fine-tuning in progress: its data, loaders and state, and how it is saved and restored."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mammostream.common.errors import BadInput
+from mammostream.dali_pipelines import TRAIN_VIEW, LabelledLoader, LoaderConfig
+from mammostream.models.checkpoints import restore_byol, save_checkpoint
+from mammostream.models.classifier import MammogramClassifier
+from mammostream.shards.reading import check_same_pixels
+from mammostream.train.classify.config import FinetuneConfig
+from mammostream.train.classify.losses import positive_weights
+from mammostream.train.classify.step import TrainingState, build_state
+from mammostream.train.classify.validation import Validation
+from mammostream.train.run.labels import LabelledTiles
+from mammostream.train.run.resuming import check_same_options, load_to_resume, random_state, set_random_state
+from mammostream.train.run.runtime import Runtime
+from mammostream.train.run.schedules import trainable_stages
+from mammostream.train.run.stages import STAGE_COUNT
+
+CHECKPOINT_NAME = "{}_classification_model.pth"
+# What may change between the two halves of a run without changing its result, or on purpose.
+_FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing"}
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """What a fine-tuning learns from.
+
+    Attributes
+    ----------
+    train, val
+        Tiles and labels. Validation chooses ``best_classification_model.pth``, stops early where that is asked for, and
+        decides each checkpoint's ``thresholds`` and ``temperature``; nothing else.
+    class_names
+        C names, in the order of the labels' columns.
+    preprocessing
+        How the tiles were made (from their shards), or None for a folder of tiles: then the record of the pre-training holds.
+    leakage
+        What :func:`mammostream.train.run.labels.find_leakage` found and the user allowed; written into the checkpoints.
+    """
+
+    train: LabelledTiles
+    val: LabelledTiles
+    class_names: Sequence[str]
+    preprocessing: dict[str, Any] | None
+    leakage: Mapping[str, list[str]] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the classes, tiles and labels, which decide a run."""
+        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        for side in (self.train, self.val):
+            digest.update("\0".join(side.keys).encode())
+            digest.update(side.labels.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass
+class Run:
+    """What the epochs and the checkpoints of a fine-tuning share."""
+
+    data: LabelledData
+    arch: str
+    preprocessing: dict[str, Any]  # how the tiles were made, and the normalisation that the backbone learnt with
+    config: FinetuneConfig
+    runtime: Runtime
+    output_dir: Path
+    train_loader: LabelledLoader
+    val_loader: LabelledLoader
+    steps: int  # per epoch, the same in each process
+    state: TrainingState
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last epoch
+
+    @classmethod
+    def start(
+        cls, byol: Mapping[str, Any], path: Path, data: LabelledData, output_dir: Path, config: FinetuneConfig, runtime: Runtime
+    ) -> Run:
+        """Put a new head on a pre-trained backbone and open the tiles.
+
+        Parameters
+        ----------
+        byol
+            The checkpoint that `path` holds.
+
+        Raises
+        ------
+        BadInput
+            The checkpoint has another architecture than `config`, or was made for tiles of another scale or mapping.
+        """
+        learnt = byol["preprocessing"]
+        network = restore_byol(byol, path, config.arch)
+        if data.preprocessing is not None:
+            # A ResNet averages over its feature map: it takes tiles of any size, as long as a pixel means the same.
+            check_same_pixels(learnt, data.preprocessing, "the labelled tiles' directory", any_tile_size=True)
+        record = (data.preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
+        reading = _loader_config(record, config, runtime)
+        train = data.train
+        train_loader = LabelledLoader(train.source, reading, view=TRAIN_VIEW, shuffle=True, tiles=train.numbers)
+        val_loader = LabelledLoader(data.val.source, reading, tiles=data.val.numbers)
+        # The largest share of the processes decides how many steps all of them take.
+        steps = math.ceil(math.ceil(train_loader.tiles / runtime.world_size) / config.batch_size)
+        model = MammogramClassifier.from_byol(network, len(data.class_names), config.dropout)
+        weights = positive_weights(train.labels, config.pos_weight, data.class_names)
+        state = build_state(model, config, runtime, steps * config.epochs, weights)
+        return cls(data, byol["arch"], record, config, runtime, output_dir, train_loader, val_loader, steps, state)
+
+    @property
+    def epoch(self) -> int:
+        """Number of finished epochs."""
+        return self.train_loader.epoch
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validation has not improved for as many epochs as ``--early-stopping`` allows."""
+        return 0 < self.config.early_stopping <= self.state.stale
+
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left to train."""
+        return self.epoch >= self.config.epochs or self.stopped_early
+
+    def stages(self, epoch: int) -> int:
+        """Return how many stages of the backbone, from the last on, train in an epoch (from 1)."""
+        config = self.config
+        return trainable_stages(epoch, config.freeze_backbone_epochs, config.unfreeze_every, STAGE_COUNT)
+
+    def save(self, names: Iterable[str], found: Validation) -> None:
+        """Write the checkpoint of the epoch just validated under each of the names."""
+        state = self.state
+        processes = self.runtime.gather({"loader": self.train_loader.state_dict(), "random": random_state(self.runtime.device)})
+        if not self.runtime.is_main:
+            return
+        checkpoint = {
+            "kind": "classifier",
+            "arch": self.arch,
+            "model_state_dict": state.evaluated.state_dict(),
+            "optimizer_state_dict": state.optimizer.state_dict(),
+            "config": asdict(self.config),
+            "class_names": list(self.data.class_names),
+            "epoch": self.epoch,
+            "step": state.step,
+            "metrics": self.metrics,
+            "preprocessing": self.preprocessing,
+            **found.decisions,
+            "leakage": dict(self.data.leakage),
+            "resume": {
+                "weights": state.model.state_dict() if state.average else None,  # those that the average is made of
+                "scaler": state.scaler.state_dict(),
+                "best": state.best,
+                "stale": state.stale,
+                "data": self.data.fingerprint(),
+                "processes": processes,
+            },
+        }
+        for name in names:
+            save_checkpoint(self.output_dir / name, checkpoint)
+
+    def restore(self, path: Path) -> None:
+        """Put the run back to where a checkpoint left it.
+
+        Raises
+        ------
+        BadInput
+            The checkpoint is of other options, labels, tiles or another number of processes.
+        """
+        checkpoint = load_to_resume(path, "classifier")
+        saved, state, runtime = checkpoint["resume"], self.state, self.runtime
+        check_same_options(path, checkpoint["config"], self.config, _FREE)
+        if saved["data"] != self.data.fingerprint():
+            raise BadInput(f"checkpoint {path} was trained with other classes, labels or tiles; resume with the same CSVs")
+        if len(saved["processes"]) != runtime.world_size:
+            raise BadInput(f"checkpoint {path} was trained by {len(saved['processes'])} processes; resume with as many")
+        state.model.load_state_dict(saved["weights"] or checkpoint["model_state_dict"])
+        if state.average:
+            state.average.model.load_state_dict(checkpoint["model_state_dict"])
+        state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        if saved["scaler"]:  # empty where the first half needed no scaler
+            state.scaler.load_state_dict(saved["scaler"])
+        state.step, state.best, state.stale = checkpoint["step"], saved["best"], saved["stale"]
+        mine = saved["processes"][runtime.rank]
+        self.train_loader.load_state_dict(mine["loader"])
+        set_random_state(mine["random"], runtime.device)
+        self.metrics = checkpoint["metrics"]
+
+
+def _loader_config(record: Mapping[str, Any], config: FinetuneConfig, runtime: Runtime) -> LoaderConfig:
+    return LoaderConfig(
+        batch_size=config.batch_size,
+        tile_size=record["tile_size"],
+        mean=record["mean"],
+        std=record["std"],
+        seed=config.seed,
+        device="gpu" if runtime.device.type == "cuda" else "cpu",
+        num_threads=config.num_workers,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )

@@ -1,0 +1,150 @@
+"""Networks to compare, and the features that they give for tiles; features on disk are used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mammostream.common.files import sha256_file, sha256_json, whole_file
+from mammostream.common.normalisation import MEAN, STD
+from mammostream.dali_pipelines import LabelledLoader
+from mammostream.models.backbones import build_backbone, encode
+from mammostream.models.checkpoints import load_checkpoint, restore_byol, restore_classifier
+from mammostream.shards.reading import SHARDS_JSON, ShardSet, check_same_pixels
+from mammostream.train.probe.config import ProbeConfig
+from mammostream.train.probe.labelled import ProbeSet
+from mammostream.train.run.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone to probe.
+
+    Attributes
+    ----------
+    name
+        For tables.
+    build
+        Seed -> the backbone on the CPU.
+    identity
+        Seed -> what decides its weights, for the cache.
+    mean, std
+        The normalisation that it takes.
+    """
+
+    name: str
+    build: Callable[[int], nn.Module]
+    identity: Callable[[int], str]
+    mean: float = MEAN
+    std: float = STD
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, probe_set: ProbeSet, runtime: Runtime, config: Any, mean: float = MEAN, std: float = STD
+) -> np.ndarray:
+    """Return the features (N, D) float32 of the labelled tiles, through the pipeline that inference uses.
+
+    The backbone is used in evaluation mode and comes back as it was; no random number is drawn from torch's generators.
+
+    Parameters
+    ----------
+    config
+        ``batch_size`` and ``num_workers``.
+    """
+    tiles, was_training = probe_set.tiles, backbone.training
+    loader = LabelledLoader(
+        tiles.source,
+        batch_size=config.batch_size,
+        tile_size=probe_set.shards.preprocessing["tile_size"],
+        mean=mean,
+        std=std,
+        device="gpu" if runtime.device.type == "cuda" else "cpu",
+        num_threads=config.num_workers,
+        tiles=tiles.numbers.tolist(),
+        rank=0,
+        world_size=1,
+    )
+    features: np.ndarray | None = None
+    backbone.eval()
+    try:
+        for batch, numbers in loader:
+            with runtime.autocast():
+                found = encode(backbone, batch).float().cpu().numpy()
+            if features is None:
+                features = np.empty((len(tiles.numbers), found.shape[1]), np.float32)
+            features[tiles.rows(numbers).numpy()] = found
+    finally:
+        backbone.train(was_training)
+    return features
+
+
+def cached_features(
+    network: Network, seed: int, probe_set: ProbeSet, runtime: Runtime, config: ProbeConfig, folder: Path
+) -> np.ndarray:
+    """Return :func:`extract_features` of a network, from `folder` where the same was asked before.
+
+    The file's name is a hash of the weights, the shards' bytes, the tiles, the normalisation and the precision.
+    """
+    what = {
+        "network": network.identity(seed),
+        "shards": sha256_file(probe_set.shards.directory / SHARDS_JSON),  # it holds the hash of each tar
+        "tiles": sha256_json(probe_set.tiles.numbers.tolist()),
+        "normalisation": [network.mean, network.std],
+        "runtime": str(runtime),
+    }
+    path = folder / f"features_{sha256_json(what)[:16]}.npy"
+    if path.is_file():
+        return np.load(path)
+    backbone = network.build(seed).to(runtime.device, memory_format=torch.channels_last)
+    features = extract_features(backbone, probe_set, runtime, config, network.mean, network.std)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, features)
+    return features
+
+
+def checkpoint_network(path: Path, name: str, shards: ShardSet) -> tuple[Network, str]:
+    """Return the backbone of a BYOL or classifier checkpoint, and its architecture.
+
+    Raises
+    ------
+    BadInput
+        It is no checkpoint, or learnt from tiles of another size, mapping or spacing than the shards'.
+    """
+    checkpoint = load_checkpoint(path, None)
+    record = checkpoint["preprocessing"]
+    check_same_pixels(record, shards.preprocessing, str(shards.directory))
+    restore = restore_byol if checkpoint["kind"] == "byol" else restore_classifier
+    backbone = restore(checkpoint, path).backbone
+    digest = sha256_file(path)
+    return Network(name, lambda _: backbone, lambda _: digest, record["mean"], record["std"]), checkpoint["arch"]
+
+
+def random_network(arch: str) -> Network:
+    """Return a backbone with random weights, others for each seed."""
+
+    def build(seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build_backbone(arch)
+
+    return Network(f"random {arch}", build, lambda seed: f"random {arch} {seed} torch {torch.__version__}")
+
+
+def imagenet_network(arch: str, weights: str | Path = "imagenet") -> Network:
+    """Return a backbone with ImageNet's weights: torchvision's, or those of a file.
+
+    Raises
+    ------
+    BadInput
+        They cannot be had.
+    """
+    backbone = build_backbone(arch, weights)
+    identity = f"imagenet {arch}" if str(weights) == "imagenet" else sha256_file(Path(weights))
+    return Network(f"ImageNet {arch}", lambda _: backbone, lambda _: identity)

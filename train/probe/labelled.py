@@ -1,0 +1,173 @@
+"""The labelled tiles of a probe, who they belong to, and how they are divided: no patient is ever on both sides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mammostream.common.errors import BadInput
+from mammostream.common.files import read_csv
+from mammostream.shards.reading import ShardSet
+from mammostream.train.run.labels import LabelledTiles, join_shards, read_labels
+
+FEW_PATIENTS = 10  # fewer make intervals that say little
+FOLDS = 5
+
+_IDENTITY = ("tile_path", "image_id", "patient_id")
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """Labelled tiles of a shard directory, and who they belong to.
+
+    Attributes
+    ----------
+    shards, tiles
+        The shards, and N tiles of them with (N, C) labels.
+    class_names
+        C names.
+    units
+        Level -> (N,) what each tile belongs to on that level; "" where unknown.
+    patients
+        (N,) number of each tile's patient; a film stands for its patient where that is unknown.
+    splits
+        (N,) split of each tile.
+    notes
+        What a reader of the figures must know, a line each.
+    """
+
+    shards: ShardSet
+    tiles: LabelledTiles
+    class_names: list[str]
+    units: dict[str, np.ndarray]
+    patients: np.ndarray
+    splits: np.ndarray
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows to learn from and rows to score: no patient is in both."""
+
+    fit: np.ndarray
+    score: np.ndarray
+
+
+def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max_tiles: int | None = None) -> ProbeSet:
+    """Read a labels CSV and join it to the tiles of shards.
+
+    Parameters
+    ----------
+    path
+        CSV of ``tile_path`` (its stem is the tile's key) and one 0/1 column a class; an empty cell is a missing label.
+    class_names
+        The columns to use; none: all that hold nothing but 0, 1 and empty cells.
+    shards
+        The tiles.
+    max_tiles
+        Use only so many tiles, the same ones each time.
+
+    Raises
+    ------
+    BadInput
+        As :func:`mammostream.train.run.labels.read_labels` and :func:`mammostream.train.run.labels.join_shards`; no 0/1 column;
+        fewer than two patients; a patient in two splits.
+    """
+    frame = read_labels(path, class_names or _label_columns(path))
+    if max_tiles is not None and len(frame) > max_tiles:
+        frame = frame.iloc[np.sort(np.random.default_rng(0).permutation(len(frame))[:max_tiles])].reset_index(drop=True)
+    names = [name for name in frame.columns if name not in _IDENTITY]
+    tiles = join_shards(frame, shards, f"labels CSV {path}")
+    rows = shards.tiles().set_index("tile").loc[tiles.numbers]
+    sides = shards.images().drop_duplicates("image_id").set_index("image_id")["laterality"]
+    sides = sides.reindex(tiles.groups).fillna("").to_numpy(str)
+    notes = []
+    unknown = tiles.patients == ""
+    patients = np.where(unknown, np.char.add("film ", tiles.groups.astype(str)), tiles.patients)
+    if unknown.any():
+        notes.append(f"the patients of {unknown.sum()} tiles are unknown: each of their films counts as a patient of its own")
+    breasts = np.where(sides == "", "", np.char.add(np.char.add(patients.astype(str), " "), sides))
+    unique, numbers = np.unique(patients, return_inverse=True)
+    if len(unique) < 2:
+        raise BadInput(f"labels CSV {path} names tiles of {len(unique)} patient; a probe needs two: one to learn, one to score")
+    if len(unique) < FEW_PATIENTS:
+        notes.append(f"{len(unique)} patients only: intervals over so few say little")
+    units = {"tile": tiles.keys, "image": tiles.groups, "breast": breasts}
+    found = ProbeSet(shards, tiles, names, units, numbers, rows["split"].to_numpy(str), notes)
+    _check_splits(found, path)
+    return found
+
+
+def _label_columns(path: Path) -> list[str]:
+    frame = read_csv(path, "labels CSV", ["tile_path"])
+    values = {name: pd.to_numeric(frame[name], errors="coerce") for name in frame.columns if name not in _IDENTITY}
+    names = [name for name, v in values.items() if v.notna().any() and (v.isin([0, 1]) | frame[name].isna()).all()]
+    if not names:
+        raise BadInput(f"labels CSV {path} has no column of 0 and 1 beside tile_path; add one a class")
+    return names
+
+
+def _check_splits(probe_set: ProbeSet, path: Path) -> None:
+    """Refuse a patient whose tiles are in two splits: it would be learnt from and scored."""
+    pairs = np.unique(np.stack([probe_set.patients.astype(str), probe_set.splits]), axis=1)
+    numbers, counts = np.unique(pairs[0], return_counts=True)
+    for number in numbers[counts > 1]:
+        patient = probe_set.tiles.patients[probe_set.patients.astype(str) == number][0]
+        raise BadInput(
+            f"labels CSV {path}: patient '{patient}' is in two splits of {probe_set.shards.directory}; build it again"
+        )
+
+
+def make_folds(probe_set: ProbeSet, seed: int) -> list[Fold]:
+    """Return what to learn from and what to score.
+
+    Tiles of the splits ``train`` and ``val`` (or ``test`` where ``val`` has none): learn from the one, score the other.
+    Otherwise cross-validation over up to :data:`FOLDS` groups of patients, dealt by `seed`.
+    """
+    train = probe_set.splits == "train"
+    for split in ("val", "test"):
+        held_out = probe_set.splits == split
+        if train.any() and held_out.any():
+            return [Fold(np.flatnonzero(train), np.flatnonzero(held_out))]
+    count = probe_set.patients.max() + 1
+    group = np.random.default_rng(seed).permutation(count) % min(FOLDS, count)
+    of_row = group[probe_set.patients]
+    return [Fold(np.flatnonzero(of_row != g), np.flatnonzero(of_row == g)) for g in range(group.max() + 1)]
+
+
+def draw_share(
+    rows: np.ndarray, labels: np.ndarray, patients: np.ndarray, share: float, rng: np.random.Generator
+) -> tuple[np.ndarray, str]:
+    """Return a share of the labelled rows to learn from, by patient where there are enough, else by tile.
+
+    Parameters
+    ----------
+    rows
+        Rows to draw from.
+    labels
+        (N,) of 0, 1 and NaN, which is never drawn.
+    patients
+        (N,) patient numbers.
+    share
+        In (0, 1].
+    rng
+        Decides the draw.
+
+    Returns
+    -------
+    rows, unit
+        Ascending rows; ``patients``, or ``tiles`` where the share is less than one patient: then that share of each label's
+        tiles, at least one.
+    """
+    rows = rows[~np.isnan(labels[rows])]
+    known = np.unique(patients[rows])
+    if share * len(known) >= 1:
+        drawn = rng.permutation(known)[: round(share * len(known))]
+        return rows[np.isin(patients[rows], drawn)], "patients"
+    parts = [rows[labels[rows] == value] for value in (0, 1)]
+    return np.sort(np.concatenate([rng.permutation(part)[: math.ceil(share * len(part))] for part in parts])), "tiles"
