@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(EXTRA)
 
-.PHONY: setup demo test gpu-check gpu-rehearsal format clean
+.PHONY: setup demo test docs gpu-check gpu-rehearsal format clean
 
 setup: $(INSTALLED)
 
@@ -31,6 +31,11 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# The documentation site, in runs/site. Warnings, such as a broken link, are errors.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The site: $(CURDIR)/runs/site/index.html"
 
 # The tests that compare GPU and CPU, and short measurements, in 6 minutes.
 gpu-check: $(INSTALLED)
