@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +71,30 @@ def site_without(folder: Path, hidden: tuple[str, ...]) -> Path:
     return folder
 
 
-def run(line: str, site: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+# Runs the command lines that it gets as JSON, one after the other, and writes how each ended.
+RUN_ALL = """
+import contextlib, io, json, shlex, sys
+from mammostream.cli import main
+ended = {}
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = shlex.split(line)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as stop:
+            ended[line] = [stop.code, out.getvalue(), err.getvalue()]
+print(json.dumps(ended))
+"""
+
+
+def run(lines: Iterable[str], site: Path, folder: Path) -> dict[str, tuple[int, str, str]]:
+    """Run command lines in one process with the packages of a folder; return exit code, stdout and stderr of each."""
     # -S: without it Python would add the packages of this environment.
-    command = [sys.executable, "-S", "-m", "mammostream", *shlex.split(line)]
+    command = [sys.executable, "-S", "-c", RUN_ALL, json.dumps(list(lines))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -92,28 +112,31 @@ def folder(old_run, bare_site):
     image_id = open_shards(old_run / "shards").images()["image_id"].iloc[0]
     boxes = {"image_id": [image_id], "label": ["mass"], "xmin": [0.0], "ymin": [0.0], "xmax": [60.0], "ymax": [60.0]}
     write_findings(pd.DataFrame(boxes), old_run / "findings.parquet")
-    for line in (
+    lines = (
         "prepare --images-root films --output-dir prepared --assume-spacing 0.4 --patient-regex '^.'",
         "shards unpack shards --output-dir unpacked --workers 1",
-    ):
-        done = run(line, bare_site, old_run)
-        assert done.returncode == 0, done.stderr
+    )
+    assert all(code == 0 for code, *_ in run(lines, bare_site, old_run).values())
     return old_run
 
 
+@pytest.fixture(scope="module")
+def ended(folder, bare_site):
+    return run(LINES, bare_site, folder)
+
+
 @pytest.mark.parametrize("line", LINES)
-def test_a_command_works_or_says_what_to_install(line, bare_site, folder):
-    done = run(line, bare_site, folder)
+def test_a_command_works_or_says_what_to_install(line, ended):
+    code, out, err = ended[line]
     needed = LINES[line]
+    assert "Traceback" not in err
     if needed is None:
-        assert done.returncode == 0, done.stderr
+        assert code == 0, err
         return
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert needed in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert code == 2, out + err
+    assert needed in out + err
     if line != "doctor":
-        said = [text for text in done.stderr.replace("\r", "\n").splitlines() if text.startswith("error: ")]
-        assert len(said) == 1
+        assert len([text for text in err.replace("\r", "\n").splitlines() if text.startswith("error: ")]) == 1
 
 
 def test_each_extra_that_is_missing_alone_is_named(folder, tmp_path):
@@ -126,9 +149,9 @@ def test_each_extra_that_is_missing_alone_is_named(folder, tmp_path):
     ):
         site = tmp_path / hidden[0]
         site.mkdir()
-        done = run(line, site_without(site, hidden), folder)
-        assert done.returncode == 2, done.stderr
-        assert extra in done.stderr.splitlines()[-1]
+        ((code, _, err),) = run([line], site_without(site, hidden), folder).values()
+        assert code == 2, err
+        assert extra in err.splitlines()[-1]
 
 
 def test_a_module_of_the_project_that_is_missing_is_a_bug():

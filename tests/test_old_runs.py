@@ -8,37 +8,46 @@ the metrics of the resumed pre-training. Weights were replaced by a repeating pa
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+
+from mammostream.demo import run_command
 
 ONE_THREAD = "--device cpu --num-workers 1"
 
 
-def mammostream(line: str, folder: Path) -> str:
-    command = [sys.executable, "-m", "mammostream", *shlex.split(line)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def mammostream(old_run, monkeypatch, capsys):
+    """Run a command in this process, within the old run's folder, and return what it printed."""
+    monkeypatch.chdir(old_run)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(line: str) -> str:
+        capsys.readouterr()
+        run_command(shlex.split(line))
+        return capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(before)
 
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_shards_verify(old_run):
-    assert "4 shards, 24 tiles: all well" in mammostream("shards verify shards --workers 1", old_run)
+def test_shards_verify(mammostream):
+    assert "4 shards, 24 tiles: all well" in mammostream("shards verify shards --workers 1")
 
 
-def test_a_classifier_answers_as_it_did(old_run):
+def test_a_classifier_answers_as_it_did(old_run, mammostream):
     model = "finetune/final_classification_model.pth"
-    mammostream(f"infer --model-path {model} --shards shards --output-dir again {ONE_THREAD}", old_run)
+    mammostream(f"infer --model-path {model} --shards shards --output-dir again {ONE_THREAD}")
     for name, key in (("predictions.parquet", "key"), ("image_predictions.parquet", "image_id")):
         then, now = (pd.read_parquet(old_run / folder / name) for folder in ("infer", "again"))
         assert list(now.columns) == list(then.columns)
@@ -47,9 +56,9 @@ def test_a_classifier_answers_as_it_did(old_run):
             np.testing.assert_allclose(now[column], then[column], atol=1e-4, err_msg=column)
 
 
-def test_an_interrupted_pretraining_goes_on(old_run):
+def test_an_interrupted_pretraining_goes_on(old_run, mammostream):
     options = "--arch resnet18 --hidden-dim 8 --proj-dim 4 --batch-size 4 --epochs 2 --save-every 1 --resume auto"
-    mammostream(f"pretrain --shards shards --output-dir pretrain {options} {ONE_THREAD} --wandb-mode disabled", old_run)
+    mammostream(f"pretrain --shards shards --output-dir pretrain {options} {ONE_THREAD} --wandb-mode disabled")
     then, now = lines(old_run / "resumed_metrics.jsonl"), lines(old_run / "pretrain/metrics.jsonl")
     assert now[0] == then[0]  # the epoch before the interruption, as logged then
     assert now[1].keys() >= then[1].keys()
@@ -60,14 +69,13 @@ def test_an_interrupted_pretraining_goes_on(old_run):
     assert (old_run / "pretrain/mammogram_byol_final.pth").is_file()
 
 
-def test_an_old_backbone_can_be_finetuned_and_the_folder_reported(old_run):
+def test_an_old_backbone_can_be_finetuned_and_the_folder_reported(old_run, mammostream):
     mammostream(
         "finetune --byol-checkpoint pretrain/mammogram_byol_last.pth --shards shards --train-csv train.csv --val-csv val.csv "
         f"--class-names bright --output-dir new --epochs 1 --batch-size 4 {ONE_THREAD} --wandb-mode disabled",
-        old_run,
     )
     assert (
         json.loads((old_run / "new/metrics.json").read_text()).keys()
         >= json.loads((old_run / "finetune/metrics.json").read_text()).keys()
     )
-    assert "report.html" in mammostream("report .", old_run)
+    assert "report.html" in mammostream("report .")

@@ -134,7 +134,7 @@ def test_ten_times_the_shards_take_no_more_memory(finetuned, sharp_classifier, s
     tiles = [rng.integers(0, 2**16, (64, 64), dtype=np.uint16) for _ in range(8)]
     peaks = []
     for shards in (2, 20):
-        place = write_set(open_shards(finetuned.shards), tmp_path / f"set{shards}", (160,) * shards, "raw", tiles)
+        place = write_set(open_shards(finetuned.shards), tmp_path / f"set{shards}", (80,) * shards, "raw", tiles)
         meta = json.loads((place / "shards.json").read_text())
         meta["preprocessing"]["tile_size"] = 64
         (place / "shards.json").write_text(json.dumps(meta))
@@ -146,7 +146,7 @@ def test_ten_times_the_shards_take_no_more_memory(finetuned, sharp_classifier, s
         child.returncode = os.waitstatus_to_exitcode(status)
         assert child.returncode == 0
         peaks.append(usage.ru_maxrss)
-        assert pq.read_metadata(tmp_path / f"out{shards}/predictions.parquet").num_rows == 160 * shards
+        assert pq.read_metadata(tmp_path / f"out{shards}/predictions.parquet").num_rows == 80 * shards
         shutil.rmtree(place)
     assert peaks[1] < 1.05 * peaks[0]
 
