@@ -1,4 +1,4 @@
-"""The command line: a group that imports a room's commands only when one of them runs."""
+"""The command line: a group that imports the commands of a room only when one of them runs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from mammostream.common.errors import BadInput, MachineFault, Stopped, speaks_fo
 from mammostream.common.options import Group
 from mammostream.common.packages import how_to_install
 
-# name -> (module of this package, attribute, one line for --help): --help must not import the rooms.
+# name -> (module, attribute, one line for --help): --help must not import the rooms.
 BENCHMARKS = {
-    "build": (".shards.build.bench_command", "build", "Films a second from file to shard, and by stage."),
+    "build": (".shards.build.bench_command", "build", "Films per second from file to shard, and time per stage."),
     "infer": (
         "mammostream.train.bench.infer_command",
         "infer",
-        "Tiles and films a second of prediction, beside a plain PIL and torchvision loop.",
+        "Tiles and films per second of prediction, compared with a plain PIL and torchvision loop.",
     ),
     "loader": (
         "mammostream.dali_pipelines.commands",
         "loader",
-        "Tiles a second of the loader and of other libraries' loaders.",
+        "Tiles per second of the loader and of loaders of other libraries.",
     ),
     "step": (
         ".train.bench.step_command",
         "step",
-        "Pairs a second of the training step, one measure after the other, beside a plain one.",
+        "Pairs per second of the training step, one optimisation after the other, compared with a plain step.",
     ),
 }
 COMMANDS = {
-    "demo": (".demo", "demo", "The whole road on 8 real films, on the CPU, in minutes."),
+    "demo": (".demo", "demo", "The whole pipeline on 8 real films, on the CPU, in minutes."),
     "doctor": (".doctor", "doctor", "What this machine has and what will be used."),
     "prepare": (
         "mammostream.shards.prepare.command",
@@ -48,27 +48,27 @@ COMMANDS = {
     "preview": (".shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
     "shards": (".shards.commands", "shards", "Build, verify, label, pack and unpack WebDataset shards of tiles."),
     "pretrain": (".train.byol.command", "pretrain", "BYOL pre-training on shards."),
-    "probe": (".train.probe.command", "probe", "Frozen features on labels, beside random and ImageNet weights."),
+    "probe": (".train.probe.command", "probe", "Frozen features on labels, compared with random and ImageNet weights."),
     "finetune": (
         "mammostream.train.classify.command",
         "finetune",
         "Fine-tune a pre-trained backbone for multi-label classification.",
     ),
-    "infer": (".train.predict.command", "infer", "Predict tiles of shards, or raw films with a heat map."),
-    "embed": (".train.predict.command", "embed", "A backbone's features of the tiles of shards."),
+    "infer": (".train.predict.command", "infer", "Predict the tiles of shards, or raw films with heat maps."),
+    "embed": (".train.predict.command", "embed", "Write a backbone's features of the tiles of shards."),
     "evaluate": (
         "mammostream.train.evaluate.command",
         "evaluate",
-        "Compare predictions with labels: figures with intervals, and plots.",
+        "Compare predictions with labels: metrics with intervals, and plots.",
     ),
-    "export": (".train.export.command", "export", "A trained network as an ONNX file, compared with torch."),
-    "report": (".train.report.command", "report", "One self-contained page of a run's data, curves and pictures."),
-    "bench": (".cli", "bench", "Measurements, side by side with what others do."),
+    "export": (".train.export.command", "export", "Write a trained network as an ONNX file, compared with torch."),
+    "report": (".train.report.command", "report", "Write one self-contained page with a run's data, curves and pictures."),
+    "bench": (".cli", "bench", "Measure speed, compared with other libraries and plain scripts."),
 }
 
 
 class LazyGroup(Group):
-    """A group that knows its commands by name and imports them when called."""
+    """A group that knows its commands by name and imports each one when it is used."""
 
     def __init__(self, *args: Any, lazy: dict[str, tuple[str, str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,14 +93,14 @@ class LazyGroup(Group):
 def cli() -> None:
     """Mammograms in, tiles out, shards on disk, a GPU that never waits.
 
-    The way of the data: prepare -> shards build -> pretrain -> finetune -> infer -> evaluate -> report.
+    The pipeline: prepare -> shards build -> pretrain -> finetune -> infer -> evaluate -> report.
     Exit codes: 0 done, 2 bad input (one line), 3 too many bad items, 75 stopped and saved (run it again).
     """
 
 
 @click.group(cls=LazyGroup, lazy=BENCHMARKS)
 def bench() -> None:
-    """Measure a part of mammostream beside what others do, and print a Markdown table."""
+    """Measure a part of mammostream compared with what others do, and print a Markdown table."""
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
             raise
         _end(f"error: {message}", 2)
     except BrokenPipeError:
-        # The reader of a pipe left ('... | head'): nothing more can be said there, not even at exit.
+        # The reader of a pipe has closed it ('... | head'): nothing more can be written there, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):

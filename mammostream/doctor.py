@@ -32,9 +32,9 @@ PACKAGES = (
 @click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def doctor(as_json: bool) -> None:
-    """Say what this machine has (CPU, memory, disk, GPU, packages) and what will be used for each stage.
+    """Show what this machine has (CPU, memory, disk, GPU, packages) and what each stage will use.
 
-    Exit code 0 where everything needed is there, 2 where a stage cannot run; the line says what to install.
+    Exit code 0 if everything needed is there, 2 if a stage cannot run; its line says what to install.
     """
     facts = examine()
     if as_json:
@@ -49,7 +49,7 @@ def doctor(as_json: bool) -> None:
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """Return what there is and what will be used, as plain text by section."""
+    """Return what the machine has and what will be used: section -> name -> value."""
     return {
         "machine": {
             "python": platform.python_version(),
@@ -67,7 +67,7 @@ def examine() -> dict[str, dict[str, Any]]:
 
 
 def _version(name: str) -> str:
-    """Return the version of a package whose name may carry a CUDA suffix (cupy-cuda12x, cucim-cu12)."""
+    """Return the version of a package whose name may have a CUDA suffix (cupy-cuda12x, cucim-cu12)."""
     found = [d for d in importlib.metadata.distributions() if _plain(d.metadata["Name"]) == name]
     return f"{found[0].version} ({found[0].metadata['Name']})" if found else "not installed"
 

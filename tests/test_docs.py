@@ -36,7 +36,7 @@ def article(page: Path) -> str:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_page_with_its_subcommands_and_options(site, name):
-    text = article(site / f"commands/{name}/index.html")
+    text = article(site / f"commands/{name}.html")
     command = cli.get_command(None, name)
     names = command.list_commands(None) if hasattr(command, "commands") else []
     subcommands = [command.get_command(None, sub) for sub in names]
@@ -44,19 +44,19 @@ def test_every_command_has_a_page_with_its_subcommands_and_options(site, name):
     for shown in subcommands or [command]:
         assert all(param.opts[0] in text for param in shown.params if param.param_type_name == "option")
     home = (site / "index.html").read_text(encoding="utf-8")
-    assert f'href="commands/{name}/"' in home
+    assert f'href="commands/{name}.html"' in home
 
 
 def test_a_command_page_shows_help_and_defaults(site):
-    text = article(site / "commands/shards/index.html")
+    text = article(site / "commands/shards.html")
     assert "Edge length of a tile in stored pixels. [default: 512]" in text
-    text = article(site / "commands/pretrain/index.html")
+    text = article(site / "commands/pretrain.html")
     assert "one per core, at most 16" in text
 
 
 @pytest.mark.parametrize("room", ["preprocess", "shards", "dali_pipelines", "models"])
 def test_an_api_page_has_every_public_name(site, room):
-    page = (site / f"api/{room}/index.html").read_text(encoding="utf-8")
+    page = (site / f"api/{room}.html").read_text(encoding="utf-8")
     names = getattr(mammostream, room).__all__
     assert len(names) > 3
     assert all(f'id="mammostream.{room}.{name}"' in page for name in names)
@@ -64,16 +64,16 @@ def test_an_api_page_has_every_public_name(site, room):
 
 
 def test_an_api_page_shows_signatures_and_parameters(site):
-    text = article(site / "api/models/index.html")
+    text = article(site / "api/models.html")
     assert 'weights: str | Path = "none"' in text
     assert "num_features" in text
 
 
 def test_pages_from_outside_the_folder_keep_their_links(site):
-    guide = (site / "guide/index.html").read_text(encoding="utf-8")
-    assert 'href="../bottlenecks/"' in guide
+    guide = (site / "guide.html").read_text(encoding="utf-8")
+    assert 'href="bottlenecks.html"' in guide
     assert "docs/" not in re.findall(r'(?:href|src)="([^"]*)"', guide)
-    assert "Unreleased" in article(site / "changelog/index.html")
+    assert "Unreleased" in article(site / "changelog.html")
 
 
 def test_the_site_asks_the_network_for_no_fonts(site):

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Shards by Dask on this machine, with a scheduler of its own: a worker a GPU (dask-cuda) where there are GPUs, else a worker a
-# core. The same lines, a worker line on each machine, make a cluster of several machines that share their disks.
+# Build shards with Dask on this machine, with a separate scheduler: one worker per GPU (dask-cuda) if there are GPUs, else one per
+# core. With the worker line on each machine, the same lines make a cluster of machines that share their disks.
 #
 #   bash examples/dask/build_here.sh --manifest work/manifest.parquet --output-dir work/shards
 #
-# Without a scheduler to keep, 'mammostream shards build … --dask local' does the same on CPUs.
-# Needs: pip install 'mammostream[dask]', and dask-cuda for GPUs. PORT is the scheduler's.
+# If the scheduler need not stay, 'mammostream shards build … --dask local' does the same on CPUs.
+# Needs: pip install 'mammostream[dask]', and dask-cuda for GPUs. PORT is the port of the scheduler.
 set -euo pipefail
 
 port=${PORT:-8786}

@@ -1,10 +1,10 @@
-"""Shards by Dask on a cluster's own queue (SLURM, PBS, LSF, SGE, HTCondor): dask-jobqueue submits the workers as jobs.
+"""Build shards with Dask through a cluster's queue (SLURM, PBS, LSF, SGE, HTCondor): dask-jobqueue submits the workers as jobs.
 
     python examples/dask/build_on_a_cluster.py slurm 16 --manifest work/manifest.parquet --output-dir work/shards
 
-asks SLURM for 16 jobs of one worker each and builds as soon as the first of them runs; ``local`` instead of ``slurm`` runs the
-jobs as processes here, to try it out. What follows the number goes to ``mammostream shards build``. Account, partition and
-further settings of the queue belong in ``~/.config/dask/jobqueue.yaml``. Needs: pip install 'mammostream[dask]' dask-jobqueue.
+asks SLURM for 16 jobs of one worker each and starts building when the first one runs; ``local`` instead of ``slurm`` runs the
+jobs as local processes, to try it out. Arguments after the number go to ``mammostream shards build``. Account, partition and
+other settings of the queue belong in ``~/.config/dask/jobqueue.yaml``. Needs: pip install 'mammostream[dask]' dask-jobqueue.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CLUSTERS = {
 
 
 def settings(queue: str) -> dict[str, Any]:
-    """Return what a job asks its queue for."""
+    """Return the resources that a job requests."""
     own = {"local": {}, "htcondor": {"disk": "8GB"}}
     return {"cores": 1, "processes": 1, "memory": "4GiB"} | own.get(queue, {"walltime": "04:00:00"})
 
 
 def main(queue: str, jobs: int, arguments: list[str]) -> int:
-    """Build with `jobs` workers from a queue; return the build's exit code."""
+    """Build with `jobs` workers from a queue; return the exit code of the build."""
     with CLUSTERS[queue](**settings(queue)) as cluster:
         cluster.scale(jobs=jobs)
         command = [sys.executable, "-m", "mammostream", "shards", "build", "--dask", cluster.scheduler_address, *arguments]
