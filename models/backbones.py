@@ -120,7 +120,7 @@ def _read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
     if str(weights) == "imagenet":
         entry = torchvision.models.get_model_weights(arch)[_IMAGENET_RECIPE]
         try:
-            return entry.get_state_dict(progress=False, check_hash=True)
+            return entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
         # No network, a download with a wrong checksum, a damaged file in the cache.
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise BadInput(

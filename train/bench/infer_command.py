@@ -21,7 +21,10 @@ from mammostream.train.predict.config import EmbedConfig, InferConfig
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    import torch
+    from torch import nn
 
+    from mammostream.models.classifier import MammogramClassifier
     from mammostream.train.predict.network import Predictor
     from mammostream.train.predict.stream import Part
 
@@ -69,7 +72,7 @@ def infer(
         unpack_shards(shards, root / "tiles", split)
         tiles = shards.tiles(split).sort_values("tile", ignore_index=True)
         paths = [root / "tiles" / f"{key}.png" for key in tiles["key"]]
-        plain = plain_network(predictor)
+        plain = plain_network(predictor.model, predictor.runtime.device)
         contenders = {
             "mammostream, from shards": lambda: _ours(predictor, shard_parts(predictor, shards, split), root),
             "PIL + torchvision": lambda: _plain(predictor, plain, paths, workers=0),
@@ -98,20 +101,23 @@ def infer(
         write_text(output, f"# Prediction beside a plain loop\n\n{page}\n")
 
 
-def plain_network(predictor: Predictor) -> Any:
-    """Return a torchvision network of three channels with a classifier's weights, which gives its logits, on its device."""
+def plain_network(model: MammogramClassifier, device: torch.device) -> nn.Module:
+    """Return a copy of a classifier whose backbone takes three channels, as torchvision's does, and which gives logits."""
+    import copy
+
     import torch
-    import torchvision
     from torch import nn
 
-    model = predictor.model
-    plain = torchvision.models.get_model(model.backbone.arch, weights=None)
-    state = {name: tensor for name, tensor in model.backbone.state_dict().items() if name != "conv1.weight"}
-    # Of a grey image's three equal channels each gives a third.
-    state["conv1.weight"] = model.backbone.conv1.weight.detach().repeat(1, 3, 1, 1) / 3
-    plain.fc = nn.Identity()
-    plain.load_state_dict(state)
-    network = nn.Sequential(plain, model.classification_head).to(predictor.runtime.device)
+    plain = copy.deepcopy(model.backbone)
+    name, narrow = next((name, m) for name, m in plain.named_modules() if isinstance(m, nn.Conv2d))
+    wide = nn.Conv2d(3, narrow.out_channels, narrow.kernel_size, narrow.stride, narrow.padding, bias=narrow.bias is not None)
+    with torch.no_grad():
+        # Of a grey image's three equal channels each gives a third.
+        wide.weight.copy_(narrow.weight.repeat(1, 3, 1, 1) / 3)
+        if narrow.bias is not None:
+            wide.bias.copy_(narrow.bias)
+    plain.set_submodule(name, wide)
+    network = nn.Sequential(plain, model.classification_head).to(device)
     return network.to(memory_format=torch.contiguous_format).eval()
 
 

@@ -175,6 +175,8 @@ def join_processes(config: RuntimeConfig) -> Iterator[Runtime]:
     distributed.init_process_group(backend, store=_store_of_this_attempt(world_size), rank=rank, world_size=world_size)
     try:
         yield replace(runtime, device=device, rank=rank, world_size=world_size)
+        # They leave together: a process that left while its peer was still busy with gloo has aborted at its exit.
+        distributed.barrier()
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _PEER_GONE):
             raise
