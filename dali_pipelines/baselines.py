@@ -127,7 +127,8 @@ class OpenCVViews:
         # The fastest way in OpenCV from whole numbers to one gain and one offset in float.
         out = cv2.addWeighted(tile, scale * brightness * contrast, tile, 0, offset, dtype=cv2.CV_32F)
         if view.noise > 0:
-            out += rng.standard_normal(out.shape, np.float32) * np.float32(rng.uniform(0, view.noise / self._form.std))
+            noise = rng.standard_normal(out.shape, np.float32)
+            out = out + noise * np.float32(rng.uniform(0, view.noise / self._form.std))
         return out
 
 

@@ -29,6 +29,7 @@ FILE = click.Path(path_type=Path)
 @click.pass_context
 def loader(
     ctx: click.Context,
+    /,
     directory: Path,
     split: str,
     recipe: str,

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline
 
 from mammostream.common.buckets import lost_connection
 from mammostream.common.errors import BadInput, first_line
@@ -98,7 +97,7 @@ class _Loader:
         else:
             self._rows = [min(batch_size, mine - done) for done in range(0, mine, batch_size)]
         self._done = 0  # batches of this epoch that were read
-        self._setting = {
+        self._setting: dict[str, Any] = {
             "tiles": self.tiles,
             "seed": config.seed,  # DALI's checkpoint has its random states, but not the seed of the tars' order
             "views": sha256_json(repr((views, form, config.tile_size)))[:8],
@@ -108,7 +107,7 @@ class _Loader:
             "batch_size": batch_size,
             "initial_fill": config.initial_fill,
         }
-        self._pipeline: Pipeline | None = None
+        self._pipeline: Any = None
         self._checkpoint: bytes | None = None  # where to start the pipeline
         self._origin = 0  # the epoch at whose start the order and the draws began anew
         self._failure: Exception | None = None  # why the pipeline ended

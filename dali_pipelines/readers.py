@@ -84,7 +84,7 @@ class ShardSource:
         Shuffled means: the tars in a new order each epoch, their samples mixed in a buffer of `initial_fill`.
         `options` are those that all DALI readers share.
         """
-        data, number = fn.readers.webdataset(
+        data, number = fn.readers.webdataset(  # type: ignore[misc]  # its stub allows for graphs without outputs
             paths=self.tars,
             index_paths=self.indexes,
             ext=[";".join(CODECS), NUMBER_EXTENSION],
@@ -180,7 +180,7 @@ class FileSource:
         found = None if named else _first_that_is_no_image(self)
         if named is None and found is None:
             return f"one of {self.files[0]} … {self.files[-1]} could not be read ({reason}); check the disk and try again"
-        path = named["info"] if named else self.files[found]
+        path = named["info"] if named else self.files[found or 0]
         return f"{path} is no readable image; replace it or take it out of the list"
 
 
@@ -245,13 +245,14 @@ def open_source(
         The source is empty; a file is missing; a shard is damaged, holds tiles of another size or no tiles of ours; raw
         tiles are mixed with others; a number of `tiles` is nowhere.
     """
-    source = list(source)
     wanted = None if tiles is None else np.unique(np.fromiter(tiles, dtype=np.int64))
-    if not source or (wanted is not None and not wanted.size):
+    items = list(source)
+    if not items or (wanted is not None and not wanted.size):
         raise BadInput("there are no tiles to read; check the shards or images and the labels that choose among them")
-    if isinstance(source[0], Shard):
-        return _open_shards(source, tile_size, wanted)
-    return _open_files([Path(path) for path in source], wanted)
+    shards = [item for item in items if isinstance(item, Shard)]
+    if shards:
+        return _open_shards(shards, tile_size, wanted)
+    return _open_files([Path(item) for item in items if not isinstance(item, Shard)], wanted)
 
 
 def _open_files(paths: list[Path], wanted: np.ndarray | None) -> FileSource:
@@ -280,7 +281,7 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
         _check_members(shard.tar, index)
         directory = order[shard.tar.parent]
         index_path = shard.index
-        if wanted is not None:
+        if wanted is not None and temporary is not None:
             numbers = tile_numbers(shard.tar, index) + directory * DIRECTORY_STRIDE
             index = [index[i] for i in np.flatnonzero(np.isin(numbers, wanted))]
             index_path = Path(temporary.name) / f"{len(tars):06d}.idx"
@@ -290,8 +291,8 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
             continue
         if directory not in stored:
             stored[directory] = _check_first_tile(shard.tar, index[0], tile_size)
-        if stored[directory] is not None:
-            _check_raw_sizes(shard.tar, index, tile_size, stored[directory])
+        if (bits := stored[directory]) is not None:
+            _check_raw_sizes(shard.tar, index, tile_size, bits)
         tars.append(str(shard.tar))
         numbered.append(directory)
         indexes.append(str(index_path))
@@ -322,7 +323,7 @@ def tile_numbers(tar: Path | BucketPath, index: Sequence[Sample]) -> np.ndarray:
     with tar.open("rb") as file:
 
         def number(sample: Sample) -> int:
-            return decode_number(_read(file, _member(sample, (NUMBER_EXTENSION,))))
+            return decode_number(_read(file, _member_of(sample, (NUMBER_EXTENSION,))))
 
         first, last = number(index[0]), number(index[-1])
         if last - first == len(index) - 1:
@@ -348,7 +349,7 @@ def _check_members(tar: Path | BucketPath, index: Sequence[Sample]) -> None:
 def _check_raw_sizes(tar: Path | BucketPath, index: Sequence[Sample], tile_size: int, bits: int) -> None:
     expected = tile_size * tile_size * bits // 8
     for sample in index:
-        member = _member(sample, tuple(CODECS))
+        member = _member_of(sample, tuple(CODECS))
         if member.size != expected:
             raise BadInput(f"{member.name} of shard {tar} has {member.size} bytes, not {expected}; {_mend(str(tar))}")
 
@@ -358,7 +359,7 @@ def _check_first_tile(tar: Path | BucketPath, sample: Sample, tile_size: int) ->
 
     Returns the bits a pixel of a raw tile, None for other codecs.
     """
-    member = _member(sample, tuple(CODECS))
+    member = _member_of(sample, tuple(CODECS))
     with tar.open("rb") as file:
         data = _read(file, member)
     try:
@@ -375,6 +376,11 @@ def _check_first_tile(tar: Path | BucketPath, sample: Sample, tile_size: int) ->
 
 def _member(sample: Sample, extensions: tuple[str, ...]) -> Member | None:
     return next((member for member in sample if member.extension in extensions), None)
+
+
+def _member_of(sample: Sample, extensions: tuple[str, ...]) -> Member:
+    """Return the member of a sample that :func:`_check_members` found to be there."""
+    return next(member for member in sample if member.extension in extensions)
 
 
 def _read(file: Any, member: Member) -> bytes:

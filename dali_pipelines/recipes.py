@@ -109,9 +109,13 @@ _GUIDE = (
 
 # For mammograms: crops make the views differ in content and size, as BYOL wants it. Blur is at most a pixel, and with
 # recipe_views at most 0.1 mm: a wider kernel would wipe out micro-calcifications.
-_MAMMO = tuple(
-    replace(view, translation=0.05, crop_area=(0.3, 1.0), horizontal_flip=0.5, blur_sigma=(0.1, 1.0)) for view in _GUIDE
-)
+_MAMMO_CHANGES: dict[str, Any] = {
+    "translation": 0.05,
+    "crop_area": (0.3, 1.0),
+    "horizontal_flip": 0.5,
+    "blur_sigma": (0.1, 1.0),
+}
+_MAMMO = (replace(_GUIDE[0], **_MAMMO_CHANGES), replace(_GUIDE[1], **_MAMMO_CHANGES))
 
 RECIPES: dict[str, tuple[View, View]] = {"guide": _GUIDE, "mammo": _MAMMO}
 """The two views of pre-training by recipe name, for pixels of up to 0.1 mm."""
@@ -132,7 +136,8 @@ def recipe_views(name: str, pixel_mm: float | None) -> tuple[View, View]:
     if name != "mammo" or pixel_mm is None:
         return views
     widest = min(views[0].blur_sigma[1], _MAMMO_BLUR_MM / pixel_mm)
-    return tuple(replace(view, blur_sigma=(min(view.blur_sigma[0], widest), widest)) for view in views)
+    first, second = (replace(view, blur_sigma=(min(view.blur_sigma[0], widest), widest)) for view in views)
+    return first, second
 
 
 TRAIN_VIEW = View(rotation_deg=10, scale=(0.9, 1.1), horizontal_flip=0.5, vertical_flip=0.5, brightness=0.3, contrast=0.3)
@@ -198,16 +203,17 @@ def views_from_yaml(path: Path) -> tuple[View, View]:
 
 def _view(fields: Mapping[str, Any], what: str) -> View:
     known = {field.name: field for field in dataclasses.fields(View)}
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in fields.items():
         if name not in known:
             raise BadInput(f"{what} has the unknown field '{name}'{nearest(name, known)}; its fields are: {', '.join(known)}")
-        pair = "tuple" in known[name].type
+        kind = str(known[name].type)  # annotations are strings here
+        pair = "tuple" in kind
         if pair and isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)):
             values[name] = tuple(map(float, value))
         elif not pair and _is_number(value):
             values[name] = float(value)
-        elif value is None and "None" in known[name].type:
+        elif value is None and "None" in kind:
             values[name] = None
         else:
             raise BadInput(f"{what}: {name} is {value!r}; give {'two numbers, such as [0.9, 1.1]' if pair else 'a number'}")

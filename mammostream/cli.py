@@ -45,7 +45,7 @@ COMMANDS = {
         "simulate",
         "Plant simulated micro-calcification clusters into copies of films.",
     ),
-    "preview": (".shards.commands", "preview", "Pictures of the mask and the kept tiles of each film."),
+    "preview": (".shards.prepare.preview_command", "preview", "Pictures of the mask and the kept tiles of each film."),
     "shards": (".shards.commands", "shards", "Build, verify, label, pack and unpack WebDataset shards of tiles."),
     "pretrain": (".train.byol.command", "pretrain", "BYOL pre-training on shards."),
     "probe": (".train.probe.command", "probe", "Frozen features on labels, compared with random and ImageNet weights."),

@@ -111,7 +111,7 @@ def _dali() -> str:
         gpu = False
     # A graph that runs is better evidence than an import.
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=0 if gpu else None)
-    pipeline.set_outputs(fn.constant(idata=1, dtype=types.INT32, device="gpu" if gpu else "cpu"))
+    pipeline.set_outputs(fn.constant(idata=1, dtype=types.INT32, device="gpu" if gpu else "cpu"))  # type: ignore[attr-defined]  # operators are made at run time
     pipeline.build()
     pipeline.run()
     return f"{'GPU' if gpu else 'CPU'}: DALI (a test graph ran there)"

@@ -50,7 +50,7 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     if arch not in ARCHITECTURES:
         raise BadInput(f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}")
     backbone = _build_convnext(arch) if arch.startswith("convnext") else _build_resnet(arch)
-    backbone.arch = arch
+    backbone.arch = arch  # type: ignore[assignment]  # not a module, and never registered as one
     if str(weights) != "none":
         found = convert_state(find_state(_read_weights(arch, weights))).state
         online = {name.removeprefix("backbone."): tensor for name, tensor in found.items() if name.startswith("backbone.")}
@@ -87,12 +87,13 @@ def feature_dim(backbone: nn.Module, given: int | None = None) -> int:
     BadInput
         Neither is known, or they disagree.
     """
-    known = getattr(backbone, "num_features", None)
-    if known is None and given is None:
-        raise BadInput("the backbone has no num_features; pass input_dim, the length of its feature vector")
-    if None not in (known, given) and known != given:
+    known: int | None = getattr(backbone, "num_features", None)
+    if known is not None and given is not None and known != given:
         raise BadInput(f"the backbone {getattr(backbone, 'arch', '')} gives {known} features; pass input_dim={known}")
-    return given if known is None else known
+    dim = given if known is None else known
+    if dim is None:
+        raise BadInput("the backbone has no num_features; pass input_dim, the length of its feature vector")
+    return dim
 
 
 def _build_resnet(arch: str) -> nn.Module:

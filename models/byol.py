@@ -152,8 +152,8 @@ class MammogramBYOL(nn.Module):
         """
         if not 0 <= momentum <= 1:
             raise BadInput(f"the target's momentum is {momentum}; give one from 0 to 1 (0.996 in the paper)")
-        targets = [*self.backbone_momentum.parameters(), *self.projection_head_momentum.parameters()]
-        onlines = [*self.backbone.parameters(), *self.projection_head.parameters()]
+        targets: list[Tensor] = [*self.backbone_momentum.parameters(), *self.projection_head_momentum.parameters()]
+        onlines: list[Tensor] = [*self.backbone.parameters(), *self.projection_head.parameters()]
         torch._foreach_lerp_(targets, onlines, 1 - momentum)
 
     def get_features(self, x: Tensor) -> Tensor:

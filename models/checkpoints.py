@@ -19,7 +19,7 @@ from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import whole_file
 from mammostream.common.normalisation import MEAN, STD
 from mammostream.models.architectures import ARCHITECTURES
-from mammostream.models.backbones import build_backbone
+from mammostream.models.backbones import build_backbone, feature_dim
 from mammostream.models.byol import MammogramBYOL
 from mammostream.models.classifier import MammogramClassifier, build_classification_head
 from mammostream.models.conversion import COUNTER, LoadReport, convert_state, examples, find_state
@@ -126,7 +126,7 @@ def restore_byol(checkpoint: Mapping[str, Any], path: str | Path, arch: str | No
     if arch not in (None, checkpoint["arch"]):
         raise BadInput(f"{what} holds {checkpoint['arch']}, not {arch}; pass --arch {checkpoint['arch']}")
     report = checkpoint.get("load_report")
-    model = _build("byol", checkpoint["arch"], checkpoint["model_state_dict"], what, foreign=report is not None)
+    model = _build_byol(checkpoint["arch"], checkpoint["model_state_dict"], what, foreign=report is not None)
     load_state(model, checkpoint["model_state_dict"], what, optional=report.missing if report else ())
     return model.eval()
 
@@ -143,7 +143,7 @@ def restore_classifier(checkpoint: Mapping[str, Any], path: str | Path) -> Mammo
     num_classes = _rows(state, "classification_head.3.weight", what)
     if num_classes != len(checkpoint["class_names"]):
         raise BadInput(f"{what} has {len(checkpoint['class_names'])} class names but {num_classes} outputs; train it again")
-    model = _build("classifier", checkpoint["arch"], state, what)
+    model = _build_classifier(checkpoint["arch"], state, what)
     # A head that is partly random answers nothing.
     missing = report.missing if report else ()
     load_state(model, state, what, optional=[name for name in missing if name.startswith("backbone.")])
@@ -176,7 +176,8 @@ def _adopt(raw: Mapping[str, Any], what: str, mend: str) -> dict[str, Any]:
     arch = _nearest_arch(state)
     if kind == "byol":
         _fill_byol(state)
-    expected = _shapes(lambda: _build(kind, arch, state, what, foreign=True))
+    build = _build_byol if kind == "byol" else _build_classifier
+    expected = _shapes(lambda: build(arch, state, what, foreign=True))
     fitting = {name: tensor for name, tensor in state.items() if tensor.shape == expected.get(name)}
     used = {converted.sources[name] for name in fitting if name in converted.sources}
     report = LoadReport(
@@ -234,30 +235,34 @@ def _shapes(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in build().state_dict().items()}
 
 
-def _build(kind: str, arch: str, state: Mapping[str, Any], what: str, foreign: bool = False) -> nn.Module:
-    """Build a model whose heads are as wide as the state's; a foreign state may lack them."""
-
-    def rows(name: str, default: int) -> int:
-        return default if foreign and name not in state else _rows(state, name, what)
-
-    backbone = build_backbone(arch)
-    num_classes = rows("classification_head.3.weight", 2)
-    hidden = rows("classification_head.0.weight", backbone.num_features)
-    head = build_classification_head(backbone.num_features, num_classes, hidden_dim=hidden)
-    if kind == "classifier":
-        return MammogramClassifier(backbone, head)
-    widths = {"hidden_dim": rows("projection_head.0.weight", 4096), "proj_dim": rows("projection_head.3.weight", 256)}
-    model = MammogramBYOL(backbone, **widths, num_classes=num_classes)
-    model.classification_head = head
+def _build_byol(arch: str, state: Mapping[str, Any], what: str, foreign: bool) -> MammogramBYOL:
+    """Build a model whose heads are as wide as the state's; a state of another program may lack them."""
+    hidden = _rows(state, "projection_head.0.weight", what, 4096 if foreign else None)
+    proj = _rows(state, "projection_head.3.weight", what, 256 if foreign else None)
+    model = MammogramBYOL(build_backbone(arch), hidden_dim=hidden, proj_dim=proj)
+    model.classification_head = _build_head(model.input_dim, state, what, foreign)
     return model
+
+
+def _build_classifier(arch: str, state: Mapping[str, Any], what: str, foreign: bool = False) -> MammogramClassifier:
+    backbone = build_backbone(arch)
+    return MammogramClassifier(backbone, _build_head(feature_dim(backbone), state, what, foreign))
+
+
+def _build_head(dim: int, state: Mapping[str, Any], what: str, foreign: bool = False) -> nn.Sequential:
+    """Build a classification head as wide as the state's; one of another program may lack it."""
+    classes = _rows(state, "classification_head.3.weight", what, 2 if foreign else None)
+    hidden = _rows(state, "classification_head.0.weight", what, dim if foreign else None)
+    return build_classification_head(dim, classes, hidden_dim=hidden)
 
 
 def _check_kind(checkpoint: Mapping[str, Any], error: type[Exception], what: str, mend: str = "") -> None:
     """Raise `error` where a key that every checkpoint of its kind needs is missing or of another type."""
     if checkpoint.get("kind") not in ("byol", "classifier"):
         raise error(f"{what} does not say its kind ('byol' or 'classifier'){mend}")
-    classifier = {"class_names": (list, tuple)} if checkpoint["kind"] == "classifier" else {}
-    for key, kind in {**_REQUIRED, **classifier}.items():
+    classifier: dict[str, Any] = {"class_names": (list, tuple)} if checkpoint["kind"] == "classifier" else {}
+    required: dict[str, Any] = {**_REQUIRED, **classifier}
+    for key, kind in required.items():
         if not isinstance(checkpoint.get(key), kind):
             raise error(f"{what} has no '{key}'{mend}")
 
@@ -278,9 +283,11 @@ def _check_plain(place: str, value: Any) -> None:
         raise TypeError(f"checkpoint entry {place} is a {type(value).__name__}; convert it to a plain type")
 
 
-def _rows(state: Mapping[str, Any], name: str, what: str) -> int:
-    """Return the output width of the linear layer whose weight is `name`."""
+def _rows(state: Mapping[str, Any], name: str, what: str, default: int | None = None) -> int:
+    """Return the output width of the linear layer whose weight is `name`; where there is none, `default` if it is given."""
     weight = state.get(name)
+    if weight is None and default is not None:
+        return default
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         raise BadInput(f"{what} does not fit this model: it has no matrix '{name}'")
     return weight.shape[0]

@@ -30,8 +30,8 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
         if node.op != "call_module" or not isinstance(node.args[0], fx.Node) or node.args[0].op != "call_module":
             continue
         before = node.args[0]
-        conv, norm = folded.get_submodule(before.target), folded.get_submodule(node.target)
+        conv, norm = folded.get_submodule(str(before.target)), folded.get_submodule(str(node.target))
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and len(before.users) == 1:
-            folded.set_submodule(before.target, fuse_conv_bn_eval(conv, norm))
-            folded.set_submodule(node.target, nn.Identity())
+            folded.set_submodule(str(before.target), fuse_conv_bn_eval(conv, norm))
+            folded.set_submodule(str(node.target), nn.Identity())
     return folded

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mammostream.common.buckets import BucketPath
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import whole_file
 
@@ -115,7 +116,7 @@ def scan_archive(tar_path: Path) -> list[Sample]:
     return [tuple(members) for members in samples.values()]
 
 
-def check_index(tar_path: Path, index: Sequence[Sample]) -> None:
+def check_index(tar_path: Path | BucketPath, index: Sequence[Sample]) -> None:
     """Check that every member of `index` lies inside the tar; a member past the end would crash DALI's process.
 
     Raises

@@ -97,9 +97,24 @@ class ShardSet:
             if not self.splits:
                 raise BadInput(f"{self.directory} has no tiles at all; images.parquet there says why, film by film")
             have = ", ".join(self.splits)
-            raise BadInput(f"{self.directory} has no tiles of split '{split}'{nearest(split, self.splits)}; it has: {have}")
+            raise BadInput(
+                f"{self.directory} has no tiles of split '{split}'{nearest(str(split), self.splits)}; it has: {have}"
+            )
         self._fetch_indexes([shard.index for shard in found])
         return found
+
+    @property
+    def folder(self) -> Path:
+        """The directory, which must lie on a disk.
+
+        Raises
+        ------
+        BadInput
+            It lies in a bucket.
+        """
+        if isinstance(self.directory, BucketPath):
+            raise BadInput(f"{self.directory} lies in a bucket; copy it to a disk and give that directory")
+        return self.directory
 
     def _fetch_indexes(self, paths: list[Path]) -> None:
         """Have the indexes of a bucket's shards here; one that is not in the bucket stays missing, as on a disk."""
@@ -174,12 +189,12 @@ def open_shards(directory: str | Path) -> ShardSet:
     BadInput
         The directory is missing, holds no ``shards.json``, or one of a newer format; a bucket does not answer.
     """
-    directory = as_bucket(directory) or Path(directory)
-    path = directory / SHARDS_JSON
+    place = as_bucket(directory) or Path(directory)
+    path = place / SHARDS_JSON
     if not path.is_file():
-        there = isinstance(directory, Path) and directory.is_dir()
+        there = isinstance(place, Path) and place.is_dir()
         state = "has no shards.json: it is no finished shard directory" if there else "does not exist"
-        if isinstance(directory, BucketPath):
+        if isinstance(place, BucketPath):
             raise BadInput(f"{path} does not exist; give the place that 'mammostream shards build' filled: s3://bucket/prefix")
         raise BadInput(f"{directory} {state}; make one with 'mammostream shards build --output-dir {directory}'")
     try:
@@ -191,8 +206,9 @@ def open_shards(directory: str | Path) -> ShardSet:
     if version != FORMAT_VERSION:
         raise BadInput(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build the shards again")
     sha256 = hashlib.sha256(data).hexdigest()
-    tables = directory
-    if isinstance(directory, BucketPath):
+    if isinstance(place, BucketPath):
         # Of its own name for each content: what was fetched of an older one is never taken for the new one's.
         tables = cache_folder() / "shards" / hashlib.sha256(f"{directory} {sha256}".encode()).hexdigest()[:16]
-    return ShardSet(directory, meta, tables, sha256)
+    else:
+        tables = place
+    return ShardSet(place, meta, tables, sha256)

@@ -19,7 +19,7 @@ class ListOption(click.Option):
     """An option that takes one or more values: ``--class-names mass calcification`` or ``mass,calcification``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, multiple=True, **kwargs)
+        super().__init__(*args, **(kwargs | {"multiple": True}))
 
 
 class Command(click.Command):

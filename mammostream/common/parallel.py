@@ -83,7 +83,9 @@ def _start_worker(gpus: Any) -> None:
 
 def _end_with_parent() -> None:
     # A worker of a killed parent would wait for ever for its next item: it holds the other end of its own queue.
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
-T = TypeVar("T")
-
 
 def progress(
-    items: Iterable[T] | None, what: str, unit: str, total: int | None = None, initial: int = 0, silent: bool = False
-) -> tqdm[T]:
+    items: Iterable[Any] | None, what: str, unit: str, total: int | None = None, initial: int = 0, silent: bool = False
+) -> tqdm[Any]:
     """Wrap `items` in a progress bar on stderr: a live line on a terminal, one line every 30 s in a log file.
 
     What was there before (`initial`) does not count for the rate and the time left. `silent` shows nothing: of several

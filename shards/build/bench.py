@@ -7,13 +7,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mammostream.preprocess.segmentation import segment_breast
-from mammostream.preprocess.tiling import tile_film
+from mammostream.preprocess.tiling import Film, tile_film
 from mammostream.shards.build.build import build_all, read_film
 from mammostream.shards.build.launch import Launcher
 from mammostream.shards.build.merge import finish
@@ -53,8 +54,8 @@ def measure_build(manifest: pd.DataFrame, config: BuildConfig, launcher: Launche
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds + 1):
             plan = make_plan(manifest, Path(folder) / str(number), config)
-            summaries, taken = _timed(lambda plan=plan: build_all(plan, launcher))
-            finishing = _timed(lambda plan=plan: finish(plan.output_dir))[1]
+            summaries, taken = _timed(partial(build_all, plan, launcher))
+            finishing = _timed(partial(finish, plan.output_dir))[1]
             seconds.append(taken + finishing)
         stages = _stages(plan)
     taken = statistics.median(seconds[1:])  # the first build imports the libraries
@@ -62,21 +63,23 @@ def measure_build(manifest: pd.DataFrame, config: BuildConfig, launcher: Launche
 
 
 def _stages(plan: BuildPlan) -> dict[str, float]:
-    config, device = plan.config, plan.recipe["options"]["device"]
+    config, device = plan.film_config, plan.recipe["options"]["device"]
     spent = dict.fromkeys(STAGES, 0.0)
     rows = [row for shard in plan.shards for row in shard.rows]
     for row in rows:
-        mammogram, reading = _timed(lambda row=row: read_film(row, plan), device)
+        mammogram, reading = _timed(partial(read_film, row, plan), device)
         spacing = mammogram.header.spacing_mm
-        _, segmenting = _timed(lambda m=mammogram, spacing=spacing: segment_breast(m.pixels, spacing), device)
-        film, tiling = _timed(lambda m=mammogram: tile_film(m, config), device)
-        tiles = range(len(film.tiles.x))
-        _, encoding = _timed(
-            lambda film=film, tiles=tiles: [encode(film.cut(i, config.tile_size, plan.bits), config.codec) for i in tiles]
-        )
+        _, segmenting = _timed(partial(segment_breast, mammogram.pixels, spacing), device)
+        film, tiling = _timed(partial(tile_film, mammogram, config), device)
+        _, encoding = _timed(partial(_encode_tiles, film, plan))
         for stage, value in zip(STAGES, (reading, segmenting, tiling - segmenting, encoding), strict=True):
             spent[stage] += value
     return {stage: value / len(rows) for stage, value in spent.items()}
+
+
+def _encode_tiles(film: Film, plan: BuildPlan) -> None:
+    for index in range(len(film.tiles.x)):
+        encode(film.cut(index, plan.film_config.tile_size, plan.bits), plan.config.codec)
 
 
 def _timed(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, float]:

@@ -339,7 +339,7 @@ def encode_meta(row: dict[str, Any]) -> bytes:
 
 def read_film(row: dict[str, Any], plan: BuildPlan) -> Mammogram:
     """Read a film with the spacing of its row in the manifest, onto the GPU where the build runs there."""
-    mammogram = read_mammogram(row["path"], plan.config, plan.recipe["options"]["device"])
+    mammogram = read_mammogram(row["path"], plan.film_config, plan.recipe["options"]["device"])
     if pd.isna(row["pixel_spacing_mm"]):
         return mammogram
     return mammogram.with_spacing(float(row["pixel_spacing_mm"]), row["spacing_source"])
@@ -347,8 +347,8 @@ def read_film(row: dict[str, Any], plan: BuildPlan) -> Mammogram:
 
 def _cut_film(plan: BuildPlan, shard: ShardPlan, row: dict[str, Any], mammogram: Mammogram) -> FilmTiles:
     """Segment a film and cut its tiles."""
-    film = tile_film(mammogram, plan.config)
-    size = plan.config.tile_size
+    film = tile_film(mammogram, plan.film_config)
+    size = plan.film_config.tile_size
     tiles = []
     for index in range(len(film.tiles.x)):
         x, y, native_size = film.native_box(index, size)

@@ -65,7 +65,7 @@ def read_tile_csvs(csvs: Sequence[Path], splits: Sequence[str], tiles_dir: Path)
     if len({path.name for path in csvs}) < len(csvs):
         raise BadInput("two CSVs have the same name; each is written again into the shard directory, so rename one")
     frames = []
-    for path, split in zip(csvs, splits or [None] * len(csvs), strict=True):
+    for path, split in zip(csvs, splits or [""] * len(csvs), strict=True):
         frame = read_csv(path, "tiles CSV", ["tile_path"] if split else ["tile_path", "split"])
         if frame["tile_path"].isna().any():
             line = int(frame["tile_path"].isna().to_numpy().argmax()) + 2
@@ -95,9 +95,9 @@ def read_tile_csvs(csvs: Sequence[Path], splits: Sequence[str], tiles_dir: Path)
     }
     chosen = pd.DataFrame(columns).astype({"y": "Int64", "x": "Int64"})
     for column in ("key", "patient_id", "image_id"):
-        splits = chosen[chosen[column] != ""].groupby(column)["split"].nunique()
-        if (splits > 1).any():
-            raise BadInput(f"{column} '{splits[splits > 1].index[0]}' is in two splits; put all its tiles into one")
+        counts = chosen[chosen[column] != ""].groupby(column)["split"].nunique()
+        if (counts > 1).any():
+            raise BadInput(f"{column} '{counts[counts > 1].index[0]}' is in two splits; put all its tiles into one")
     if chosen["key"].duplicated().any():
         raise BadInput(f"two tiles have the name '{chosen['key'][chosen['key'].duplicated()].iloc[0]}'; rename one")
     return chosen
@@ -214,7 +214,7 @@ def _take_tiles(plan: BuildPlan, shard: ShardPlan, film: dict[str, Any], images:
         record = {name: tile[name] for name in ("key", "image_id", "patient_id")}
         place = {name: None if pd.isna(tile[name]) else int(tile[name]) for name in ("x", "y")}
         taken.append((record | place | {"shard": shard.name, "split": shard.split, "size": size, "rule": ""}, pixels))
-    facts = {"bits": plan.bits, "kept": len(taken), "candidates": len(film["tiles"])}
+    facts: dict[str, Any] = {"bits": plan.bits, "kept": len(taken), "candidates": len(film["tiles"])}
     if reasons:
         facts["reason"] = reasons[0] if len(reasons) == 1 else f"{reasons[0]} (and {len(reasons) - 1} more tiles)"
     return image_row(film, shard) | facts, taken
@@ -257,11 +257,12 @@ def unpack_shards(shards: ShardSet, output_dir: Path, split: str | None = None, 
     BadInput
         A tile is damaged, or the folder cannot be written.
     """
+    unpack = partial(_unpack_shard, folder=shards.folder, codec=shards.codec, output_dir=output_dir)
     tiles = shards.tiles(split)
     its_shards = shards.shards(split)
     make_folder(output_dir)
     with progress(None, "unpacking", "tile", total=len(tiles)) as bar:
-        for count in launcher.run(partial(_unpack_shard, codec=shards.codec, output_dir=output_dir), its_shards):
+        for count in launcher.run(unpack, its_shards):
             bar.update(count)
     table = tiles[["key", "image_id", "patient_id", "split", "x", "y", "size"]].rename(columns={"key": "tile_path"})
     table["tile_path"] += ".png"
@@ -270,10 +271,10 @@ def unpack_shards(shards: ShardSet, output_dir: Path, split: str | None = None, 
     return len(tiles)
 
 
-def _unpack_shard(shard: Shard, codec: str, output_dir: Path) -> int:
+def _unpack_shard(shard: Shard, folder: Path, codec: str, output_dir: Path) -> int:
     index = read_index(shard.index)
     check_index(shard.tar, index)
-    tiles, _, _ = read_shard_table(shard.tar.with_suffix(".parquet"))
+    tiles, _, _ = read_shard_table((folder / shard.tar.name).with_suffix(".parquet"))
     checksums = dict(zip(tiles["key"].to_pylist(), tiles["crc32"].to_pylist(), strict=True))
     with shard.tar.open("rb") as file:
         for sample in index:

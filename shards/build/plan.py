@@ -104,6 +104,12 @@ class BuildPlan:
     counts: dict[str, int]
     shards: tuple[ShardPlan, ...]
 
+    @property
+    def film_config(self) -> BuildConfig:
+        """The options of a build of films, as against one of tiles that exist already."""
+        assert isinstance(self.config, BuildConfig)
+        return self.config
+
     def select(self, split: str | None = None, ordinals: range | None = None) -> BuildPlan:
         """Return the part of the plan that builds only one split's shards, or only those with some ordinals."""
         chosen = [s for s in self.shards if split in (None, s.split) and (ordinals is None or s.ordinal in ordinals)]

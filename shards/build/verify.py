@@ -75,7 +75,7 @@ def verify_shards(shards: ShardSet, launcher: Launcher = ALONE, *, decoding: boo
     list of Fault
         In the order of the shards; empty where all is well.
     """
-    directory, entries = shards.directory, shards.meta["shards"]
+    directory, entries = shards.folder, shards.meta["shards"]
     groups = [bool(entry["tiles"]) for entry in entries]
     jobs = [
         _Job(directory, entry, sum(groups[:n]), shards.preprocessing["shard_config_hash"], shards.codec, decoding)
@@ -236,7 +236,7 @@ def _image_faults(shards: ShardSet) -> Iterator[Fault]:
         its_rows = merged.slice(first, entry["images"])
         first += entry["images"]
         try:
-            _, images, _ = read_shard_table(shards.directory / f"{entry['name']}.parquet")
+            _, images, _ = read_shard_table(shards.folder / f"{entry['name']}.parquet")
         except BadInput:
             continue
         if not _same(its_rows, images):
@@ -273,7 +273,7 @@ def quarantine(shards: ShardSet, faults: Sequence[Fault]) -> list[Fault]:
     BadInput
         A shard's own table is damaged or of another build: only building it again mends that. Nothing was changed then.
     """
-    directory = shards.directory
+    directory = shards.folder
     places = {fault.place for fault in faults}
     left_out: list[Fault] = []
     with lock_shards(directory, ALL):

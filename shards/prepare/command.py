@@ -66,6 +66,7 @@ _SHOWN = 10
 @click.pass_context
 def prepare(
     ctx: click.Context,
+    /,
     dataset: str,
     csv_paths: tuple[Path, ...],
     findings_csv: Path | None,

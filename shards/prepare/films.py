@@ -234,7 +234,8 @@ def _patients(films: pd.DataFrame, root: Path, pattern: re.Pattern[str] | None) 
             f"--patient-regex {pattern.pattern!r} does not match '{sources.iloc[number]}' of {films['path'].iloc[number]}; "
             "correct it"
         )
-    return pd.Series([match.group(1 if pattern.groups else 0) or "" for match in matches], films.index, dtype=str)
+    found = [match.group(1 if pattern.groups else 0) or "" for match in matches if match]
+    return pd.Series(found, films.index, dtype=str)
 
 
 def _inside_films(findings: pd.DataFrame, films: pd.DataFrame, problems: list[Problem], notes: list[str]) -> pd.DataFrame:

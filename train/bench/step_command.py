@@ -46,6 +46,7 @@ _DEFAULTS = {
 @click.pass_context
 def step(
     ctx: click.Context,
+    /,
     batch_size: tuple[str, ...],
     device: str,
     rungs: tuple[str, ...],

@@ -20,7 +20,7 @@ FILE = click.Path(path_type=Path)
 @config_options(PretrainConfig)
 @config_file_option
 @click.pass_context
-def pretrain(ctx: click.Context, shards_dir: Path, output_dir: Path, resume: str | None, **options: Any) -> None:
+def pretrain(ctx: click.Context, /, shards_dir: Path, output_dir: Path, resume: str | None, **options: Any) -> None:
     """Pre-train a backbone by BYOL: two views of each tile, no labels.
 
     Writes mammogram_byol_last.pth after each epoch, _best, _epoch_010 and so on, and _final; metrics.jsonl with loss, z_std,

@@ -57,6 +57,7 @@ FILE = click.Path(path_type=Path)
 @click.pass_context
 def finetune(
     ctx: click.Context,
+    /,
     byol_checkpoint: Path,
     train_csv: Path,
     val_csv: Path,

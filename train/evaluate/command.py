@@ -51,6 +51,7 @@ def _score(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.pass_context
 def evaluate(
     ctx: click.Context,
+    /,
     predictions_path: Path,
     labels_path: Path,
     output_dir: Path | None,

@@ -82,6 +82,7 @@ max_bad_option = click.option(
 @click.pass_context
 def infer(
     ctx: click.Context,
+    /,
     model_path: Path,
     shards_dir: Path | None,
     split: str | None,

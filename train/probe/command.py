@@ -37,6 +37,7 @@ FILE = click.Path(path_type=Path)
 @click.pass_context
 def probe(
     ctx: click.Context,
+    /,
     checkpoints: tuple[str, ...],
     shards_dir: Path,
     labels_path: Path,
