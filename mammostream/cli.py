@@ -17,12 +17,12 @@ from mammostream.common.packages import how_to_install
 BENCHMARKS = {
     "build": (".shards.build.bench_command", "build", "Films per second from file to shard, and time per stage."),
     "infer": (
-        "mammostream.train.bench.infer_command",
+        ".train.bench.infer_command",
         "infer",
         "Tiles and films per second of prediction, compared with a plain PIL and torchvision loop.",
     ),
     "loader": (
-        "mammostream.dali_pipelines.commands",
+        ".dali_pipelines.commands",
         "loader",
         "Tiles per second of the loader and of loaders of other libraries.",
     ),
@@ -36,12 +36,12 @@ COMMANDS = {
     "demo": (".demo", "demo", "The whole pipeline on 8 real films, on the CPU, in minutes."),
     "doctor": (".doctor", "doctor", "What this machine has and what will be used."),
     "prepare": (
-        "mammostream.shards.prepare.command",
+        ".shards.prepare.command",
         "prepare",
         "Annotations and images -> manifest.parquet, split by patient.",
     ),
     "simulate": (
-        "mammostream.shards.commands",
+        ".shards.prepare.simulate_command",
         "simulate",
         "Plant simulated micro-calcification clusters into copies of films.",
     ),
@@ -50,14 +50,14 @@ COMMANDS = {
     "pretrain": (".train.byol.command", "pretrain", "BYOL pre-training on shards."),
     "probe": (".train.probe.command", "probe", "Frozen features on labels, compared with random and ImageNet weights."),
     "finetune": (
-        "mammostream.train.classify.command",
+        ".train.classify.command",
         "finetune",
         "Fine-tune a pre-trained backbone for multi-label classification.",
     ),
     "infer": (".train.predict.command", "infer", "Predict the tiles of shards, or raw films with heat maps."),
     "embed": (".train.predict.command", "embed", "Write a backbone's features of the tiles of shards."),
     "evaluate": (
-        "mammostream.train.evaluate.command",
+        ".train.evaluate.command",
         "evaluate",
         "Compare predictions with labels: metrics with intervals, and plots.",
     ),
