@@ -30,7 +30,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	@# Three processes keep two cores busy: some tests wait, for a killed process or a lost server.
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 # The documentation site, in runs/site. Warnings, such as a broken link, are errors.
 docs: $(INSTALLED)

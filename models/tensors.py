@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from mammostream.common.errors import BadInput, first_line
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def read_torch(path: Path, what: str, mend: str) -> dict[str, Any]:
@@ -88,3 +90,8 @@ def _numpy_numbers() -> list[Any]:
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # NumPy 1 and 2
     types = (bool, np.int32, np.int64, np.float16, np.float32, np.float64)
     return [*((scalar, name) for name in names), np.dtype, *(type(np.dtype(t)) for t in types)]
+
+
+def place(module: M, device: torch.device) -> M:
+    """Return the module on a device, with weights in the ``channels_last`` layout: GPUs convolve fastest in it."""
+    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stub

@@ -152,7 +152,8 @@ def _stored_values(dataset: pydicom.Dataset, index: int, frames: int, device: st
     shape = int(dataset.Rows), int(dataset.Columns)
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated:
-        values, _ = get_decoder(syntax).as_array(dataset, index=index, raw=True, view_only=True, correct_unused_bits=False)
+        options: Any = {"view_only": True, "correct_unused_bits": False}
+        values, _ = get_decoder(syntax).as_array(dataset, index=index, raw=True, **options)
         values = values.astype(values.dtype.newbyteorder("="), copy=False)
         return _to_bits(values, bits, signed, patterns=True)
     offsets = None
@@ -170,9 +171,8 @@ def _stored_values(dataset: pydicom.Dataset, index: int, frames: int, device: st
         raise ValueError(f"its codestream has {stream.precision} bits a pixel")
     if b"\xff\xd9" not in frame[-64:]:
         raise ValueError("its codestream is cut off")  # the JPEG decoder would fill up with grey
-    values = _decode_on_device(frame) if device == "cuda" and not signed and not stream.signed else None
-    if values is None:
-        values = getattr(imagecodecs, stream.decoder + "_decode")(frame)
+    decoded: Any = _decode_on_device(frame) if device == "cuda" and not signed and not stream.signed else None
+    values = getattr(imagecodecs, stream.decoder + "_decode")(frame) if decoded is None else decoded
     if values.shape != shape:
         raise ValueError(f"its codestream gives pixels of shape {values.shape}, not {shape}")
     patterns = stream.lossless_jpeg or signed != stream.signed

@@ -257,8 +257,8 @@ def _film_panel(picture: Path) -> PILImage.Image:
     left, bottom, width, height = FILM_PANEL
     with Image.open(picture) as image:
         shares = (left, 1 - bottom - height, left + width, 1 - bottom)
-        box = [share * length for share, length in zip(shares, image.size * 2, strict=True)]
-        return image.convert("RGB").resize(_CELL, Image.Resampling.LANCZOS, box=box)
+        x0, y0, x1, y1 = (share * length for share, length in zip(shares, image.size * 2, strict=True))
+        return image.convert("RGB").resize(_CELL, Image.Resampling.LANCZOS, box=(x0, y0, x1, y1))
 
 
 def _count_line(picture: FilmPicture) -> str:
@@ -290,7 +290,13 @@ def write_energies(pictures: Sequence[FilmPicture], config: TilingConfig, folder
     draw_energies(axes, _all_energies(pictures), config.min_freq_energy if config.freq_percentile is None else math.inf)
     for percentile, energy in _energy_percentiles(pictures).items():
         axes.axvline(energy, color="#404040", linewidth=0.8, linestyle=":")
-        style = {"fontsize": 7, "va": "top", "ha": "right", "rotation": 90, "transform": axes.get_xaxis_transform()}
+        style: dict[str, Any] = {
+            "fontsize": 7,
+            "va": "top",
+            "ha": "right",
+            "rotation": 90,
+            "transform": axes.get_xaxis_transform(),
+        }
         axes.text(energy, 0.98, f"{percentile} % ", **style)
     with whole_file(folder / ENERGIES_PICTURE) as temporary:
         figure.savefig(temporary, format="png")

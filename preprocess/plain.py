@@ -29,7 +29,7 @@ def read_plain_header(path: Path) -> Header:
         import tifffile
 
         with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages[0]
+            page: Any = tiff.pages[0]
             height, width = page.imagelength, page.imagewidth
             bits = 8 if page.photometric == tifffile.PHOTOMETRIC.PALETTE else int(page.bitspersample)
     elif suffix == ".pgm":
@@ -86,7 +86,7 @@ def _read_tiff(path: Path) -> np.ndarray:
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[0]
+        page: Any = tiff.pages[0]
         pixels: Any = tiff.asarray()
         bits, kind = int(page.bitspersample), page.photometric
         if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
@@ -117,7 +117,7 @@ def _read_pgm(data: bytes) -> np.ndarray:
     kind, width, height, largest, start = _pgm_header(data)
     wanted = np.uint8 if largest < 256 else np.uint16
     if kind == 5:
-        pixels = np.frombuffer(data, np.dtype(wanted).newbyteorder(">"), width * height, start).astype(wanted, copy=False)
+        pixels: Any = np.frombuffer(data, np.dtype(wanted).newbyteorder(">"), width * height, start).astype(wanted, copy=False)
     else:
         pixels = np.fromstring(data[start:], dtype=np.int64, sep=" ")[: width * height]
     if pixels.max() > largest or pixels.min() < 0:

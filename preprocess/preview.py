@@ -175,13 +175,13 @@ def draw_energies(axes: Axes, counts: np.ndarray, threshold: float = math.inf) -
     if math.isfinite(threshold):
         highest = max(highest, threshold)
         axes.axvline(threshold, color=BAD_COLOUR, linewidth=1.2)
-        above = {"color": BAD_COLOUR, "fontsize": 7, "va": "top", "transform": axes.get_xaxis_transform()}
+        above: dict[str, Any] = {"color": BAD_COLOUR, "fontsize": 7, "va": "top", "transform": axes.get_xaxis_transform()}
         axes.text(threshold, 0.97, f" {threshold:.3g}", **above)
     axes.set_xlim(_FLAT_ENERGY, 2 * highest)
     axes.set_title(f"{counts.sum()} candidates past the gates", fontsize=7.5)
     axes.set_xlabel("energy of bright specks per cm²", fontsize=7)
     axes.set_ylabel("tiles", fontsize=7)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(labelsize=6.5, length=2)
 
@@ -226,10 +226,10 @@ def _draw_legend(figure: Figure, counts: dict[str, int], boxes: int) -> None:
     def line(label: str, **style: Any) -> Line2D:
         return Line2D([], [], label=label, **style)
 
-    handles = [line(f"kept {counts['kept']} of {counts['candidates']} candidates", linestyle="none")]
+    handles: list[Any] = [line(f"kept {counts['kept']} of {counts['candidates']} candidates", linestyle="none")]
     handles += [outline(RULE_COLOURS[rule], f"{counts[name]}  {label}") for rule, (name, label) in _KEPT.items()]
     handles += [line("rejected", linestyle="none")]
-    dot = {"linestyle": "none", "marker": "s", "markersize": 4}
+    dot: dict[str, Any] = {"linestyle": "none", "marker": "s", "markersize": 4}
     handles += [line(f"{counts[f'rejected_{why}']}  {_REJECTED[why]}", color=c, **dot) for why, c in FATE_COLOURS.items()]
     clusters = f"{counts['clusters']}  clusters of specks, {counts['clusters_unheld']} in no tile"
     handles += [line("breast", color=CONTOUR_COLOUR), outline(CLUSTER_COLOUR, clusters, _DASHES)]
@@ -265,13 +265,14 @@ def _squares(axes: Axes, tiles: Any, tile_size: int, share: float, **style: Any)
     from matplotlib.collections import PolyCollection
 
     corners = tile_size * (0.5 + share * (np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) - 0.5))
-    axes.add_collection(PolyCollection(np.stack([tiles.x, tiles.y], axis=1)[:, None, :] + corners, **style), autolim=False)
+    squares: Any = np.stack([tiles.x, tiles.y], axis=1)[:, None, :] + corners
+    axes.add_collection(PolyCollection(squares, **style), autolim=False)
 
 
 def _outline(axes: Axes, boxes: np.ndarray, colour: str, dashes: Any) -> None:
     """Outline (N, 4) boxes in pixels of the film's image."""
     from matplotlib.collections import PolyCollection
 
-    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
-    style = {"facecolor": "none", "edgecolor": colour, "linewidth": 1.1, "linestyle": dashes}
+    corners: Any = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+    style: Any = {"facecolor": "none", "edgecolor": colour, "linewidth": 1.1, "linestyle": dashes}
     axes.add_collection(PolyCollection(corners, **style), autolim=False)

@@ -102,6 +102,7 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
             best = (score, mask, method)
         if score >= 1:
             break
+    assert best is not None
     score, found, method = best
     mask = xp.zeros(coarse.shape, dtype=bool)
     mask[inside] = found
@@ -144,7 +145,7 @@ def _inside_border_strips(xp: Any, coarse: Any, spacing: float) -> tuple[slice, 
             widths.append(width + soft if width else 0)
         start, stop = widths[0], len(lines) - widths[1]
         inside.append(slice(start, max(stop, start + 1)))
-    return tuple(inside)
+    return inside[0], inside[1]
 
 
 def _compress(xp: Any, image: Any, tissue: Any) -> Any:

@@ -302,7 +302,7 @@ def _gates(scores: Scores, config: SelectionConfig) -> tuple[np.ndarray, np.ndar
     return scores.mean_intensity >= config.intensity_gate, scores.nonzero_ratio >= config.min_nonzero
 
 
-def _holds(tiles: Scores, size: int, box: Sequence[float]) -> np.ndarray:
+def _holds(tiles: Scores, size: int, box: Sequence[float] | np.ndarray) -> np.ndarray:
     """Tell for each tile whether a box lies in it."""
     xmin, ymin, xmax, ymax = box
     return (tiles.x <= xmin) & (tiles.y <= ymin) & (tiles.x + size >= xmax) & (tiles.y + size >= ymax)

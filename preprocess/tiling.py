@@ -154,8 +154,8 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
         margin = CLUSTER_MARGIN_MM / spacing * np.array([-1, -1, 1, 1])
         clusters = np.clip(clusters + margin, 0, [*image.shape[::-1]] * 2)
     edge = segmentation.factor / scale
-    inside = tuple(slice(math.ceil(part.start * edge), int(part.stop * edge)) for part in segmentation.inside)
-    selection = select_tiles(image.shape, maps, config, clusters, min_step=math.ceil(1 / scale), inside=inside)
+    rows, columns = (slice(math.ceil(part.start * edge), int(part.stop * edge)) for part in segmentation.inside)
+    selection = select_tiles(image.shape, maps, config, clusters, min_step=math.ceil(1 / scale), inside=(rows, columns))
     if selection.unheld:
         flags = (*flags, "cluster_not_held")
     guide = _guide_8bit_kept(mammogram, segmentation, config, scale)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -72,7 +72,7 @@ def infer(
         unpack_shards(shards, root / "tiles", split)
         tiles = shards.tiles(split).sort_values("tile", ignore_index=True)
         paths = [root / "tiles" / f"{key}.png" for key in tiles["key"]]
-        plain = plain_network(predictor.model, predictor.runtime.device)
+        plain = plain_network(cast("MammogramClassifier", predictor.model), predictor.runtime.device)
         contenders = {
             "mammostream, from shards": lambda: _ours(predictor, shard_parts(predictor, shards, split), root),
             "PIL + torchvision": lambda: _plain(predictor, plain, paths, workers=0),
@@ -110,15 +110,16 @@ def plain_network(model: MammogramClassifier, device: torch.device) -> nn.Module
 
     plain = copy.deepcopy(model.backbone)
     name, narrow = next((name, m) for name, m in plain.named_modules() if isinstance(m, nn.Conv2d))
-    wide = nn.Conv2d(3, narrow.out_channels, narrow.kernel_size, narrow.stride, narrow.padding, bias=narrow.bias is not None)
+    geometry: dict[str, Any] = {name: getattr(narrow, name) for name in ("kernel_size", "stride", "padding")}
+    wide = nn.Conv2d(3, narrow.out_channels, **(geometry | {"bias": narrow.bias is not None}))
     with torch.no_grad():
         # Of a grey image's three equal channels each gives a third.
         wide.weight.copy_(narrow.weight.repeat(1, 3, 1, 1) / 3)
-        if narrow.bias is not None:
+        if narrow.bias is not None and wide.bias is not None:
             wide.bias.copy_(narrow.bias)
     plain.set_submodule(name, wide)
     network = nn.Sequential(plain, model.classification_head).to(device)
-    return network.to(memory_format=torch.contiguous_format).eval()
+    return network.eval()
 
 
 def plain_transform(predictor: Predictor) -> Callable[[Any], Any]:
@@ -158,7 +159,7 @@ class _Files:
 def _plain(predictor: Predictor, network: Any, paths: Sequence[Path], workers: int) -> np.ndarray:
     from torch.utils.data import DataLoader
 
-    dataset = _Files(paths, plain_transform(predictor))
+    dataset: Any = _Files(paths, plain_transform(predictor))
     return _predict(predictor, network, DataLoader(dataset, batch_size=_PLAIN_BATCH, num_workers=workers))
 
 
@@ -251,7 +252,7 @@ def _rows(
     answers = {name: predict() for name, predict in contenders.items()}  # which warms everything up
     ours = next(iter(contenders))
     differences = {name: float(np.abs(answer - answers[ours]).max()) for name, answer in answers.items()}
-    worst = max(differences, key=differences.get)
+    worst = max(differences, key=lambda name: differences[name])
     if differences[worst] > tolerance:
         raise BadInput(
             f"'{worst}' and ours differ by up to {differences[worst]:.2g}; where --precision is below fp32, give a larger "

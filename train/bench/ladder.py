@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +120,14 @@ def build_model(arch: str, rung: Rung) -> MammogramBYOL:
         if rung.channels == 1 and not rung.stem:
             continue
         name = "features.0.0" if arch.startswith("convnext") else "conv1"
-        conv = backbone.get_submodule(name)
+        conv = cast(nn.Conv2d, backbone.get_submodule(name))
         if rung.stem:
-            conv = STEMS[rung.stem](conv)
+            first: nn.Module = STEMS[rung.stem](conv)
         else:
-            conv = nn.Conv2d(
-                rung.channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
-            ).requires_grad_(conv.weight.requires_grad)
-        backbone.set_submodule(name, conv)
+            geometry: dict[str, Any] = {name: getattr(conv, name) for name in ("kernel_size", "stride", "padding")}
+            first = nn.Conv2d(rung.channels, conv.out_channels, **(geometry | {"bias": conv.bias is not None}))
+            first.requires_grad_(conv.weight.requires_grad)
+        backbone.set_submodule(name, first)
     return model
 
 

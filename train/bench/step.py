@@ -19,6 +19,7 @@ from mammostream.common.machine import describe
 from mammostream.common.normalisation import MEAN, STD
 from mammostream.common.progress import progress
 from mammostream.dali_pipelines import RECIPES, PretrainLoader
+from mammostream.models.tensors import place
 from mammostream.train.bench.ladder import (
     _LR,
     _MOMENTUM,
@@ -168,19 +169,19 @@ class _Contender:
             for _ in range(self._task.steps):
                 self.step()
             return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         for _ in range(self._task.steps):
             self.step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        return begin.elapsed_time(end) / 1000
 
     def _make_state(self, compiling: str) -> TrainingState:
         rung, device = self._rung, self.runtime.device
         torch.manual_seed(0)
         model = build_model(self._task.arch, rung)
-        model = model.to(device, memory_format=torch.channels_last if rung.channels_last else torch.contiguous_format).train()
+        model = (place(model, device) if rung.channels_last else model.to(device)).train()
         optimizer = build_optimizer(model, resolve_optimisation(self._config, self._task.batch_size))
         if rung.plain or not rung.fused:
             optimizer = AsTorchMakesIt([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=1e-4)
@@ -191,7 +192,7 @@ class _Contender:
     def _synthetic(self) -> Iterator[tuple[Tensor, Tensor]]:
         task, rung = self._task, self._rung
         layout = torch.channels_last if rung.channels_last else torch.contiguous_format
-        views = tuple(
+        view1, view2 = (
             torch.randn(task.batch_size, 1, task.tile_size, task.tile_size)
             .expand(-1, rung.channels, -1, -1)
             .to(self.runtime.device)
@@ -199,7 +200,7 @@ class _Contender:
             for _ in range(2)
         )
         while True:
-            yield views
+            yield view1, view2
 
     def _make_loader(self) -> PretrainLoader:
         task = self._task
@@ -217,6 +218,7 @@ class _Contender:
 
     def _endlessly(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
+            assert self._loader is not None
             for view1, view2, _ in self._loader:
                 yield view1, view2
 

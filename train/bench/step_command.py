@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +15,7 @@ from mammostream.models.architectures import ARCHITECTURES
 
 FILE = click.Path(path_type=Path)
 # What is not given: something that a CPU does in two or three minutes, and what a GPU is there for.
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"arch": "resnet18", "batch_size": ("8",), "tile_size": 128, "steps": 2, "warmup": 2, "rounds": 5},
     "cuda": {
         "arch": "resnet50",
@@ -73,7 +74,7 @@ def step(
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch sees no GPU; use --device cpu, or see 'mammostream doctor'")
     defaults = _DEFAULTS["cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"]
-    options = {name: defaults[name] if value is None else value for name, value in options.items()}
+    chosen: dict[str, Any] = {name: defaults[name] if value is None else value for name, value in options.items()}
     batch_sizes = batch_size or defaults["batch_size"]
     for text in batch_sizes:
         if not text.isdecimal() or int(text) < 2:
@@ -85,7 +86,9 @@ def step(
             raise BadInput(f"rung '{name}' needs --shards")
     shards = open_shards(directory) if directory else None
 
-    made, lines, page = [], [], ""
+    made: list[Any] = []
+    lines: list[str] = []
+    page = ""
     for number, text in enumerate(batch_sizes):
         task = Task(
             batch_size=int(text),
@@ -93,7 +96,7 @@ def step(
             shards=tuple(shards.shards("train")) if shards else (),
             shard_tile_size=shards.preprocessing["tile_size"] if shards else 0,
             workers=workers,
-            **options,
+            **chosen,
         )
         flops = flops_of(task)
         lines = lines or describe_task(task, flops)

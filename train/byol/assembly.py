@@ -15,6 +15,7 @@ from mammostream.common.normalisation import MEAN, STD
 from mammostream.dali_pipelines import LabelledLoader, PretrainLoader, View, recipe_views, views_from_yaml
 from mammostream.models.backbones import build_backbone
 from mammostream.models.byol import MammogramBYOL
+from mammostream.models.tensors import place
 from mammostream.shards.reading import ShardSet
 from mammostream.train.byol.config import PretrainConfig
 from mammostream.train.byol.flops import flops_per_pair, peak_flops
@@ -83,11 +84,11 @@ def build_state(config: PretrainConfig, runtime: Runtime, batches_per_epoch: int
     model.classification_head.requires_grad_(False)  # the loss does not reach it
     if config.sync_bn == "on" or (config.sync_bn == "auto" and runtime.world_size > 1):
         model = synchronise_batch_norms(model, runtime.device)
-    model = model.to(runtime.device, memory_format=torch.channels_last)
+    model = place(model, runtime.device)
     if config.gradient_checkpointing:
         checkpoint_activations(model.backbone, compiled=compiling != "off")
     per_epoch = steps_per_epoch(config, batches_per_epoch)
-    steps = min(config.epochs * per_epoch, config.max_steps or math.inf)
+    steps = config.epochs * per_epoch if config.max_steps is None else min(config.epochs * per_epoch, config.max_steps)
     warmup = min(config.warmup_epochs * per_epoch, steps / 10)
     return TrainingState(
         model=model,

@@ -110,6 +110,7 @@ class KeptStatistics:
 
     def restore(self, bad: Tensor) -> None:
         """Put them back where `bad`, a bool scalar on the device, says so."""
+        assert self._kept is not None
         chosen = torch.where(bad, self._kept, self._flat())
         parts = chosen.split([buffer.numel() for buffer in self._buffers])
         torch._foreach_copy_(self._buffers, [p.view_as(b) for p, b in zip(parts, self._buffers, strict=True)])

@@ -86,9 +86,9 @@ def target_distance(model: MammogramBYOL) -> Tensor:
 
     A scalar tensor on the device. The nearer the momentum is to 1, the further the target lags behind; at 0 it is a copy.
     """
-    target = [*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()]
-    online = [*model.backbone.parameters(), *model.projection_head.parameters()]
-    apart = torch.stack(torch._foreach_norm(torch._foreach_sub(target, online))).norm()
+    target: list[Tensor] = [*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()]
+    online: list[Tensor] = [*model.backbone.parameters(), *model.projection_head.parameters()]
+    apart = torch.stack(torch._foreach_norm(list(torch._foreach_sub(target, online)))).norm()
     return apart / torch.stack(torch._foreach_norm(online)).norm()
 
 

@@ -178,7 +178,7 @@ def _stop_if_collapsed(run: Run) -> None:
 
 def _endlessly(loader: PretrainLoader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     while True:
-        yield from loader
+        yield from loader  # type: ignore[misc]  # three tensors
 
 
 def _views(batches: Iterator[tuple[Tensor, Tensor, Tensor]], count: int, numbers: list[Tensor]) -> Iterator[Views]:

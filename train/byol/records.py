@@ -125,6 +125,6 @@ class Clock:
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         waited = self._loader.wait_seconds - self._waited
         figures = {"pairs_per_second": self.pairs / elapsed, "data_wait_percent": 100 * waited / elapsed}
-        if self._flops is not None:
-            figures["mfu_percent"] = 100 * mfu(figures["pairs_per_second"], self._flops, self._device)
+        if self._flops is not None and (share := mfu(figures["pairs_per_second"], self._flops, self._device)) is not None:
+            figures["mfu_percent"] = 100 * share
         return figures

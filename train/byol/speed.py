@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,8 @@ def accelerate(network: nn.Module, choice: str) -> nn.Module:
     if choice == "off":
         return network
     if choice == "on":
-        return torch.compile(network, dynamic=False)
-    return _Replayed(torch.compile(network, dynamic=False, mode="reduce-overhead"))
+        return cast(nn.Module, torch.compile(network, dynamic=False))
+    return _Replayed(cast(nn.Module, torch.compile(network, dynamic=False, mode="reduce-overhead")))
 
 
 class _Replayed(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class TrainingState:
 
     model: MammogramBYOL
     network: nn.Module  # the model itself, or what runs it: compiled, over several processes; they share its tensors
-    optimizer: torch.optim.Optimizer  # one that skips where its attribute found_inf is 1, as torch's fused ones do
+    optimizer: Any  # torch.optim.Optimizer, one that skips where its attribute found_inf is 1, as torch's fused ones do
     scaler: torch.amp.GradScaler
     lrs: np.ndarray  # (steps,)
     momenta: np.ndarray  # (steps,)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
+M = TypeVar("M", bound=nn.Module)
 
-def synchronise_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
+
+def synchronise_batch_norms(model: M, device: torch.device) -> M:
     """Return `model` with batch norms that normalise by the statistics of all processes' batches in training.
 
     Names, parameters and statistics stay as they are, so state dicts fit both ways.
@@ -69,8 +73,10 @@ class GlooBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics as torch does: the variance unbiased, by `momentum` or as a plain average."""
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
         momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance, momentum)

@@ -139,7 +139,8 @@ def _read_data(
     record = shards.preprocessing if shards and shards.preprocessing["mapping"] else None
     from mammostream.train.classify.run import LabelledData
 
-    return LabelledData(*sides, class_names, record)
+    train, val = sides
+    return LabelledData(train, val, class_names, record)
 
 
 def _with_leakage(data: LabelledData, allowed: bool, quiet: bool) -> LabelledData:

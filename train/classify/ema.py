@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 
-class WeightAverage:
+
+class WeightAverage(Generic[M]):
     """Exponential moving average of a module's parameters and batch-norm statistics (Polyak and Juditsky 1992).
 
     ``average = d average + (1 - d) current`` after each step, with ``d = min(decay, (1 + t) / (10 + t))`` at step t from 0
@@ -22,7 +25,7 @@ class WeightAverage:
         In (0, 1): about the last ``1 / (1 - decay)`` steps count.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: M, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         """The averaged module."""
         self._decay = decay

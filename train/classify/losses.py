@@ -95,7 +95,7 @@ def build_loss(config: FinetuneConfig, pos_weight: Tensor) -> Loss:
 
     It smooths the labels, gives float32 losses (N, C), and 0 where the label is missing.
     """
-    kinds = {
+    kinds: dict[str, Callable[..., Tensor]] = {
         "bce": bce_loss,
         "focal": partial(focal_loss, gamma=config.focal_gamma),
         "asymmetric": partial(

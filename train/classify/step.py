@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mammostream.models.classifier import MammogramClassifier
+from mammostream.models.tensors import place
 from mammostream.train.classify.config import FinetuneConfig
 from mammostream.train.classify.ema import WeightAverage
 from mammostream.train.classify.losses import Loss, build_loss, mix
@@ -23,7 +24,7 @@ class TrainingState:
     """What a step needs and changes, and what the epochs remember."""
 
     model: MammogramClassifier
-    average: WeightAverage | None
+    average: WeightAverage[MammogramClassifier] | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loss: Loss
@@ -42,7 +43,7 @@ def build_state(
     model: MammogramClassifier, config: FinetuneConfig, runtime: Runtime, steps: int, pos_weight: np.ndarray
 ) -> TrainingState:
     """Return the model on its device, its optimiser and its schedule, at step 0."""
-    model = model.to(runtime.device, memory_format=torch.channels_last)
+    model = place(model, runtime.device)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     if config.gradient_checkpointing:
         checkpoint_activations(model.backbone)

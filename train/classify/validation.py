@@ -45,7 +45,8 @@ class Validation:
 def predict(model: MammogramClassifier, loader: LabelledLoader, tiles: LabelledTiles, runtime: Runtime) -> np.ndarray | None:
     """Return (N, C) logits in the order of ``tiles.numbers``, those of all processes; None in any but the main one."""
     model.eval()
-    rows, values = [], []
+    rows: list[np.ndarray] = []
+    values: list[np.ndarray] = []
     for batch, numbers in loader:
         with runtime.autocast():
             logits = model.classify(batch)
@@ -54,10 +55,10 @@ def predict(model: MammogramClassifier, loader: LabelledLoader, tiles: LabelledT
     gathered = runtime.gather((np.concatenate(rows), np.concatenate(values)))
     if not runtime.is_main:
         return None
-    logits = np.full(tiles.labels.shape, np.nan, np.float32)
-    for rows, values in gathered:
-        logits[rows] = values
-    return logits
+    found = np.full(tiles.labels.shape, np.nan, np.float32)
+    for its_rows, its_values in gathered:
+        found[its_rows] = its_values
+    return found
 
 
 def validate(
@@ -72,7 +73,7 @@ def validate(
     losses = state.loss(torch.from_numpy(logits).to(runtime.device), labels)
     temperature = fit_temperature(tiles.labels, logits)
     probabilities = calibrate(logits, temperature)
-    decisions = {"temperature": temperature, "thresholds": fit_thresholds(tiles.labels, probabilities)}
+    decisions: dict[str, Any] = {"temperature": temperature, "thresholds": fit_thresholds(tiles.labels, probabilities)}
     metrics = {"val_loss": float(losses.sum() / (~labels.isnan()).sum())}
     metrics |= classification_metrics(tiles.labels, probabilities, class_names, decisions["thresholds"])
     return Validation(runtime.from_main(metrics), logits, decisions)
@@ -80,6 +81,7 @@ def validate(
 
 def with_intervals(found: Validation, tiles: LabelledTiles, class_names: Sequence[str]) -> dict[str, Any]:
     """Return the metrics with intervals over patients, or over films, and the number of both (main process only)."""
+    assert found.logits is not None
     known = set(tiles.patients) - {""}
     by_patient = len(known) > 1 and (tiles.patients != "").all()
     metrics = evaluate_predictions(
@@ -103,10 +105,11 @@ def summarise(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """
 
     def spread(values: list[float | None]) -> dict[str, Any]:
-        defined = None not in values
+        known = [value for value in values if value is not None]
+        defined = len(known) == len(values)
         return {
-            "mean": float(np.mean(values)) if defined else None,
-            "sd": float(np.std(values, ddof=1)) if defined and len(values) > 1 else None,
+            "mean": float(np.mean(known)) if defined else None,
+            "sd": float(np.std(known, ddof=1)) if defined and len(known) > 1 else None,
             "values": values,
         }
 

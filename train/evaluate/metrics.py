@@ -130,7 +130,7 @@ def classification_metrics(
     thresholds = [None] * len(class_names) if thresholds is None else thresholds
     if len(thresholds) != len(class_names):
         raise ValueError(f"{len(thresholds)} thresholds for {len(class_names)} classes")
-    thresholds = np.array([0.5 if t is None else t for t in thresholds])
+    limits = np.array([0.5 if t is None else t for t in thresholds])
     known = ~np.isnan(labels)
     if not np.isin(labels[known], (0, 1)).all():
         raise ValueError("labels must be 0, 1 or NaN")
@@ -140,7 +140,7 @@ def classification_metrics(
         y, p = labels[known[:, c], c], probabilities[known[:, c], c]
         figures: dict[str, Any] = dict.fromkeys(_PER_CLASS)
         if len(y) and np.isfinite(p).all():
-            predicted = p >= thresholds[c]
+            predicted = p >= limits[c]
             figures["accuracy"] = float((predicted == y).mean())
             figures["brier"] = float(np.mean((p - y) ** 2))
             figures["ece"] = expected_calibration_error(y, p)
@@ -150,12 +150,12 @@ def classification_metrics(
                 figures["ap"] = float(average_precision_score(y, p))
                 figures["sensitivity_at_90_specificity"] = float(tpr[fpr <= _FALSE_POSITIVE_RATE].max())
                 figures["balanced_accuracy"] = float(balanced_accuracy_score(y, predicted))
-        figures |= {"positives": int((y == 1).sum()), "negatives": int((y == 0).sum()), "threshold": float(thresholds[c])}
+        figures |= {"positives": int((y == 1).sum()), "negatives": int((y == 0).sum()), "threshold": float(limits[c])}
         per_class[name] = figures
 
     complete = known.all(1)
     countable = complete.any() and np.isfinite(probabilities[complete]).all()
-    matches = ((probabilities >= thresholds) == (labels == 1)).all(1)
+    matches = ((probabilities >= limits) == (labels == 1)).all(1)
     means = {name: _mean([m[figure] for m in per_class.values()]) for name, figure in _MEANS.items()}
     exact_match = float(matches[complete].mean()) if countable else None
     return {"per_class": per_class, "exact_match": exact_match, "rows": len(labels)} | means

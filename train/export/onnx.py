@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ class _Exported(nn.Module):
 
     def __init__(self, model: nn.Module, features: bool, normalisation: tuple[float, float] | None, temperature: float) -> None:
         super().__init__()
-        self.model, self.features = model, features
+        self.model: Any = model
+        self.features = features
         self.normalisation, self.temperature = normalisation, temperature
 
     def forward(self, tiles: Tensor) -> tuple[Tensor, ...]:
@@ -85,15 +86,13 @@ def export_onnx(
     Raises
     ------
     BadInput
-        A package of the extra ``onnx`` is missing, the checkpoint is of the wrong kind, the shards' tiles are made otherwise,
+        The checkpoint is of the wrong kind, the shards' tiles are made otherwise,
         or ONNX and torch differ by more than `tolerance`.
     """
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter writes through it
-    except ImportError as error:
-        raise BadInput(f"export needs the package {error.name}; install it with: pip install 'mammostream[onnx]'") from None
+    import onnx
+    import onnxruntime
+    import onnxscript  # noqa: F401 - torch's exporter writes through it
+
     checkpoint = load_checkpoint(model_path, None if features else "classifier")
     record = checkpoint["preprocessing"]
     if shards is not None:
@@ -114,19 +113,9 @@ def export_onnx(
             dynamo=True,
             verbose=False,
         )
+    assert program is not None
     proto = program.model_proto
-    mean_and_std = "" if include_normalisation else f", minus {record['mean']}, divided by {record['std']}"
-    properties = {
-        "input": f"grey in [0, 1]{mean_and_std}",
-        "preprocessing": json.dumps(record),
-        "arch": checkpoint["arch"],
-        "model_sha256": sha256_file(model_path),
-        "mammostream": importlib.metadata.version("mammostream"),
-    }
-    if not features:
-        properties["class_names"] = json.dumps(list(checkpoint["class_names"]))
-        properties["temperature"] = json.dumps(temperature)
-        properties["thresholds"] = json.dumps(checkpoint.get("thresholds"))
+    properties = _properties(checkpoint, model_path, features, include_normalisation)
     onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto)
     differences: dict[str, float] = {}
@@ -142,6 +131,23 @@ def export_onnx(
                     f"{tolerance:g}; nothing was written: raise --tolerance, or use other versions of torch and onnxruntime"
                 )
     return differences
+
+
+def _properties(checkpoint: Mapping[str, Any], path: Path, features: bool, normalised_inside: bool) -> dict[str, str]:
+    """Return what the file says of itself: its input, how tiles are made, and what turns logits into decisions."""
+    record = checkpoint["preprocessing"]
+    properties = {
+        "input": "grey in [0, 1]" + ("" if normalised_inside else f", minus {record['mean']}, divided by {record['std']}"),
+        "preprocessing": json.dumps(record),
+        "arch": checkpoint["arch"],
+        "model_sha256": sha256_file(path),
+        "mammostream": importlib.metadata.version("mammostream"),
+    }
+    if not features:
+        properties["class_names"] = json.dumps(list(checkpoint["class_names"]))
+        properties["temperature"] = json.dumps(float(checkpoint.get("temperature") or 1.0))
+        properties["thresholds"] = json.dumps(checkpoint.get("thresholds"))
+    return properties
 
 
 @contextmanager

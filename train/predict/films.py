@@ -194,7 +194,7 @@ def draw_film_heat_maps(
     image = backend_of(film.image).to_host(film.image)
     size = predictor.preprocessing["tile_size"]
     step = max(1, size // 32)
-    boxes = [tuple(edge / film.scale for edge in box) for box in film_input.boxes]
+    boxes: list[Any] = [tuple(edge / film.scale for edge in box) for box in film_input.boxes]
     paths = {}
     for name in predictor.class_names:
         probabilities = tiles[PROBABILITY + name].to_numpy()

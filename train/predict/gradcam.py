@@ -38,7 +38,7 @@ def grad_cam(model: MammogramClassifier, tiles: Tensor, class_index: int) -> Ten
         torch.set_grad_enabled(True)
         return (maps[0],)
 
-    with model.backbone.avgpool.register_forward_pre_hook(keep), torch.no_grad():
+    with model.backbone.get_submodule("avgpool").register_forward_pre_hook(keep), torch.no_grad():
         logits = model.classify(tiles)
     # Tiles do not touch each other in evaluation mode: the gradient of the sum holds each tile's own.
     with torch.enable_grad():

@@ -15,11 +15,12 @@ from scipy.special import expit, logit
 from torch import Tensor, nn
 
 from mammostream.common.files import sha256_file
-from mammostream.models.backbones import encode
+from mammostream.models.backbones import encode, feature_dim
 from mammostream.models.byol import MammogramBYOL
 from mammostream.models.checkpoints import load_checkpoint, restore_byol, restore_classifier
 from mammostream.models.classifier import MammogramClassifier
 from mammostream.models.folding import fold_batch_norms
+from mammostream.models.tensors import place
 from mammostream.train.predict.aggregation import PROBABILITY
 from mammostream.train.predict.config import EmbedConfig, InferConfig
 from mammostream.train.predict.tables import FEATURES
@@ -50,7 +51,7 @@ class Network(nn.Module):
 
     def __init__(self, model: MammogramClassifier | MammogramBYOL, dtype: torch.dtype, with_head: bool) -> None:
         super().__init__()
-        self.backbone = fold_batch_norms(model.backbone).to(dtype=dtype, memory_format=torch.channels_last)
+        self.backbone = fold_batch_norms(model.backbone).to(dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head = copy.deepcopy(model.classification_head) if with_head else None
         self._dtype = dtype
 
@@ -100,7 +101,7 @@ class Predictor:
     @property
     def feature_dim(self) -> int:
         """Length of the features of an answer; 0 where it holds none."""
-        return self.model.backbone.num_features if self.wants_features else 0
+        return feature_dim(self.model.backbone) if self.wants_features else 0
 
     @torch.inference_mode()
     def answer(self, tiles: Tensor) -> Answer:
@@ -127,7 +128,7 @@ class Predictor:
         self,
         tiles: pd.DataFrame,
         answers: Sequence[Answer],
-        reasons: Sequence[str] | str = "",
+        reasons: Sequence[str] | np.ndarray | str = "",
         rows: Sequence[int] | None = None,
     ) -> pd.DataFrame:
         """Return the tile table with one probability column a class, and features where they are wanted.
@@ -143,14 +144,14 @@ class Predictor:
         rows
             The row of each answer; None: the first is of the first row, and so on.
         """
-        rows = np.arange(len(tiles)) if rows is None else np.asarray(rows, int)
+        where = np.arange(len(tiles)) if rows is None else np.asarray(rows, int)
         scores = np.full((len(tiles), len(self.class_names)), np.nan, np.float32)
         features = np.full(len(tiles), None, object)
         if answers:
-            scores[rows] = self.calibrated(torch.cat([answer.logits for answer in answers]))
+            scores[where] = self.calibrated(torch.cat([answer.logits for answer in answers]))
         if answers and self.wants_features:
-            found = torch.cat([answer.features for answer in answers]).cpu().numpy()
-            for row, values in zip(rows, found, strict=True):
+            found = torch.cat([answer.features for answer in answers if answer.features is not None]).cpu().numpy()
+            for row, values in zip(where, found, strict=True):
                 features[row] = values
         columns = {PROBABILITY + name: scores[:, c] for c, name in enumerate(self.class_names)} | {"reason": reasons}
         columns |= {FEATURES: features} if self.wants_features else {}
@@ -181,7 +182,7 @@ def load_predictor(
     runtime = runtime or resolve_runtime(config)
     checkpoint = load_checkpoint(path, None if features_only else "classifier")
     restore = restore_classifier if checkpoint["kind"] == "classifier" else restore_byol
-    model = restore(checkpoint, path).to(runtime.device, memory_format=torch.channels_last).eval()
+    model = place(restore(checkpoint, path), runtime.device).eval()
     network: Any = Network(model, _DTYPES[runtime.precision], with_head=not features_only).eval()
     if config.compiles(runtime.device.type):
         if runtime.device.type == "cpu":

@@ -197,17 +197,17 @@ def merge_parts(
     BadInput
         No image has an answer; then nothing is written.
     """
-    names, top = predictor.class_names, predictor.config.top_tiles
+    names, top = predictor.class_names, facts["top_tiles"]
     breasts = Groups(["patient_id", "laterality"], names, top)
     totals = Totals()
     with ExitStack() as stack:
-        write_tiles = write_images = None
+        write: tuple[Callable[[pd.DataFrame], None], ...] | None = None
         if output_dir is not None:
             tables = {
                 "predictions": (tile_schema(names, predictor.feature_dim), "tiles"),
                 "image_predictions": (image_schema(names, top), "images"),
             }
-            write_tiles, write_images = (
+            write = tuple(
                 stack.enter_context(TableWriter(output_dir / f"{name}.{table_format}", schema, facts, rows)).write
                 for name, (schema, rows) in tables.items()
             )
@@ -218,9 +218,9 @@ def merge_parts(
             if "laterality" in its_images:
                 sides = tiles.merge(its_images[["image_id", "laterality"]], on="image_id")
                 breasts.add(sides[(sides["patient_id"] != "") & sides["laterality"].isin(["L", "R"])])
-            if write_tiles is not None:
-                write_tiles(tiles)
-                write_images(images)
+            if write is not None:
+                write[0](tiles)
+                write[1](images)
             if answers is not None:
                 answers.write(images, predictor)
             if on_images is not None:
@@ -301,7 +301,7 @@ def image_answer(row: Mapping[str, Any], predictor: Predictor) -> dict[str, Any]
         "image": row["image_id"],
         "tiles": int(row["tiles"]),
         "probabilities": scores,
-        "top_prediction": max(scores, key=scores.get),
+        "top_prediction": max(scores, key=lambda name: scores[name]),
         "positive": [name for name, score in scores.items() if score >= predictor.thresholds[name]],
     }
 

@@ -111,7 +111,7 @@ def write_secondary_captures(film: Path, pictures: Mapping[str, Path], model_sha
                 )
         except (ValueError, TypeError) as error:
             raise BadInput(f"image {film} gives no valid secondary capture: {first_line(error)}") from error
-        capture.PatientOrientation = None  # two pictures of the film and a scale of colours have none
+        capture.PatientOrientation = None  # type: ignore[assignment]  # empty: two pictures of the film and a scale of colours have none
         capture.DerivationDescription = (
             f"Heat map of a network's tile probabilities of '{class_name}' over the film, by mammostream {version}, model "
             f"SHA-256 {model_sha256}. {CAUTION}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from torch import Tensor
 from mammostream.common.errors import BadInput
 from mammostream.common.files import whole_file
 from mammostream.dali_pipelines import LabelledLoader, create_inference_transform
+from mammostream.models.classifier import MammogramClassifier
 from mammostream.preprocess.overview import fitted
 from mammostream.preprocess.tiling import Film
 from mammostream.shards.archive import escape_id
@@ -99,7 +100,7 @@ def shard_reader(predictor: Predictor, shards: ShardSet) -> ReadTiles:
 
     def read(rows: pd.DataFrame) -> Tensor:
         found = {shard.name: shard for shard in shards.shards()}
-        tiles = {}
+        tiles: dict[str, Tensor] = {}
         for name, mine in rows.groupby("part", sort=False):
             known, _ = read_rows(shards, name)
             keys = dict(known.loc[known["key"].isin(mine["key"]), ["tile", "key"]].itertuples(index=False))
@@ -190,10 +191,14 @@ def draw_top_tiles(
         if not len(rows):
             continue
         tiles = read(rows)
-        maps = [None] * len(rows)
+        maps: Any = [None] * len(rows)
         if with_grad_cam:
             batches = tiles.to(predictor.runtime.device).split(predictor.config.batch_size)
-            maps = torch.cat([grad_cam(predictor.model, batch, number) for batch in batches]).cpu().numpy()
+            maps = (
+                torch.cat([grad_cam(cast(MammogramClassifier, predictor.model), batch, number) for batch in batches])
+                .cpu()
+                .numpy()
+            )
         pictures = (tiles[:, 0] * record["std"] + record["mean"]).numpy()
         cells = [
             Cell(picture, _lines(row, row[PROBABILITY + name]), evidence)

@@ -16,7 +16,8 @@ from mammostream.common.normalisation import MEAN, STD
 from mammostream.dali_pipelines import LabelledLoader
 from mammostream.models.backbones import build_backbone, encode
 from mammostream.models.checkpoints import load_checkpoint, restore_byol, restore_classifier
-from mammostream.shards.reading import SHARDS_JSON, ShardSet, check_same_pixels
+from mammostream.models.tensors import place
+from mammostream.shards.reading import ShardSet, check_same_pixels
 from mammostream.train.probe.config import ProbeConfig
 from mammostream.train.probe.labelled import ProbeSet
 from mammostream.train.run.runtime import Runtime
@@ -71,13 +72,13 @@ def extract_features(
         rank=0,
         world_size=1,
     )
-    features: np.ndarray | None = None
+    features = np.empty((len(tiles.numbers), 0), np.float32)
     backbone.eval()
     try:
         for batch, numbers in loader:
             with runtime.autocast():
                 found = encode(backbone, batch).float().cpu().numpy()
-            if features is None:
+            if not features.shape[1]:
                 features = np.empty((len(tiles.numbers), found.shape[1]), np.float32)
             features[tiles.rows(numbers).numpy()] = found
     finally:
@@ -94,7 +95,7 @@ def cached_features(
     """
     what = {
         "network": network.identity(seed),
-        "shards": sha256_file(probe_set.shards.directory / SHARDS_JSON),  # it holds the hash of each tar
+        "shards": probe_set.shards.sha256,  # it holds the hash of each tar
         "tiles": sha256_json(probe_set.tiles.numbers.tolist()),
         "normalisation": [network.mean, network.std],
         "runtime": str(runtime),
@@ -102,7 +103,7 @@ def cached_features(
     path = folder / f"features_{sha256_json(what)[:16]}.npy"
     if path.is_file():
         return np.load(path)
-    backbone = network.build(seed).to(runtime.device, memory_format=torch.channels_last)
+    backbone = place(network.build(seed), runtime.device)
     features = extract_features(backbone, probe_set, runtime, config, network.mean, network.std)
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, features)

@@ -104,7 +104,9 @@ def score_tiles(
     return scores, "tiles" if "tiles" in units else "patients"
 
 
-def gather(labels: np.ndarray, scores: np.ndarray, units: np.ndarray, patients: np.ndarray, folds: np.ndarray, top: int):
+def gather(
+    labels: np.ndarray, scores: np.ndarray, units: np.ndarray, patients: np.ndarray, folds: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Gather tiles by image or breast: the mean of its `top` highest scores; positive where one of its tiles is.
 
     Tiles without a unit, a label or a score are left out. Returns labels, scores, patients and folds of the units.
@@ -180,7 +182,9 @@ def summary(found: Sequence[tuple[list[PairCounts], int, int]], bootstrap: int) 
     """Return the mean AUC over seeds with its spread and its interval over patients."""
     aucs = [point_estimate(one) for one in found]
     known = [auc for auc in aucs if auc is not None]
-    patients = np.unique(np.concatenate([np.concatenate([c.patients for c in counts] or [[]]) for counts, *_ in found]))
+    patients = np.unique(
+        np.concatenate([np.concatenate([c.patients for c in counts] or [np.empty(0, int)]) for counts, *_ in found])
+    )
     patients = patients.astype(int)
     interval = None
     if known and bootstrap and len(patients) > 1:

@@ -111,10 +111,10 @@ def embed(path: Path) -> Picture:
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
     """Draw each metric of a training against the step, a picture each, the known ones first."""
-    names = dict.fromkeys(
+    logged = dict.fromkeys(
         name.removeprefix("epoch_mean/") for line in lines for name, value in line.items() if value is not None
     )
-    names = [name for name in names if not _NO_CURVE.search(name)]
+    names = [name for name in logged if not _NO_CURVE.search(name)]
     known = [name for name in _CURVES if name in names]
     ordered = [*known, *(name for name in names if name not in known)][:PICTURES_OF_A_FOLDER]
     found = []

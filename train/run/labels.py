@@ -136,7 +136,9 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
         source,
         joined["tile"].to_numpy(np.int64, copy=True),
         joined[_classes(frame)].to_numpy(np.float32, copy=True),
-        *(joined[name].to_numpy(str) for name in ("key", "image_id", "patient_id")),
+        joined["key"].to_numpy(str),
+        joined["image_id"].to_numpy(str),
+        joined["patient_id"].to_numpy(str),
         # 32 bits alone would meet by chance among many tiles; of the encoded bytes there are 32 more.
         contents=np.array([f"{a:08x}{b:08x}" for a, b in zip(joined["crc32"], joined["payload_crc32"], strict=True)]),
     )
@@ -223,14 +225,14 @@ def _patients(names: Sequence[str], patient_regex: str | None, what: str) -> lis
     found = [pattern.search(name) for name in names]
     if None in found:
         raise BadInput(f"{what}: --patient-regex {patient_regex!r} does not match '{names[found.index(None)]}'; correct it")
-    return [match.group(1) if pattern.groups else match.group(0) for match in found]
+    return [match.group(1) if pattern.groups else match.group(0) for match in found if match]
 
 
 def _content(path: Path) -> str:
     """Return a hash of an image's pixels, or of its bytes where it cannot be decoded: the loader will name it."""
     try:
         pixels = imagecodecs.imread(path)
-        facts, data = f"{pixels.shape} {pixels.dtype} ", np.ascontiguousarray(pixels).data
+        facts, data = f"{pixels.shape} {pixels.dtype} ", np.ascontiguousarray(pixels).tobytes()
     except Exception:  # every codec has its own exceptions
         facts, data = "file ", path.read_bytes()
     digest = hashlib.sha256(facts.encode())

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -68,7 +68,7 @@ class Runtime:
 
     def keeping_gradients(self, network: nn.Module) -> AbstractContextManager:
         """Return a context in which backward passes of what :meth:`parallel` made add up gradients and send nothing."""
-        return network.no_sync() if self.world_size > 1 else nullcontext()
+        return cast(nn.parallel.DistributedDataParallel, network).no_sync() if self.world_size > 1 else nullcontext()
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum of the processes' values; a tensor on the device."""

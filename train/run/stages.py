@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +27,7 @@ _CONVNEXT = (
 
 def stages_of(backbone: nn.Module) -> tuple[tuple[str, ...], ...]:
     """Return the names of a backbone's parts with parameters, stage by stage from the input on; see ``build_backbone``."""
-    return _CONVNEXT if backbone.arch.startswith("convnext") else _RESNET
+    return _CONVNEXT if str(backbone.arch).startswith("convnext") else _RESNET
 
 
 def train_top_stages(backbone: nn.Module, count: int) -> None:
@@ -55,7 +56,7 @@ def checkpoint_activations(backbone: nn.Module, compiled: bool = False) -> None:
     """
     for block in backbone.modules():
         if isinstance(block, (BasicBlock, Bottleneck, CNBlock)):
-            contexts = {} if compiled else {"context_fn": partial(_contexts, block)}
+            contexts: dict[str, Any] = {} if compiled else {"context_fn": partial(_contexts, block)}
             # The attribute hides the method: the module's names, and so its state dict, stay as they are.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
 

@@ -142,7 +142,8 @@ def _start_wandb(
     except Exception as error:
         warnings.warn(f"wandb did not start ({first_line(error)}); metrics.jsonl has all metrics", stacklevel=3)
         return None
-    for attempt in dict.fromkeys((mode, "offline")):  # compute nodes often have a key but no network
+    attempts: list[Any] = [*dict.fromkeys((mode, "offline"))]
+    for attempt in attempts:  # compute nodes often have a key but no network
         try:
             run = wandb.init(
                 project=project or "mammostream",
