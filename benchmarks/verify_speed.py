@@ -58,7 +58,7 @@ def write_shards(directory: Path, films: int) -> None:
 
 
 @click.command()
-@click.option("--films", default=96, help="Films of 60 tiles each; 21 MB a film.")
+@click.option("--films", default=96, help="Films of 60 tiles each; 21 MB per film.")
 @click.option("--rounds", default=3, help="Rounds; the table has the medians.")
 def main(films: int, rounds: int) -> None:
     """Measure the command verify."""

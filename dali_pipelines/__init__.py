@@ -2,7 +2,7 @@
 
 Examples
 --------
-Tiles of a shard directory, two views a tile, as torch tensors:
+Tiles of a shard directory, two views per tile, as torch tensors:
 
 >>> from mammostream.dali_pipelines import RECIPES, PretrainLoader                              # doctest: +SKIP
 >>> from mammostream.shards import open_shards                                                  # doctest: +SKIP

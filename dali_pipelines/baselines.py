@@ -21,7 +21,7 @@ from mammostream.shards.archive import read_index
 from mammostream.shards.codecs import CODECS
 from mammostream.shards.reading import Shard
 
-PREFETCH = 2  # batches a worker makes ahead, torch's own default
+PREFETCH = 2  # batches that each worker prepares ahead, torch's own default
 
 
 class TileDataset(Dataset):
@@ -59,7 +59,7 @@ class TileDataset(Dataset):
 
 
 def batches(dataset: Dataset, batch_size: int, workers: int, device: str) -> Iterator[Any]:
-    """Yield shuffled batches for ever from a DataLoader whose workers stay."""
+    """Yield shuffled batches forever from a DataLoader whose workers stay."""
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -102,7 +102,7 @@ class OpenCVViews:
         self._form = form
 
     def __call__(self, tile: np.ndarray) -> tuple[torch.Tensor, ...]:
-        # Torch seeds each worker, anew each epoch.
+        # Torch seeds each worker, again each epoch.
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         return tuple(torch.from_numpy(self._view(tile, view, rng))[None] for view in self._views)
 

@@ -1,6 +1,6 @@
 """``mammostream bench loader``: the same views from several libraries, measured in turns.
 
-Each contender lives in a process of its own, so that its CPU time and memory are its own, and waits while another one runs.
+Each contender lives in its own process, so that its CPU time and memory are its own, and waits while another one runs.
 A round gives each contender one turn; medians over the rounds are reported, and the ratio to ours is taken round by round, so
 that a machine that slows down in between slows down both.
 """
@@ -50,7 +50,7 @@ class Turn:
     Attributes
     ----------
     rate
-        Tiles a second.
+        Tiles per second.
     cpu_ms
         CPU time a tile in ms, of the contender and its workers.
     memory_gib
@@ -157,7 +157,7 @@ RIVALS = ("opencv", "torchvision", "kornia")  # which do our work; the other con
 
 
 def installed() -> list[str]:
-    """Return the contenders whose packages are there."""
+    """Return the contenders whose packages are installed."""
     return [
         name for name, (_, packages, _) in CONTENDERS.items() if all(importlib.util.find_spec(package) for package in packages)
     ]
@@ -277,15 +277,15 @@ def describe_task(task: Task, shards: ShardSet, recipe: str, rounds: int, second
     return [
         describe(),
         f"Task: {tiles} tiles of {task.tile_size}×{task.tile_size} pixels, {shards.meta['bits']} bits, codec "
-        f"{shards.codec}; recipe {recipe}, two views a tile in float32, batches of {task.batch_size}, {task.workers} threads "
+        f"{shards.codec}; recipe {recipe}, two views per tile in float32, batches of {task.batch_size}, {task.workers} threads "
         f"or worker processes, on the {'GPU' if task.device == 'gpu' else 'CPU'}.",
-        f"Method: {rounds} rounds of turns of {seconds:g} s in alternating order, each contender in a process of its own; "
+        f"Method: {rounds} rounds of turns of {seconds:g} s in alternating order, each contender in its own process; "
         "medians; tiles read before, so from the page cache.",
     ]
 
 
 def table(turns: dict[str, list[Turn]]) -> str:
-    """Return a Markdown table of the medians, a row a contender."""
+    """Return a Markdown table of the medians, one row per contender."""
     lines = [
         "| contender | two-view tiles/s | lowest-highest | mammostream is | CPU ms/tile | memory GiB |",
         "|---|---:|---:|---:|---:|---:|",
@@ -325,7 +325,7 @@ def draw(turns: dict[str, list[Turn]], path: Path, title: str) -> None:
     axes.set_yticks(range(len(shown)), list(shown))
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("tiles a second, two views each; lines: lowest to highest turn", fontsize=9)
+    axes.set_xlabel("tiles per second, two views each; lines: lowest to highest turn", fontsize=9)
     axes.set_title(title, fontsize=10)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

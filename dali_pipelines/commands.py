@@ -18,13 +18,15 @@ FILE = click.Path(path_type=Path)
 @click.option("--split", default="train", help="The split to read.")
 @click.option("--recipe", type=click.Choice(["guide", "mammo"]), default="guide", help="The two views.")
 @click.option("--views", "views_file", type=FILE, help="YAML file with view1 and view2, instead of a recipe.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Tiles a batch.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Tiles per batch.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, help="Our threads, the others' worker processes.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", help="Where the batches end up.")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, help="Turns of each contender.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=4.0, help="Length of a turn in seconds.")
-@click.option("--only", cls=ListOption, callback=split_commas, help="Contenders to run; default: all whose packages are there.")
-@click.option("--output", type=FILE, help="A Markdown page to write the table to; the bar chart goes beside it as PNG.")
+@click.option(
+    "--only", cls=ListOption, callback=split_commas, help="Contenders to run; default: all whose packages are installed."
+)
+@click.option("--output", type=FILE, help="A Markdown page to write the table to; the bar chart goes next to it as PNG.")
 @config_file_option
 @click.pass_context
 def loader(

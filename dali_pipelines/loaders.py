@@ -46,10 +46,10 @@ class _Loader:
     """What the loaders share: the pipeline's life, the count of batches, torch tensors, the state.
 
     DALI's readers know no end: rank r of W reads its slice of the N tiles, pads the last batch by repeating a sample, and
-    goes on with the next epoch. So batches are counted here: an epoch takes the same number of batches on every rank, and
+    continues with the next epoch. So batches are counted here: an epoch takes the same number of batches on every rank, and
     what is padding follows from the slice's size.
 
-    Iterating goes on where the last iteration stopped: after ``break``, the next ``for`` gives the rest of the epoch.
+    Iteration continues where the last iteration stopped: after ``break``, the next ``for`` gives the rest of the epoch.
 
     On a GPU, a batch belongs to the stream that was torch's current one when it was taken: its memory is used again when the
     batch is dropped and that stream has come so far. Work on another stream must be waited for before.
@@ -81,7 +81,7 @@ class _Loader:
         self.tiles = self._source.count
         """Number of tiles, all ranks together."""
         self.epoch = 0
-        """Number of finished epochs, which is the number of the one that goes on."""
+        """Number of finished epochs, which is the number of the current one."""
         self.wait_seconds = 0.0
         """Time spent waiting for batches so far."""
 
@@ -109,7 +109,7 @@ class _Loader:
         }
         self._pipeline: Any = None
         self._checkpoint: bytes | None = None  # where to start the pipeline
-        self._origin = 0  # the epoch at whose start the order and the draws began anew
+        self._origin = 0  # the epoch at whose start the order and the draws began again
         self._failure: Exception | None = None  # why the pipeline ended
 
         self._reader = {
@@ -239,7 +239,7 @@ class _Loader:
         """Continue where :meth:`state_dict` was taken: the next batches are the same, bit for bit.
 
         The loader must be made with the same arguments; only `num_threads` and `mmap` may differ. With another number of
-        processes, for which any rank's state will do, the epoch that was going on starts again in an order of its own and a
+        processes, for which any rank's state will do, the epoch that was going on starts again in its own order and a
         warning says so; `batch_size` and `initial_fill` may then differ too.
 
         Raises
@@ -261,7 +261,7 @@ class _Loader:
         if moved:
             warnings.warn(
                 f"the state was saved by {state['world_size']} processes and {self._setting['world_size']} read it: epoch "
-                f"{self.epoch + 1} starts anew, {self._done} batches of it were taken before",
+                f"{self.epoch + 1} starts again, {self._done} batches of it were taken before",
                 stacklevel=2,
             )
             self._done, self._origin, self._checkpoint = 0, self.epoch, None
@@ -280,7 +280,7 @@ def _keep_freed_memory() -> None:
 
 
 class PretrainLoader(_Loader):
-    """Two views of each tile, shuffled anew each epoch; the tail that fills no batch is dropped.
+    """Two views of each tile, shuffled again each epoch; the tail that fills no batch is dropped.
 
     Yields ``(view1, view2, numbers)``: tensors (batch_size, 1, view_size, view_size) on the device, in ``channels_last``
     strides, and int64 tile numbers (batch_size,) on the CPU. Every rank yields the same number of batches.

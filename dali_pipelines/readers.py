@@ -46,7 +46,7 @@ class ShardSource:
     count
         Number of samples that the indexes list.
     raw_bits
-        Bits a pixel of ``raw`` tiles, which need no decoder; None for all other codecs.
+        Bits per pixel of ``raw`` tiles, which need no decoder; None for all other codecs.
     directories
         The tars' directory numbers, by path; empty where there is only one directory.
     temporary
@@ -181,7 +181,7 @@ class FileSource:
         if named is None and found is None:
             return f"one of {self.files[0]} … {self.files[-1]} could not be read ({reason}); check the disk and try again"
         path = named["info"] if named else self.files[found or 0]
-        return f"{path} is no readable image; replace it or take it out of the list"
+        return f"{path} is not a readable image; replace it or take it out of the list"
 
 
 @pipeline_def
@@ -339,7 +339,7 @@ def _check_members(tar: Path | BucketPath, index: Sequence[Sample]) -> None:
             have = ", ".join(member.extension for member in sample)
             raise BadInput(
                 f"{tar} has a sample without .{' or .'.join(CODECS) if image is None else NUMBER_EXTENSION} (it has: {have}): "
-                "it is no shard of this project; make one with 'mammostream shards build'"
+                "it is not a shard of this project; make one with 'mammostream shards build'"
             )
         if not image.size or number.size != _NUMBER_BYTES:
             wrong = number if image.size else image
@@ -357,7 +357,7 @@ def _check_raw_sizes(tar: Path | BucketPath, index: Sequence[Sample], tile_size:
 def _check_first_tile(tar: Path | BucketPath, sample: Sample, tile_size: int) -> int | None:
     """Decode one tile of a directory on the host: a wrong size or format then ends in one clear line, not in DALI.
 
-    Returns the bits a pixel of a raw tile, None for other codecs.
+    Returns the bits per pixel of a raw tile, None for other codecs.
     """
     member = _member_of(sample, tuple(CODECS))
     with tar.open("rb") as file:

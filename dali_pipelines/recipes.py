@@ -130,7 +130,7 @@ def recipe_views(name: str, pixel_mm: float | None) -> tuple[View, View]:
     name
         ``guide`` or ``mammo``.
     pixel_mm
-        Edge of a view's pixel in mm; None where it is unknown: then it is taken for 0.1 mm at most.
+        Edge of a view's pixel in mm; None where it is unknown: then it is treated as 0.1 mm at most.
     """
     views = RECIPES[name]
     if name != "mammo" or pixel_mm is None:

@@ -1,6 +1,6 @@
 """BYOL (Bootstrap Your Own Latent; Grill et al. 2020, arXiv:2006.07733) for one-channel tiles.
 
-Shapes: N tiles a batch, D features of the backbone, P dimensions of the projection.
+Shapes: N tiles per batch, D features of the backbone, P dimensions of the projection.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
     """Read a checkpoint onto the CPU: this package's, or another program's in this package's terms.
 
     Another program's file is a state dict, or a dict with one below ``model_state_dict``, ``state_dict`` or ``model``: of a
-    torchvision ResNet, or of the models that the guides' scripts trained. With ``class_names`` beside it, it is a classifier,
+    torchvision ResNet, or of the models that the guides' scripts trained. With ``class_names`` next to it, it is a classifier,
     else a BYOL model, whose heads may be missing. See :func:`mammostream.models.conversion.convert_state`. Its dict has
     ``load_report``, a :class:`mammostream.models.conversion.LoadReport`, and of ``preprocessing`` only what is known: the mean
     and std that the folded network takes, and the guides' tile size.

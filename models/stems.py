@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class PaddedStem(nn.Module):
-    """The convolution over channels of zeros beside the image's: NHWC kernels want a multiple of 8.
+    """The convolution over channels of zeros next to the image's: NHWC kernels want a multiple of 8.
 
     Parameters
     ----------

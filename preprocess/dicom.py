@@ -168,7 +168,7 @@ def _stored_values(dataset: pydicom.Dataset, index: int, frames: int, device: st
     if (stream.height, stream.width) != shape:
         raise ValueError(f"its codestream has {stream.height} x {stream.width} pixels, its header {shape[0]} x {shape[1]}")
     if stream.precision > 16:
-        raise ValueError(f"its codestream has {stream.precision} bits a pixel")
+        raise ValueError(f"its codestream has {stream.precision} bits per pixel")
     if b"\xff\xd9" not in frame[-64:]:
         raise ValueError("its codestream is cut off")  # the JPEG decoder would fill up with grey
     decoded: Any = _decode_on_device(frame) if device == "cuda" and not signed and not stream.signed else None
@@ -180,7 +180,7 @@ def _stored_values(dataset: pydicom.Dataset, index: int, frames: int, device: st
 
 
 def _decode_rle(frame: bytes, bytes_each: int) -> np.ndarray:
-    """Decode an RLE frame (PS3.5 annex G) to a flat array of `bytes_each` bytes a pixel."""
+    """Decode an RLE frame (PS3.5 annex G) to a flat array of `bytes_each` bytes per pixel."""
     import imagecodecs
 
     count, *starts = struct.unpack_from("<16I", frame)
@@ -194,7 +194,7 @@ def _decode_rle(frame: bytes, bytes_each: int) -> np.ndarray:
 def _codestream(frame: bytes) -> _Codestream | None:
     """Read a codestream's header; None where it is no JPEG, JPEG-LS or JPEG 2000.
 
-    Sizes are compared with the DICOM header's before decoding, so that a damaged one costs no memory. Frames are told by
+    Sizes are compared with the DICOM header's before decoding, so that a damaged one costs no memory. Frames are detected by
     their own marks: transfer syntaxes are mixed up at times.
     """
     if frame[:4] == b"\xff\x4f\xff\x51" or frame[4:8] == b"jP  ":  # JPEG 2000, bare or in a JP2 file

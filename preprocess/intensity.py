@@ -1,4 +1,4 @@
-"""From stored pixels to [0, 1]: one mapping an image, recorded, never one a tile."""
+"""From stored pixels to [0, 1]: one mapping an image, recorded, never one per tile."""
 
 from __future__ import annotations
 

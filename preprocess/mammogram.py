@@ -39,7 +39,7 @@ class Header:
     height, width
         Size in native pixels.
     bits
-        Stored bits a pixel: 8 to 16, rarely fewer in DICOM.
+        Stored bits per pixel: 8 to 16, rarely fewer in DICOM.
     spacing_mm
         Size of a native pixel in mm, or None where the file does not say.
     spacing_source

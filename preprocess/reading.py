@@ -107,8 +107,8 @@ def _named(path: Path, error: Exception) -> BadInput | MachineFault:
     """Return the error to raise, which names the file."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_FAULTS):
         what = "not enough memory; use fewer --workers" if isinstance(error, MemoryError) else error.strerror
-        return MachineFault(f"image {path} cannot be read now ({what}); run the command again, it goes on from here")
-    if isinstance(error, BadInput):  # tells the mend itself
+        return MachineFault(f"image {path} cannot be read now ({what}); run the command again, it resumes from here")
+    if isinstance(error, BadInput):  # says itself how to fix it
         return BadInput(f"image {path} {error}")
     kinds = ", ".join(s.lstrip(".") for s in IMAGE_SUFFIXES)
     return BadInput(f"image {path} cannot be read ({first_line(error)}); give an intact file of one of: {kinds}")

@@ -128,7 +128,7 @@ def _inside_border_strips(xp: Any, coarse: Any, spacing: float) -> tuple[slice, 
     """Return the part of an image within the bright strips that scanned films have along their edges.
 
     A strip is a run of lines from the edge that are as bright as the image gets, or, above and below the breast, bright where
-    the film further in is dark. (At the chest wall, that would be the fog beside the breast.)
+    the film further in is dark. (At the chest wall, that would be the fog next to the breast.)
     """
     top = float(coarse.max())
     soft = round(STRIP_EDGE_MM / spacing)
@@ -195,7 +195,7 @@ def _largest_tissue(backend: Backend, image: Any, threshold: Callable, spacing: 
     sigma = 1.4826 * xp.median(xp.abs(background - centre))
     low = min(max(float(centre + 4 * sigma), 0.05), high)
     tissue = backend.filters.apply_hysteresis_threshold(image, low, high)
-    # Tissue goes on beyond the sides of the image, not beyond its ends, where borders leave thin lines.
+    # Tissue continues beyond the sides of the image, not beyond its ends, where borders leave thin lines.
     tissue = _opened(backend, tissue, OPENING_RADIUS_MM / spacing, "edge") & tissue
     labels, count = ndimage.label(tissue)
     return labels == _likeliest(backend, labels, count) if count else tissue
@@ -224,7 +224,7 @@ def _likeliest(backend: Backend, labels: Any, count: int) -> int:
 
 
 def _opened(backend: Backend, mask: Any, radius: float, beyond: str) -> Any:
-    """Take away what no disc of a radius (pixels) fits into; `beyond` its sides the mask goes on or ends (modes of ``pad``)."""
+    """Remove what no disc of a radius (pixels) fits into; `beyond` its sides the mask continues or ends (modes of ``pad``)."""
     margin = int(radius) + 2
     padded = backend.xp.pad(backend.xp.pad(mask, ((0, 0), (margin, margin)), mode=beyond), ((margin, margin), (0, 0)))
     core = backend.ndimage.distance_transform_edt(padded) > radius

@@ -28,21 +28,21 @@ class SelectionConfig:
 
     tile_size: int = option(512, "Edge length of a tile in stored pixels.")
     stride: int = option(256, "Distance between tiles in stored pixels; the last tile is flush with the border.")
-    min_breast_ratio: float = option(0.15, "Breast rule: least share of breast in a tile, 0-1.")
+    min_breast_ratio: float = option(0.15, "Breast rule: minimum share of breast in a tile, 0-1.")
     min_freq_energy: float = option(
-        7.5, "Frequency rule: least energy of bright specks per cm²; 1 tile in 20 without calcifications has more."
+        7.5, "Frequency rule: minimum energy of bright specks per cm²; 1 tile in 20 without calcifications has more."
     )
-    min_intensity: float = option(40.0, "Gate: least mean intensity; above 1 on the 8-bit scale, else on 0-1.")
-    min_nonzero: float = option(0.7, "Gate: least share of pixels brighter than 15/255, 0-1.")
+    min_intensity: float = option(40.0, "Gate: minimum mean intensity; above 1 on the 8-bit scale, else on 0-1.")
+    min_nonzero: float = option(0.7, "Gate: minimum share of pixels brighter than 15/255, 0-1.")
     select: str = option(
         "either", "Rules that keep a tile that passed the gates.", choices=("either", "both", "breast", "frequency")
     )
     freq_percentile: float | None = option(
         None, "Frequency threshold as a percentile (0-100) of each film's candidates, instead of --min-freq-energy."
     )
-    max_tiles_per_image: int | None = option(None, "Keep at most this many tiles a film, those of highest energy.")
-    min_speck: float = option(4.0, "Rescue tiles: least response of a speck, in deviations of the noise around.")
-    cluster_specks: int = option(5, "Rescue tiles: least number of specks of a cluster; 0 makes no rescue tiles.")
+    max_tiles_per_image: int | None = option(None, "Keep at most this many tiles per film, those of highest energy.")
+    min_speck: float = option(4.0, "Rescue tiles: minimum response of a speck, in deviations of the noise around.")
+    cluster_specks: int = option(5, "Rescue tiles: minimum number of specks of a cluster; 0 makes no rescue tiles.")
     cluster_mm: float = option(10.0, "Rescue tiles: diameter of a cluster in mm.")
 
     def __post_init__(self) -> None:
@@ -155,7 +155,7 @@ class TileSelection:
     unheld
         How many of them no kept tile holds.
     threshold
-        Least energy that the frequency rule asked for on this film; infinite where a percentile had no candidate to go by.
+        Minimum energy that the frequency rule asked for on this film; infinite where a percentile had no candidate to go by.
     """
 
     tiles: Scores
@@ -246,7 +246,7 @@ def select_tiles(
         (K, 4) xmin, ymin, xmax, ymax of speck clusters in pixels of the image. Those that no kept tile holds get a rescue
         tile, unless the frequency rule has no say (``--select breast``).
     min_step
-        Least distance of tiles in pixels: that of a native pixel, so that no two share a native corner.
+        Minimum distance of tiles in pixels: that of a native pixel, so that no two share a native corner.
     inside
         Rows and columns of the image that the grid covers, so that no tile lies on a film's border; an axis that is shorter
         than a tile within its borders is covered whole.

@@ -21,15 +21,15 @@ class ClusterConfig:
 
     clusters_per_image: int = option(4, "Simulated clusters planted into each copy.")
     contrast: float = option(10.0, "Peak brightness of a speck above its surroundings, in deviations of the local noise.")
-    min_specks: int = option(8, "Fewest specks of a cluster.")
-    max_specks: int = option(20, "Most specks of a cluster.")
+    min_specks: int = option(8, "Minimum number of specks per cluster.")
+    max_specks: int = option(20, "Maximum number of specks per cluster.")
     min_speck_mm: float = option(0.2, "Smallest speck diameter in mm.")
     max_speck_mm: float = option(0.5, "Largest speck diameter in mm.")
     min_cluster_mm: float = option(5.0, "Smallest cluster diameter in mm.")
     max_cluster_mm: float = option(10.0, "Largest cluster diameter in mm.")
-    skin_distance_mm: float = option(8.0, "Least distance of a cluster's centre from the skin line in mm.")
+    skin_distance_mm: float = option(8.0, "Minimum distance of a cluster's centre from the skin line in mm.")
     max_skin_distance_mm: float | None = option(
-        None, "Greatest distance of a cluster's centre from the skin line in mm; default: anywhere in the breast."
+        None, "Maximum distance of a cluster's centre from the skin line in mm; default: anywhere in the breast."
     )
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ def find_specks(response: Any, spacing_mm: float, min_response: float) -> np.nda
     spacing_mm
         Size of its pixels in mm.
     min_response
-        Least response of a speck.
+        Minimum response of a speck.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def find_clusters(specks: np.ndarray, diameter: float, min_specks: int) -> np.nd
     diameter
         Diameter of a cluster, in units of `specks`.
     min_specks
-        Least number of specks of a cluster, at least 1.
+        Minimum number of specks of a cluster, at least 1.
 
     Returns
     -------

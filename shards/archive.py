@@ -47,7 +47,7 @@ def tile_key(image_id: str, y: int, x: int) -> str:
 
 
 def write_archive(tar_path: Path, samples: Iterable[tuple[str, Sequence[tuple[str, bytes]]]]) -> list[Sample]:
-    """Write samples ``(key, [(extension, data), ...])`` to a tar and its index beside it (``.idx``).
+    """Write samples ``(key, [(extension, data), ...])`` to a tar and its index next to it (``.idx``).
 
     The bytes depend on the samples alone: no times, owners or modes of the machine. Returns the index.
     """
@@ -107,7 +107,7 @@ def sample_key(sample: Sample) -> str:
 
 
 def scan_archive(tar_path: Path) -> list[Sample]:
-    """Make a tar's index anew from its headers, up to its end or the first damaged one."""
+    """Make a tar's index again from its headers, up to its end or the first damaged one."""
     samples: dict[str, list[Member]] = {}
     with suppress(tarfile.TarError, OSError), tarfile.open(tar_path) as tar:
         for info in tar:

@@ -77,7 +77,7 @@ def _decode_raw(data: bytes) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Codec:
-    """How tiles are encoded and decoded, whether nothing is lost, and the most bits a pixel it holds."""
+    """How tiles are encoded and decoded, whether nothing is lost, and the most bits per pixel it holds."""
 
     encode: Callable[[np.ndarray], bytes]
     decode: Callable[[bytes], np.ndarray]

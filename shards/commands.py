@@ -38,7 +38,7 @@ def shards() -> None:
     "--manifest",
     type=FILE,
     help="manifest.parquet with the films' labels, for --image-labels, and for which films have a lesion without a box; "
-    "default: the one beside --findings.",
+    "default: the one next to --findings.",
 )
 @click.option(
     "--image-labels",
@@ -46,7 +46,7 @@ def shards() -> None:
     callback=split_commas,
     help="Labels of films to copy to each of their tiles (normal benign malignant …), or 'all' of the manifest's.",
 )
-@click.option("--output", type=FILE, required=True, help="The CSV: tile_path (the tile's key) and a column a class.")
+@click.option("--output", type=FILE, required=True, help="The CSV: tile_path (the tile's key) and one column per class.")
 def labels(
     directory: Path,
     split: str | None,

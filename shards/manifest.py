@@ -1,4 +1,4 @@
-"""The manifest (a row a mammogram) and the findings (a row a box and label): their columns and their checks."""
+"""The manifest (one row per mammogram) and the findings (one row per box and label): their columns and their checks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MANIFEST_COLUMNS = {
     "split": "string",  # train | val | test
     "pixel_spacing_mm": "float64",  # NaN if unknown
     "spacing_source": "string",  # dicom:… | csv | dataset | assumed | empty
-    "bits": "int32",  # stored bits a pixel, 0 if the file could not be read
+    "bits": "int32",  # stored bits per pixel, 0 if the file could not be read
 }
 FINDING_COLUMNS = {
     "image_id": "string",

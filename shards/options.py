@@ -25,5 +25,5 @@ def output_option(help: str) -> Any:
 shards_argument = click.argument("directory", type=FILE, metavar="SHARDS")
 
 workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), help="Processes, each at one shard at a time; default: one a core."
+    "--workers", type=click.IntRange(min=1), help="Processes, each at one shard at a time; default: one per core."
 )

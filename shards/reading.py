@@ -193,7 +193,7 @@ def open_shards(directory: str | Path) -> ShardSet:
     path = place / SHARDS_JSON
     if not path.is_file():
         there = isinstance(place, Path) and place.is_dir()
-        state = "has no shards.json: it is no finished shard directory" if there else "does not exist"
+        state = "has no shards.json: it is not a finished shard directory" if there else "does not exist"
         if isinstance(place, BucketPath):
             raise BadInput(f"{path} does not exist; give the place that 'mammostream shards build' filled: s3://bucket/prefix")
         raise BadInput(f"{directory} {state}; make one with 'mammostream shards build --output-dir {directory}'")
@@ -207,7 +207,7 @@ def open_shards(directory: str | Path) -> ShardSet:
         raise BadInput(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build the shards again")
     sha256 = hashlib.sha256(data).hexdigest()
     if isinstance(place, BucketPath):
-        # Of its own name for each content: what was fetched of an older one is never taken for the new one's.
+        # Of its own name for each content: what was fetched of an older one is never treated as the new one's.
         tables = cache_folder() / "shards" / hashlib.sha256(f"{directory} {sha256}".encode()).hexdigest()[:16]
     else:
         tables = place

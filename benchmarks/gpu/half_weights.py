@@ -18,7 +18,7 @@ PIECE = 15 * 2**20  # bytes
 
 
 def write_pieces(checkpoint: Path, name: Path) -> None:
-    """Write the pieces beside each other."""
+    """Write the pieces next to each other."""
     state = load_checkpoint(checkpoint, "byol")["model_state_dict"]
     halved = {
         key: value.half() if value.is_floating_point() else value for key, value in state.items() if key.startswith("backbone.")

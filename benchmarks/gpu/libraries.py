@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/libraries.py [--device cuda|cpu]
 
-Each is tried in a process of its own, all at the same time. Exit code 1 where one fails.
+Each is tried in its own process, all at the same time. Exit code 1 where one fails.
 """
 
 from __future__ import annotations

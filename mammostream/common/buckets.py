@@ -81,7 +81,7 @@ class BucketPath:
 
     @contextmanager
     def open(self, mode: str) -> Iterator[Any]:
-        """Open the object to seek and read in, `mode` being ``rb``; each read is a request of its own."""
+        """Open the object to seek and read in, `mode` being ``rb``; each read is its own request."""
         with talking_to(self.url), _file_system().open_input_file(_key(self.url)) as file:
             yield file
 

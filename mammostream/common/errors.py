@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 class BadInput(Exception):
-    """The input is at fault. The message names the thing and the mend, on one line; the exit code is 2."""
+    """The input is at fault. The message names the thing and how to fix it, on one line; the exit code is 2."""
 
     exit_code = 2
 

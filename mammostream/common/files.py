@@ -46,7 +46,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, on failure remove it.
+    """Yield a temporary path next to `path`; on success sync it and rename it to `path`, on failure remove it.
 
     The folder is synced too, so that files renamed one after the other survive a power cut in that order; many small files
     that are easily made again can do without (`sync`). The process id in the name keeps two writers apart; a temporary file

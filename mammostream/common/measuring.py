@@ -1,4 +1,4 @@
-"""What a measurement's page has beside its table: the command that made it, and the file itself."""
+"""What a measurement's page has next to its table: the command that made it, and the file itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def spelled(ctx: click.Context) -> str:
 
 
 def write_report(path: Path, title: str, lines: Sequence[str], markdown: str, command: str, chart: Path | None = None) -> None:
-    """Write a table as a Markdown page with its description, its command and a chart that lies beside it."""
+    """Write a table as a Markdown page with its description, its command and a chart that lies next to it."""
     body = "\n".join(f"- {line}" for line in lines)
     picture = f"\n![{title}]({chart.name})\n" if chart else ""
     write_text(path, f"# {title}\n\n{body}\n\n```\n{command}\n```\n\n{markdown}\n{picture}")

@@ -141,7 +141,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     names = {flag.lstrip("-").replace("-", "_"): p for p in options for flag in p.opts} | {p.name: p for p in options}
     mapping = {}
     for key, entry in read_mapping(value).items():
-        if key == "chosen":  # what a run settled for on its machine stands beside its options
+        if key == "chosen":  # what a run settled for on its machine stands next to its options
             continue
         key = str(key).replace("-", "_")
         if key not in names:

@@ -51,7 +51,7 @@ def process_pool(workers: int, gpus: Sequence[str] = ()) -> Iterator[ProcessPool
     try:
         yield pool
     except BaseException as error:
-        # Not only the workers at work: the pool overlooks one that was starting when another died, and would wait for ever.
+        # Not only the workers at work: the pool overlooks one that was starting when another died, and would wait forever.
         for child in set(multiprocessing.active_children()) - others:
             child.kill()
         # A worker that dies while it is being started breaks the pipe that it is started through.
@@ -82,7 +82,7 @@ def _start_worker(gpus: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    # A worker of a killed parent would wait for ever for its next item: it holds the other end of its own queue.
+    # A worker of a killed parent would wait forever for its next item: it holds the other end of its own queue.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -28,8 +28,8 @@ class Annotations:
     Attributes
     ----------
     films
-        A row a film: ``image_id``, ``path`` (None where there is no such file), and any column of a manifest; ``where`` (where
-        the film is named, for messages) and ``height, width`` (the size that boxes refer to) are used but not kept.
+        One row per film: ``image_id``, ``path`` (None where there is no such file), and any column of a manifest; ``where``
+        (where the film is named, for messages) and ``height, width`` (the size that boxes refer to) are used but not kept.
     findings
         Boxes in native pixels, or None where the data set has none.
     read_boxes

@@ -136,7 +136,7 @@ def filled(frame: pd.DataFrame, column: str) -> pd.Series:
     return frame[column]
 
 
-def numbers(frame: pd.DataFrame, column: str, reason: str = "is no number; correct it or leave it empty") -> pd.Series:
+def numbers(frame: pd.DataFrame, column: str, reason: str = "is not a number; correct it or leave it empty") -> pd.Series:
     """Return a column as float64, NaN for empty cells."""
     values = pd.to_numeric(frame[column].where(frame[column] != ""), errors="coerce").astype(float)
     refuse(frame, values.isna() & (frame[column] != ""), column, reason)

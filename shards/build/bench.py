@@ -1,4 +1,4 @@
-"""``mammostream bench build``: films a second from file to shard, and where the time of a film goes."""
+"""``mammostream bench build``: films per second from file to shard, and where the time of a film goes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BuildSpeed:
     films_per_second, tiles_per_second
         Of the whole, as it runs: stages of one film overlap those of others.
     stages
-        Stage of :data:`STAGES` -> seconds a film, one after the other with nothing beside it: they may add up to more than
+        Stage of :data:`STAGES` -> seconds per film, one after the other with nothing next to it: they may add up to more than
         a film takes in the whole.
     """
 
@@ -94,8 +94,8 @@ def _timed(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, float
 
 
 def table(speeds: dict[str, BuildSpeed], what: str = "films") -> str:
-    """Return a Markdown table, a row a kind of films."""
-    lines = [f"| {what} | films/s | tiles/s | " + " | ".join(f"{name}, ms a film" for name in STAGES) + " |"]
+    """Return a Markdown table, one row per kind of films."""
+    lines = [f"| {what} | films/s | tiles/s | " + " | ".join(f"{name}, ms per film" for name in STAGES) + " |"]
     lines.append("|---|" + "---:|" * (2 + len(STAGES)))
     for name, speed in speeds.items():
         cells = " | ".join(f"{1000 * speed.stages[stage]:.0f}" for stage in STAGES)

@@ -14,7 +14,7 @@ from mammostream.shards.build.plan import BuildConfig
 
 @click.command(cls=Command)
 @click.option("--manifest", type=click.Path(path_type=Path), required=True, help="manifest.parquet that 'prepare' wrote.")
-@click.option("--films", type=click.IntRange(min=1), default=16, help="Build so many of its films, drawn by --seed.")
+@click.option("--films", type=click.IntRange(min=1), default=16, help="Build this many of its films, drawn by --seed.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help="Builds; the table has the median.")
 @click.option(
     "--threads",

@@ -79,7 +79,7 @@ def build_shard(plan: BuildPlan, ordinal: int, *, threads: int = 1, check_every:
     threads
         1 does everything in turn. More overlap it: this thread computes, one reads the next film, the others encode.
     check_every
-        Decode every so many tiles with another library than encoded them, and compare, before anything is renamed.
+        Decode every this many tiles with another library than encoded them, and compare, before anything is renamed.
 
     Raises
     ------

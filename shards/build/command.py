@@ -22,11 +22,13 @@ check_every_option = click.option(
     "--check-every",
     type=click.IntRange(min=1),
     default=1,
-    help="Decode every so many tiles with an independent decoder, and compare, before their shard is kept.",
+    help="Decode every this many tiles with an independent decoder, and compare, before their shard is kept.",
 )
 
 max_bad_option = click.option(
-    "--max-bad", default="5%", help="Most films that may fail, a number or a percentage; more end with exit code 3."
+    "--max-bad",
+    default="5%",
+    help="Maximum number of films that may fail, a number or a percentage; more end with exit code 3.",
 )
 
 
@@ -41,7 +43,7 @@ def _parse_range(value: str | None) -> range | None:
 
 @click.command(cls=Command)
 @manifest_option
-@output_option("The shard directory; a build that was stopped goes on there.")
+@output_option("The shard directory; a stopped build resumes there.")
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test"]),
@@ -74,8 +76,8 @@ def build(
 ) -> None:
     """Cut films into tiles and write WebDataset shards with a DALI index.
 
-    Finished shards are skipped, so the same command goes on after an interruption; other options refuse to mix with them.
-    A film that cannot be read becomes a row of images.parquet with its reason, and the rest goes on. The same films, options
+    Finished shards are skipped, so the same command resumes after an interruption; other options refuse to mix with them.
+    A film that cannot be read becomes a row of images.parquet with its reason, and the rest continues. The same films, options
     and library versions give the same bytes, however many processes or machines build.
     """
     from mammostream.shards.build.build import build_all
@@ -178,7 +180,7 @@ def _print_reasons(images: pd.DataFrame) -> None:
     help="The split of each CSV, in their order; default: their column 'split'.",
 )
 @click.option("--tiles-dir", type=FILE, required=True, help="Folder that tile_path is relative to.")
-@output_option("The shard directory; what was stopped goes on there.")
+@output_option("The shard directory; a stopped run resumes there.")
 @config_options(PackConfig)
 @config_options(LaunchConfig)
 @check_every_option
@@ -201,8 +203,8 @@ def pack(
 ) -> None:
     """Pack tiles that are image files already, named by CSVs, into shards.
 
-    Labels are no part of shards: each CSV is written again beside them with the tiles' keys for tile_path, as 'finetune'
-    takes it. A tile that cannot be read, or is of another size or depth than the first, is told and left out.
+    Labels are no part of shards: each CSV is written again next to them with the tiles' keys for tile_path, as 'finetune'
+    takes it. A tile that cannot be read, or is of another size or depth than the first, is reported and left out.
     """
     from mammostream.shards.build.build import build_all
     from mammostream.shards.build.launch import Launcher
@@ -246,14 +248,14 @@ def unpack(directory: Path, split: str | None, output_dir: Path, workers: int | 
 @click.command(cls=Command)
 @shards_argument
 @workers_option
-@click.option("--decode/--no-decode", "decoding", default=True, help="Decode every tile; without, only bytes are compared.")
+@click.option("--decode/--no-decode", "decoding", default=True, help="Decode every tile; otherwise only bytes are compared.")
 @click.option(
     "--quarantine", is_flag=True, help="Take damaged samples out of the indexes and tables, so that what is left can be used."
 )
 def verify(directory: Path, workers: int | None, decoding: bool, quarantine: bool) -> None:
     """Check every byte, every index entry, every tile's pixels and every table against each other.
 
-    A check that was stopped goes on where it stopped.
+    A stopped check resumes where it stopped.
     """
     from mammostream.shards.build.launch import Launcher
     from mammostream.shards.build.verify import quarantine as take_out

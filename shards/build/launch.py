@@ -24,9 +24,9 @@ R = TypeVar("R")
 class LaunchConfig:
     """Who does the work, and how many at a time; none of it changes a byte."""
 
-    workers: int | None = option(None, "Processes, each at one shard at a time; default: one a GPU, else one a core.")
+    workers: int | None = option(None, "Processes, each at one shard at a time; default: one per GPU, else one per core.")
     threads: int | None = option(
-        None, "Threads a process: one computes, the others read ahead and encode; default: the cores divided by --workers."
+        None, "Threads per process: one computes, the others read ahead and encode; default: the cores divided by --workers."
     )
     dask: str | None = option(
         None, "Run on Dask: 'local', or the address of a scheduler (tcp://host:8786) whose workers share the disks."

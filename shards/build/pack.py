@@ -27,7 +27,7 @@ from mammostream.shards.manifest import SPLITS
 from mammostream.shards.reading import Shard, ShardSet
 from mammostream.shards.tables import read_shard_table
 
-# Beside unpacked tiles: how they were made, which packing them again needs to know.
+# Next to unpacked tiles: how they were made, which packing them again needs to know.
 PREPROCESSING_JSON = "preprocessing.json"
 TILES_CSV = "tiles.csv"
 _KEY = re.compile(r"[A-Za-z0-9_%-]+")
@@ -49,7 +49,7 @@ def read_tile_csvs(csvs: Sequence[Path], splits: Sequence[str], tiles_dir: Path)
     Returns
     -------
     pandas.DataFrame
-        ``tile_path, path, key, image_id, patient_id, split, y, x``, a row a tile. The key is the file's name, or the whole
+        ``tile_path, path, key, image_id, patient_id, split, y, x``, one row per tile. The key is the file's name, or the whole
         ``tile_path`` where names repeat, escaped where it needs be; the film and the place are the CSV's, or as the name has
         them (``<film>_y<y>_x<x>``), or unknown: then a tile stands for itself.
 
@@ -77,7 +77,7 @@ def read_tile_csvs(csvs: Sequence[Path], splits: Sequence[str], tiles_dir: Path)
     tiles = pd.concat(frames, ignore_index=True)
     twice = tiles["tile_path"].duplicated()
     if twice.any():
-        raise BadInput(f"tile '{tiles['tile_path'][twice].iloc[0]}' stands twice in {', '.join(map(str, csvs))}")
+        raise BadInput(f"tile '{tiles['tile_path'][twice].iloc[0]}' occurs twice in {', '.join(map(str, csvs))}")
     keys = [_key(Path(p).name) for p in tiles["tile_path"]]
     if len(set(keys)) < len(keys):
         keys = [_key(p) for p in tiles["tile_path"]]
@@ -131,7 +131,7 @@ def make_pack_plan(tiles: pd.DataFrame, tiles_dir: Path, output_dir: Path, confi
     first = _first_readable(tiles["path"])
     height, width = first.pixels.shape
     if height != width:
-        raise BadInput(f"tiles are square, but the first in {tiles_dir} has {height}×{width} pixels; cut them anew")
+        raise BadInput(f"tiles are square, but the first in {tiles_dir} has {height}×{width} pixels; cut them again")
     bits = 8 * first.pixels.itemsize
     record = _preprocessing(tiles_dir, height, bits)
     rng = np.random.default_rng(config.seed)

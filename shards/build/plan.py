@@ -44,7 +44,9 @@ class StoreConfig:
 class BuildConfig(StoreConfig, TilingConfig):
     """How films become shards: what decides the tiles, and how they are stored."""
 
-    bit_depth: str = option("auto", "Stored bits a pixel; auto = 16 if any film has more than 8.", choices=("auto", "8", "16"))
+    bit_depth: str = option(
+        "auto", "Stored bits per pixel; auto = 16 if any film has more than 8.", choices=("auto", "8", "16")
+    )
     images_per_shard: int = option(32, "Films dealt to each shard.")
     device: str = option("auto", "Where films are segmented and scored.", choices=("auto", "cpu", "cuda"))
 
@@ -137,7 +139,7 @@ def make_plan(manifest: pd.DataFrame, output_dir: Path, config: BuildConfig) -> 
     check_spacings(spacings, config)
     bits = int(config.bit_depth) if config.bit_depth != "auto" else (16 if manifest["bits"].max() > 8 else 8)
     preprocessing = preprocessing_record(config, spacings, bits)
-    # Where the images lie and what their labels are is not part of a shard: a moved or relabelled data set goes on.
+    # Where the images lie and what their labels are is not part of a shard: a moved or relabelled data set continues.
     described = plain_records(manifest[list(_DESCRIBING)])
     dealt = []
     for split in SPLITS:

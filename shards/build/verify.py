@@ -68,7 +68,7 @@ def verify_shards(shards: ShardSet, launcher: Launcher = ALONE, *, decoding: boo
     launcher
         Who checks; a shard at a time.
     decoding
-        Decode every tile; without, only bytes are compared.
+        Decode every tile; otherwise only bytes are compared.
 
     Returns
     -------
@@ -149,7 +149,7 @@ def _shard_faults(job: _Job) -> Iterator[tuple[str, ...]]:
         yield ("was built with other options than shards.json says",)
         return
     if describe_shard(name, metadata) != job.shard:
-        yield ("shards.json says otherwise of it than its own table",)
+        yield ("shards.json disagrees with its own table",)
     if not len(tiles):
         return
     try:

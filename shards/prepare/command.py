@@ -26,7 +26,7 @@ _SHOWN = 10
     "--dataset",
     type=click.Choice(["auto", "vindr", "cbis-ddsm", "rsna", "mias", "folder"]),
     default="auto",
-    help="Layout of the annotations; auto tells it by the columns of --csv-path, and says which.",
+    help="Layout of the annotations; auto detects it from the columns of --csv-path and reports which.",
 )
 @click.option(
     "--csv-path",
@@ -42,7 +42,9 @@ _SHOWN = 10
     type=FILE,
     help="Boxes. vindr: finding_annotations.csv. folder: image_id, label, xmin, ymin, xmax, ymax in native pixels.",
 )
-@click.option("--images-root", type=FILE, required=True, help="Folder of mammograms (DICOM, PNG, TIFF, PGM), searched deeply.")
+@click.option(
+    "--images-root", type=FILE, required=True, help="Folder of mammograms (DICOM, PNG, TIFF, PGM), searched recursively."
+)
 @click.option("--output-dir", type=FILE, required=True, help="Folder for manifest.parquet, findings.parquet and problems.csv.")
 @click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm for images whose own is unknown.")
 @click.option(
@@ -61,7 +63,7 @@ _SHOWN = 10
     help="Also lay the films out as OUTPUT_DIR/<split>/<study>_<image>.png, which the manifest then names: stored values, "
     "8 or 16 bits, without a DICOM's window. Copies that are there are kept.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Processes that read and copy.  [default: one a CPU]")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that read and copy.  [default: one per CPU]")
 @config_file_option
 @click.pass_context
 def prepare(
@@ -81,8 +83,8 @@ def prepare(
 ) -> None:
     """Describe a data set of mammograms in one table, split by patient.
 
-    Writes manifest.parquet: a row an image with its patient, side, view, split, pixel spacing and labels; findings.parquet with
-    boxes, where the data set has any; and problems.csv with everything that was left out. No patient is ever in two splits.
+    Writes manifest.parquet: one row per image with its patient, side, view, split, pixel spacing and labels; findings.parquet
+    with boxes, where the data set has any; and problems.csv with everything that was left out. No patient is ever in two splits.
     Images that cannot be read are listed; they stay in the table where their patient is known, and the build records why they
     gave nothing.
     """

@@ -134,7 +134,7 @@ def _compile(patient_regex: str | None, dataset: str) -> re.Pattern[str] | None:
     try:
         return re.compile(patient_regex) if patient_regex else None
     except re.error as error:
-        raise BadInput(f"--patient-regex {patient_regex!r} is no regular expression: {error}") from error
+        raise BadInput(f"--patient-regex {patient_regex!r} is not a regular expression: {error}") from error
 
 
 def _present(films: pd.DataFrame, root: Path, problems: list[Problem]) -> pd.DataFrame:
@@ -184,7 +184,7 @@ def _with_headers(films: pd.DataFrame, workers: int, problems: list[Problem]) ->
 def read_headers(paths: list[Path], workers: int = 1) -> list[tuple[Header, str]]:
     """Return the header of each image, and "" or why it cannot be read (then it has 0 bits), with a progress bar.
 
-    Beside the header it is looked at whether the file is whole, without decoding it.
+    Next to the header it is looked at whether the file is whole, without decoding it.
     """
     # Below that, starting processes takes longer than reading.
     return map_processes(_read_whole_header, paths, workers if len(paths) > 1000 else 1, "reading headers", "file", chunk=32)
@@ -341,7 +341,7 @@ def copy_films(films: pd.DataFrame, output_dir: Path, workers: int) -> tuple[pd.
 
 
 def copy_film(job: tuple[str, Path]) -> int | str:
-    """Write one film as PNG and return its bits a pixel, or why it cannot be read."""
+    """Write one film as PNG and return its bits per pixel, or why it cannot be read."""
     import imagecodecs
 
     source, target = job
@@ -364,4 +364,4 @@ def _foreign_copies(output_dir: Path, targets: set[Path]) -> list[str]:
     others = [path for split in SPLITS for path in (output_dir / split).glob("*.png") if path not in targets]
     if not others:
         return []
-    return [f"{len(others)} images beside the copies are not of this manifest, such as {others[0]}; remove them"]
+    return [f"{len(others)} images next to the copies are not of this manifest, such as {others[0]}; remove them"]

@@ -51,7 +51,7 @@ def preview(
 
     Takes the options of 'shards build', so that thresholds can be tried out before hours are spent: contact sheets show a
     manifest's films side by side, energies.png the energies of all tiles with the threshold. A film that cannot be read is
-    named and the rest goes on. A picture is drawn again only where its film or an option has changed.
+    reported and the rest continues. A picture is drawn again only where its film or an option has changed.
     """
     from mammostream.common.progress import progress
     from mammostream.preprocess.overview import PictureJob, draw_pictures, summary_lines, write_contact_sheets, write_energies

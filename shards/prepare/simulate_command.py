@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @manifest_option
 @output_option("Folder for the copies (images/), manifest.parquet and findings.parquet.")
-@click.option("--copies", type=click.IntRange(min=1), default=1, help="Copies of each film, each with clusters of its own.")
+@click.option("--copies", type=click.IntRange(min=1), default=1, help="Copies of each film, each with its own clusters.")
 @config_options(ClusterConfig)
 @click.option("--seed", default=0, help="Seed of where the clusters lie and what they look like.")
 @config_file_option

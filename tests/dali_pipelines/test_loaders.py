@@ -64,7 +64,7 @@ def stored(image, dtype, mean=0.449, std=0.226):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("codec", LOSSLESS)
 def test_every_lossless_codec_is_read_bit_for_bit(make_shards, tmp_path, codec, dtype):
-    """By the checksum that the shards' table holds of each tile, and without a rounding of its own."""
+    """By the checksum that the shards' table holds of each tile, and without its own rounding."""
     tiles = make_shards(tmp_path, (5, 2), codec, dtype)
     checksums = {number: codecs.pixel_crc32(pixels) for number, pixels in tiles.pixels.items()}
     seen = {}
@@ -95,7 +95,7 @@ def test_every_codec_gives_two_views(make_shards, tmp_path, codec):
 
 
 def test_numbers_stay_with_their_tiles(tiles):
-    """Shuffled and augmented: a tile that is mirrored for sure is told by its pixels."""
+    """Shuffled and augmented: a tile that is mirrored for sure is detected by its pixels."""
     loader = labelled(tiles, view=View(horizontal_flip=1), shuffle=True, initial_fill=6)
     for _ in range(2):
         for images, numbers in loader:
@@ -397,7 +397,7 @@ def test_another_number_of_processes_starts_the_epoch_anew_and_says_so(tiles):
     state = through_a_file(loader.state_dict())
     moved = [pretrain(tiles, 3, rank=rank, world_size=2, initial_fill=4) for rank in range(2)]
     for one in moved:
-        with pytest.warns(UserWarning, match="saved by 1 processes and 2 read it: epoch 2 starts anew, 2 batches"):
+        with pytest.warns(UserWarning, match="saved by 1 processes and 2 read it: epoch 2 starts again, 2 batches"):
             one.load_state_dict(state)
         assert one.epoch == 1
     shares = [numbers_of(one) for one in moved]
@@ -538,5 +538,5 @@ def test_undecodable_file_is_named(tmp_path):
     (tmp_path / "c.png").write_bytes(b"rubbish" * 20)
     paths = [tmp_path / f"{name}.png" for name in "abcd"]
     loader = LabelledLoader(paths, batch_size=4, tile_size=8, mean=0, std=1, shuffle=True)
-    with pytest.raises(BadInput, match=r"c\.png is no readable image"):
+    with pytest.raises(BadInput, match=r"c\.png is not a readable image"):
         next(iter(loader))

@@ -124,7 +124,7 @@ def undecodable(tar, index):
     ],
 )
 def test_damage_ends_the_process_with_one_clear_error(one, in_process, damage, named):
-    """In a process of its own: exit code 2, no signal and no hang, with prefetching threads and the shuffle on."""
+    """In its own process: exit code 2, no signal and no hang, with prefetching threads and the shuffle on."""
     (shard,) = one.shards
     assert in_process(read_twice, one)().value == [6, 6]
     damage(shard.tar, shard.index)

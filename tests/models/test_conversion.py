@@ -55,7 +55,7 @@ class ScriptBYOL(nn.Module):
 
 
 class ScriptClassifier(nn.Module):
-    """The scripts' classifier: the BYOL model whole, its own two-class head unused, and a head beside it."""
+    """The scripts' classifier: the BYOL model whole, its own two-class head unused, and a head next to it."""
 
     def __init__(self, byol: nn.Module, num_classes: int) -> None:
         super().__init__()

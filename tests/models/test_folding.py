@@ -38,7 +38,7 @@ def test_a_folded_backbone_is_the_same_function(arch):
 
 
 class Shared(nn.Module):
-    """A convolution whose output is used beside its batch norm too."""
+    """A convolution whose output is used next to its batch norm too."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A training step beside one of lightly's building blocks: the same weights and views give the same step."""
+"""A training step next to one of lightly's building blocks: the same weights and views give the same step."""
 
 import copy
 
@@ -59,7 +59,7 @@ def test_two_steps_are_lightlys():
 
     torch.manual_seed(0)
     ours = MammogramBYOL(backbone(), DIM, hidden_dim=HIDDEN, proj_dim=PROJECTED).double().train()
-    with torch.no_grad():  # a target of its own, as after a while
+    with torch.no_grad():  # its own target, as after a while
         for part in (ours.backbone_momentum, ours.projection_head_momentum):
             for parameter in part.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))

@@ -82,7 +82,7 @@ def complaint(use: Use, backend: Backend) -> str | None:
 
 @pytest.mark.parametrize("first", ["", "import torch", "import nvidia.dali", "import cupy"])
 def test_cucim_is_imported_whatever_came_before(first):
-    """In a process of its own with a time limit: with the reader of slides, importing cuCIM may never return."""
+    """In its own process with a time limit: with the reader of slides, importing cuCIM may never return."""
     code = f"{first}\nfrom mammostream.preprocess.backend import gpu_library_versions\nprint(gpu_library_versions())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOM.parent, capture_output=True, text=True, timeout=120, check=False

@@ -233,7 +233,7 @@ def test_no_breast_no_energy():
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_flat_tissue_has_no_energy(value):
-    """No noise to divide by: rounding must not be taken for specks."""
+    """No noise to divide by: rounding must not be treated as specks."""
     response = speck_response(np.full((200, 160), value, np.float32), np.ones((50, 40), bool), SPACING)
     assert np.isfinite(response).all()
     assert not pixel_energy(response).any()

@@ -97,7 +97,7 @@ def test_marks_lie_where_they_belong(planted, tmp_path):
     rows, columns = (np.flatnonzero(film.segmentation.mask.any(axis=axis)) for axis in (1, 0))
     factor = film.segmentation.factor
     breast = [columns[0] * factor, rows[0] * factor, (columns[-1] + 1) * factor, (rows[-1] + 1) * factor]
-    # The line stops at the film's edge, where the breast goes on.
+    # The line stops at the film's edge, where the breast continues.
     np.testing.assert_allclose(extent(CONTOUR_COLOUR), breast, atol=2 * near)
     for colour in (RULE_COLOURS["breast"], RULE_COLOURS["both"]):
         assert len(where(panel, colour)[0]) > 20

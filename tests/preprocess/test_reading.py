@@ -364,7 +364,7 @@ def test_damage_is_refused_by_name_or_read_whole(tmp_path_factory, name, data):
     content = bytearray(DAMAGED[name])
     if data.draw(st.booleans(), "cut off"):
         content = content[: data.draw(st.integers(0, len(content) - 1))]
-    # Headers are short beside pixels: they get half of the damage.
+    # Headers are short next to pixels: they get half of the damage.
     places = st.one_of(st.integers(0, max(len(content) - 1, 0)), st.integers(0, min(700, max(len(content) - 1, 0))))
     for place, value in data.draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=4), "bytes changed"):
         if content:

@@ -261,7 +261,7 @@ def voi_lut(depth, entries=4096, first=0, words=False, vr="US"):
 def test_voi_lut_gives_the_display(tmp_path, photometric, depth, first, signed, words, syntax):
     stored = to_signed(RAMP, 12) if signed else RAMP
     lut, table = voi_lut(depth, 3000, first, words, "SS" if signed else "US")
-    # A window beside it counts for nothing.
+    # A window next to it counts for nothing.
     path = write_dicom(
         tmp_path / "f.dcm",
         stored,

@@ -108,7 +108,7 @@ def test_clusters_lie_near_the_skin_where_asked_for(films):
     config = ClusterConfig(skin_distance_mm=3.0, max_skin_distance_mm=8.0, max_cluster_mm=5.0, clusters_per_image=6)
     for film in films[::3]:
         segmentation = segment_breast(film.pixels, SPACING)
-        # The chest wall is no skin: the breast goes on beyond the film's edge.
+        # The chest wall is no skin: the breast continues beyond the film's edge.
         depth = ndimage.distance_transform_edt(np.pad(segmentation.mask, 1, mode="edge"))[1:-1, 1:-1] * segmentation.spacing_mm
         _, boxes = plant_clusters(film.pixels, SPACING, config, 0)
         assert len(boxes) == 6

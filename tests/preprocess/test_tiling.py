@@ -66,7 +66,7 @@ def test_no_kept_tile_lies_on_a_label_a_border_or_the_background(films, size):
             assert apart.all(), film.name
         # Drawn by hand and without looking at intensities: the share of breast is well above the rule's 0.15.
         assert box_means(breast, top, left, edge, edge).min() > 0.4, film.name
-        # Tiles at the top hold the breast beside at most a thin border (the grid starts at the film's edge).
+        # Tiles at the top hold the breast next to at most a thin border (the grid starts at the film's edge).
         above, below = BORDERS.get(film.name, (0, 0))
         assert (above - top).max(initial=0) / edge <= 0.2, film.name
         assert (top + edge).max() <= len(breast) - below, film.name

@@ -1,4 +1,4 @@
-"""The commands: the road from films to labelled shards, bad inputs in one line, spellings, help."""
+"""The commands: the pipeline from films to labelled shards, bad inputs in one line, spellings, help."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_labels_of_films(call, refused, copied, manifest, tmp_path):
             by_film = frame.set_index("image_id")[f"label:{name}"].astype("Float64")
             expected = by_film.reindex(tiles["image_id"]).to_numpy(float, na_value=np.nan)
             np.testing.assert_array_equal(table[name].to_numpy(float), expected)
-    # Beside boxes.
+    # Next to boxes.
     row = tiles.iloc[5]
     box = {"image_id": row.image_id, "label": "mass", "xmin": row.x, "ymin": row.y, "xmax": row.x + 9, "ymax": row.y + 9}
     pd.DataFrame([box]).to_parquet(tmp_path / "boxes.parquet")
@@ -261,7 +261,7 @@ def test_labels_of_films(call, refused, copied, manifest, tmp_path):
     table = pd.read_csv(tmp_path / "l.csv")
     assert table.columns.tolist() == ["tile_path", "mass", "malignant"]
     assert table.loc[5, "mass"] == 1
-    # The manifest beside the boxes tells which films have a lesion that nobody boxed.
+    # The manifest next to the boxes tells which films have a lesion that nobody boxed.
     films_with = frame["image_id"].isin([row.image_id, tiles["image_id"].iloc[-1]])
     frame.loc[films_with, "label:mass"] = 1
     write_manifest(frame.fillna({"label:mass": 0}).astype({"label:mass": "Int8"}), tmp_path / "manifest.parquet")
@@ -408,9 +408,9 @@ def test_bad_shards(refused, manifest, tmp_path):
         ([*build, *out, "--codec", "jpg"], "--codec"),
         ([*build, *out, "--config", tmp_path / "nowhere.yaml"], "nowhere.yaml does not exist"),
         ([*build, "--output-dir", tmp_path / "file"], "cannot make the folder"),
-        (["shards", "verify", tmp_path / "none"], "is no finished shard directory"),
+        (["shards", "verify", tmp_path / "none"], "is not a finished shard directory"),
         (["shards", "verify", tmp_path / "nowhere"], "does not exist"),
-        (["shards", "info", tmp_path / "none"], "is no finished shard directory"),
+        (["shards", "info", tmp_path / "none"], "is not a finished shard directory"),
         (
             ["shards", "labels", tmp_path / "none", "--findings", tmp_path / "f", "--output", tmp_path / "l.csv"],
             "no finished shard",

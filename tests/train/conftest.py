@@ -186,7 +186,7 @@ def finetuned(pretrained: Road) -> Road:
 def sharp_classifier(finetuned: Road) -> Path:
     """A classifier whose probabilities spread over the tiles, so that equal ones say something.
 
-    The fine-tuned network, its batch norms' statistics gathered anew on the tiles, its logits stretched.
+    The fine-tuned network, its batch norms' statistics gathered again on the tiles, its logits stretched.
     """
     sharp = finetuned.finetuned / "sharp.pth"
     _once(sharp.with_suffix(".made"), lambda: _sharpen(finetuned, sharp))

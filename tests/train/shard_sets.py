@@ -29,7 +29,7 @@ def read_tiles(shards: ShardSet) -> list[np.ndarray]:
 def write_set(
     source: ShardSet, directory: Path, counts: tuple[int, ...], codec: str = "tif", tiles: list[np.ndarray] | None = None
 ) -> Path:
-    """Write a directory with a shard for each count, of so many tiles and two films of one patient.
+    """Write a directory with a shard for each count, of this many tiles and two films of one patient.
 
     Parameters
     ----------

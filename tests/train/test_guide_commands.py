@@ -72,7 +72,7 @@ def one_line(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def project(pretrained, tmp_path_factory):
-    """The guide's folder: tiles as PNG files and their CSVs, from films with planted clusters; and the shards beside them."""
+    """The guide's folder: tiles as PNG files and their CSVs, from films with planted clusters; and the shards next to them."""
     root = tmp_path_factory.mktemp("your_project")
     shutil.copy(pretrained.pretrained / "mammogram_byol_best.pth", root)
     shards = open_shards(pretrained.shards)

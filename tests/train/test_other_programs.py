@@ -1,4 +1,4 @@
-"""Checkpoints of other programs on the road: a training starts from them, inference takes what it can know."""
+"""Checkpoints of other programs on the pipeline: a training starts from them, inference takes what it can know."""
 
 from __future__ import annotations
 

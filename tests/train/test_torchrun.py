@@ -24,7 +24,7 @@ from mammostream.train.run.charts import read_metrics
 from mammostream.train.run.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), "fp32")
-# 12 and 13 tiles a process: four batches, two steps an epoch.
+# 12 and 13 tiles per process: four batches, two steps an epoch.
 RUN = (
     "--arch resnet18 --hidden-dim 32 --proj-dim 16 --batch-size 3 --accumulate 2 --limit-tiles 25 --epochs 3 --lr 1e-3 "
     "--save-every 10"
@@ -178,7 +178,7 @@ SLURM = {
 
 
 def test_a_run_of_two_processes_survives_under_slurm(road, single_thread_environment, tmp_path):
-    """A process is killed and torchrun starts both anew; SLURM stops the job, which goes back into the queue and ends."""
+    """A process is killed and torchrun starts both again; SLURM stops the job, which goes back into the queue and ends."""
     small = f"{road.small} --num-workers 1"
     torchrun_to_end(
         [

@@ -36,7 +36,7 @@ BAD = {
     ),
     "weights for other classes": (f"{FINETUNE} --pos-weight 1 2", "--pos-weight has 2 values for 1 classes"),
     "a seed that is none": (f"{FINETUNE} --seeds 1 x", "--seeds 1 x: give different whole numbers"),
-    "shards that are none": (PRETRAIN.replace("{shards}", "{tmp}"), "has no shards.json: it is no finished shard directory"),
+    "shards that are none": (PRETRAIN.replace("{shards}", "{tmp}"), "has no shards.json: it is not a finished shard directory"),
     "shards that are nowhere": (PRETRAIN.replace("{shards}", "{tmp}/gone"), "gone does not exist"),
     "a batch above the tiles": (f"{PRETRAIN} --batch-size 4000", "fill no batch of 4000"),
     "unknown architecture": (f"{PRETRAIN} --arch resnet19", "resnet19"),

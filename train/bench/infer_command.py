@@ -1,4 +1,4 @@
-"""``mammostream bench infer``: prediction beside the loop that one writes first, with the same weights, in turns."""
+"""``mammostream bench infer``: prediction next to the loop that one writes first, with the same weights, in turns."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def infer(
     page = "\n".join([*(f"- {fact}" for fact in facts), "", *table])
     click.echo(page)
     if output is not None:
-        write_text(output, f"# Prediction beside a plain loop\n\n{page}\n")
+        write_text(output, f"# Prediction next to a plain loop\n\n{page}\n")
 
 
 def plain_network(model: MammogramClassifier, device: torch.device) -> nn.Module:

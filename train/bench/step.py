@@ -48,7 +48,7 @@ class Result:
     Attributes
     ----------
     rates
-        Pairs a second of each turn.
+        Pairs per second of each turn.
     waits
         Share of each turn that the step waited for data, 0-1; empty with synthetic views.
     peak_bytes
@@ -66,7 +66,7 @@ class Result:
 def measure(task: Task, names: Sequence[str]) -> dict[str, Result]:
     """Give each rung a turn a round and return what they came to, by name.
 
-    A rung that fails, by lack of memory or in a compiler, says so in its result; the others go on. CUDA graphs keep their
+    A rung that fails, by lack of memory or in a compiler, says so in its result; the others continue. CUDA graphs keep their
     memory, so they are measured by themselves after the others.
     """
     apart = [name for name in names if RUNGS[name].compiling == "graphs"]

@@ -30,9 +30,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @click.command(cls=Command)
 @click.option("--arch", type=click.Choice(ARCHITECTURES), help="Backbone; default: resnet50 on a GPU, resnet18 on a CPU.")
-@click.option("--batch-size", cls=ListOption, callback=split_commas, help="Pairs a step; default: 32 64 96 128, on a CPU 8.")
+@click.option("--batch-size", cls=ListOption, callback=split_commas, help="Pairs per step; default: 32 64 96 128, on a CPU 8.")
 @click.option("--tile-size", type=click.IntRange(min=32), help="Side of the views in pixels; default: 512, on a CPU 128.")
-@click.option("--steps", type=click.IntRange(min=1), help="Steps a turn; default: 20, on a CPU 2.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps per turn; default: 20, on a CPU 2.")
 @click.option("--warmup", type=click.IntRange(min=2), help="Steps before the first turn; default: 5, on a CPU 2.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each rung; default: 5.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto = the GPU where there is one.")
@@ -42,7 +42,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "--workers", type=click.IntRange(min=1), default=min(16, os.cpu_count() or 1), help="Threads that read the shards."
 )
 @click.option("--profile", "profiled", help="Also show the operations that take the most time in this rung (first batch size).")
-@click.option("--output", type=FILE, help="A Markdown page to write the table to; JSON and profile go beside it.")
+@click.option("--output", type=FILE, help="A Markdown page to write the table to; JSON and profile go next to it.")
 @config_file_option
 @click.pass_context
 def step(
@@ -57,11 +57,11 @@ def step(
     output: Path | None,
     **options: int | str | None,
 ) -> None:
-    """Measure the training step, one measure after the other, beside a plain script's step.
+    """Measure the training step, one measure after the other, next to a plain script's step.
 
     Each rung adds something to the one before it: precision, layout, nothing read back, fused optimiser, torch.compile, CUDA
     graphs, real data; two more try other forms of the first convolution. A rung that fails is a row with its reason. Prints a
-    Markdown table: pairs a second, the ratio to the plain step, MFU, memory, waiting for data.
+    Markdown table: pairs per second, the ratio to the plain step, MFU, memory, waiting for data.
     """
     import torch
 

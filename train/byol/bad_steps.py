@@ -97,7 +97,7 @@ class BadSteps:
 class KeptStatistics:
     """The batch norms' running statistics, which a bad step must leave as they were.
 
-    Once NaN, they would be NaN for ever. A handful of kernels for all of them together, and nothing waits for the device.
+    Once NaN, they would be NaN forever. A handful of kernels for all of them together, and nothing waits for the device.
     """
 
     def __init__(self, model: nn.Module) -> None:

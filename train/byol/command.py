@@ -16,7 +16,7 @@ FILE = click.Path(path_type=Path)
 @click.command(cls=Command)
 @click.option("--shards", "shards_dir", type=FILE, required=True, help="Shard directory; its split 'train' is used.")
 @click.option("--output-dir", type=FILE, required=True, help="The run's folder: checkpoints, metrics.jsonl, pictures.")
-@click.option("--resume", help="auto = go on from the run's last checkpoint if there is one; or a checkpoint's path.")
+@click.option("--resume", help="auto = resume from the run's last checkpoint if there is one; or a checkpoint's path.")
 @config_options(PretrainConfig)
 @config_file_option
 @click.pass_context
@@ -24,9 +24,9 @@ def pretrain(ctx: click.Context, /, shards_dir: Path, output_dir: Path, resume: 
     """Pre-train a backbone by BYOL: two views of each tile, no labels.
 
     Writes mammogram_byol_last.pth after each epoch, _best, _epoch_010 and so on, and _final; metrics.jsonl with loss, z_std,
-    effective rank, view retrieval and more; views.png and curves.png. A warning with its evidence tells a collapse. The best
+    effective rank, view retrieval and more; views.png and curves.png. A collapse triggers a warning with its evidence. The best
     epoch is that of the highest online probe where it runs, else of the lowest loss without a collapse alarm. SIGTERM, SIGUSR1
-    and Ctrl-C save after the step under way; the exit code is then 75 (Ctrl-C: 130), and --resume auto goes on as if nothing
+    and Ctrl-C save after the current step; the exit code is then 75 (Ctrl-C: 130), and --resume auto continues as if nothing
     had happened. Several processes: torchrun --nproc-per-node N -m mammostream pretrain ...
     """
     from mammostream.shards.reading import open_shards

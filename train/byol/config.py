@@ -46,11 +46,11 @@ class PretrainConfig(TrainingConfig):
     cuda_graphs: bool = option(
         False, "Replay the compiled step as CUDA graphs: for small batches, where starting kernels takes longer than they do."
     )
-    save_every: int = option(10, "Keep a checkpoint of its own every so many epochs.")
+    save_every: int = option(10, "Keep a separate checkpoint every this many epochs.")
     save_every_steps: int | None = option(
-        None, "Save the last checkpoint every so many steps too, not only after each epoch; a run goes on from it exactly."
+        None, "Save the last checkpoint every this many steps too, not only after each epoch; a run resumes from it exactly."
     )
-    max_steps: int | None = option(None, "Stop after so many steps; the schedules then end there. Default: --epochs decides.")
+    max_steps: int | None = option(None, "Stop after this many steps; the schedules then end there. Default: --epochs decides.")
     limit_tiles: int | None = option(None, "Use only this many tiles, for a quick trial.")
     views: str | None = option(None, "YAML or JSON file with view1 and view2, instead of the recipe's views.")
     view_size: int | None = option(
@@ -60,8 +60,8 @@ class PretrainConfig(TrainingConfig):
     mmap: bool = option(True, "Map the tars into memory; --no-mmap reads them, as network file systems (NFS, Lustre) want it.")
     accumulate: int = option(
         1,
-        "Batches a step: their gradients are averaged, so the memory stays that of one. The batch norms still see one batch at "
-        "a time: it does not replace a larger --batch-size.",
+        "Batches per step: their gradients are averaged, so the memory stays that of one. The batch norms still see one batch "
+        "at a time: it does not replace a larger --batch-size.",
     )
     gradient_checkpointing: bool = option(
         False, "Compute activations twice instead of keeping them: less memory for a second forward pass, the same result."
@@ -78,8 +78,8 @@ class PretrainConfig(TrainingConfig):
     )
     max_bad_steps: int = option(
         20,
-        "Stop after so many steps in a row whose gradients are not finite; single ones are skipped and counted. fp16 may need "
-        "up to 16 at the start to find its scale.",
+        "Stop after this many steps in a row whose gradients are not finite; single ones are skipped and counted. fp16 may "
+        "need up to 16 at the start to find its scale.",
     )
     on_collapse: str = option(
         "warn",

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 _COUNTED = 2  # pairs: the fewest that a batch norm in training takes
 # Dense half-precision peaks of the makers' datasheets in FLOP/s (bf16; fp16 where a chip has no bf16). The first part of a name
-# that fits counts, so that an H100 NVL is not taken for an H100 SXM.
+# that fits counts, so that an H100 NVL is not treated as an H100 SXM.
 _PEAKS = {
     "B200": 2250e12,
     "H200 NVL": 835e12,

@@ -225,7 +225,7 @@ class Monitor:
     def end_epoch(self, features: Tensor) -> tuple[dict[str, float], bool]:
         """Return the means over the epoch, the effective rank of `features`, and whether the alarm rang in the epoch.
 
-        The next epoch starts anew.
+        The next epoch starts again.
         """
         self._drain()
         means = {name: total / count for name, (total, count) in self._epoch.items()}

@@ -57,7 +57,7 @@ class Optimisation:
     optimizer
         ``adamw`` or ``lars``.
     batch
-        The effective batch: pairs a step of one process × processes × accumulated steps.
+        The effective batch: pairs per step of one process × processes × accumulated steps.
     lr
         The peak learning rate.
     why
@@ -179,7 +179,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; `closure`, where given, computes the gradients anew and its value is returned."""
+        """Take a step; `closure`, where given, computes the gradients again and its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -152,7 +152,7 @@ def _after_step(run: Run, output: BYOLOutput, clock: Clock, bar: Any) -> None:
 
 
 def _names_after_epoch(run: Run, epoch: int, steps: int) -> list[str]:
-    """Return the names of the checkpoints to write after an epoch that took so many steps."""
+    """Return the names of the checkpoints to write after an epoch that took this many steps."""
     names = []
     if run.runtime.is_main:
         if is_better(run.metrics, run.best):

@@ -121,7 +121,7 @@ class Clock:
         self._started, self._waited = time.perf_counter(), self._loader.wait_seconds
 
     def figures(self) -> dict[str, float]:
-        """Return this process's pairs a second, its wait for data and its MFU in percent, the latter where a peak is known."""
+        """Return this process's pairs per second, its wait for data and, where a peak is known, its MFU, both in percent."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         waited = self._loader.wait_seconds - self._waited
         figures = {"pairs_per_second": self.pairs / elapsed, "data_wait_percent": 100 * waited / elapsed}

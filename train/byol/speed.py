@@ -16,7 +16,7 @@ from mammostream.train.byol.config import PretrainConfig
 from mammostream.train.run.runtime import Runtime
 
 COLLECT_EVERY = 1000  # steps
-_TRITON = (7, 0)  # the least compute capability that torch.compile's Triton supports
+_TRITON = (7, 0)  # the minimum compute capability that torch.compile's Triton supports
 
 
 def resolve_compile(config: PretrainConfig, runtime: Runtime) -> str:
@@ -78,7 +78,7 @@ def search_convolutions(device: torch.device) -> None:
 def collecting_on_schedule(every: int = COLLECT_EVERY) -> Iterator[Callable[[int], None]]:
     """Stop Python's garbage collector from running at any moment; yields what to call after each step with its number.
 
-    It runs every so many steps instead, at the same step in all processes: one that collects makes the others wait
+    It runs every this many steps instead, at the same step in all processes: one that collects makes the others wait
     (as torchtitan does). What has no cycles is freed at once in any case.
     """
 

@@ -39,7 +39,7 @@ FILE = click.Path(path_type=Path)
     help="Columns to learn, spaces or commas between them.",
 )
 @click.option("--output-dir", type=FILE, required=True, help="The run's folder: checkpoints, metrics, curves.png.")
-@click.option("--resume", help="auto = go on from the run's last checkpoint if there is one; or a checkpoint's path.")
+@click.option("--resume", help="auto = resume from the run's last checkpoint if there is one; or a checkpoint's path.")
 @click.option(
     "--seeds",
     cls=ListOption,

@@ -26,7 +26,8 @@ class FinetuneConfig(TrainingConfig):
     )
     unfreeze_every: int = option(
         0,
-        "After the frozen epochs unfreeze a stage of the backbone every so many epochs, the last one first (0 = all at once).",
+        "After the frozen epochs unfreeze a stage of the backbone every this many epochs, the last stage first (0 = all at "
+        "once).",
     )
     label_smoothing: float = option(0.1, "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2.")
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
@@ -50,7 +51,7 @@ class FinetuneConfig(TrainingConfig):
     )
     early_stopping: int = option(
         0,
-        "Stop after so many epochs without a better validation AUC, counted once nothing is left to unfreeze (0 = never).",
+        "Stop after this many epochs without a better validation AUC, counted once nothing is left to unfreeze (0 = never).",
     )
     gradient_checkpointing: bool = option(
         False, "Compute activations twice instead of keeping them: less memory for a second forward pass, the same result."
@@ -71,7 +72,7 @@ class FinetuneConfig(TrainingConfig):
         for value in self.pos_weight:
             if not (_is_positive(value) or self.pos_weight == ("auto",)):
                 raise BadInput(
-                    f"--pos-weight {' '.join(self.pos_weight)}: '{value}' is no number above 0; give auto or numbers"
+                    f"--pos-weight {' '.join(self.pos_weight)}: '{value}' is not a number above 0; give auto or numbers"
                 )
 
 

@@ -73,14 +73,14 @@ def positive_weights(labels: np.ndarray, wanted: Sequence[str], class_names: Seq
     Raises
     ------
     BadInput
-        There are numbers, but not one a class.
+        There are numbers, but not one per class.
     """
     if not wanted:
         return np.ones(len(class_names), np.float32)
     if tuple(wanted) != ("auto",):
         if len(wanted) != len(class_names):
             raise BadInput(
-                f"--pos-weight has {len(wanted)} values for {len(class_names)} classes; give one a class, in the order of "
+                f"--pos-weight has {len(wanted)} values for {len(class_names)} classes; give one per class, in the order of "
                 f"--class-names ({', '.join(class_names)}), or auto"
             )
         return np.array([float(value) for value in wanted], np.float32)

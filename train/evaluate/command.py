@@ -64,7 +64,7 @@ def evaluate(
     """Compare predictions with labels: AUC, AP, balanced accuracy, sensitivity at 90 % specificity, Brier score, ECE.
 
     Tiles, images or breasts, as both files name them; 95 % intervals over patients. Rows without a counterpart and rows that
-    stand there twice are counted. Writes metrics.json, roc.png, precision_recall.png and reliability.png.
+    occur twice are counted. Writes metrics.json, roc.png, precision_recall.png and reliability.png.
     """
     from mammostream.train.evaluate.evaluate import choose_thresholds, table_lines
     from mammostream.train.evaluate.evaluate import evaluate as run

@@ -16,14 +16,14 @@ from mammostream.train.evaluate.pictures import draw_precision_recall, draw_reli
 def choose_thresholds(
     predictions: Predictions, class_names: Sequence[str], threshold: float | None, model_path: Path | None
 ) -> tuple[list[float | None], str]:
-    """Return a threshold a class (None where none was fitted) and where they come from, in words.
+    """Return one threshold per class (None where none was fitted) and where they come from, in words.
 
     The one that is given wins, then those of the model's checkpoint, then those that the predictions record, else 0.5.
 
     Raises
     ------
     BadInput
-        The model is not the one that predicted, or is no classifier.
+        The model is not the one that predicted, or is not a classifier.
     """
     if threshold is not None:
         return [threshold] * len(class_names), "--threshold"

@@ -38,7 +38,7 @@ NOTES = {
     "conflicting_predictions": "{} names stand in the predictions with different content: left out",
     "labels_without_prediction": "{} labels have no prediction (the first: {})",
     "predictions_without_label": "{} predictions have no label (the first: {})",
-    "unknown_patients": "the patients of {} rows are unknown: each of their images counts as a patient of its own",
+    "unknown_patients": "the patients of {} rows are unknown: each of their images counts as its own patient",
 }
 _POSITION = re.compile(r"_y\d+_x\d+$")
 
@@ -74,7 +74,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Matched:
-    """Predictions beside their labels.
+    """Predictions next to their labels.
 
     Attributes
     ----------
@@ -139,7 +139,7 @@ def read_predictions(path: Path, score: str = "max") -> Predictions:
         table[name] = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
         wrong = table.loc[~(table[name].between(0, 1) | table[name].isna()), name]
         if len(wrong):
-            raise BadInput(f"predictions {path}, column '{name}': {wrong.iloc[0]:g} is no probability between 0 and 1")
+            raise BadInput(f"predictions {path}, column '{name}': {wrong.iloc[0]:g} is not a probability between 0 and 1")
     return Predictions(table, level, _recorded_thresholds(facts, scores.values()), facts.get("model_sha256"))
 
 
@@ -222,7 +222,7 @@ def match_labels(
 
 
 def _recorded_thresholds(facts: Mapping[str, Any], columns: Iterable[str]) -> dict[str, float]:
-    """Return the thresholds by class that a file records: one for all, a list beside ``class_names``, or by class."""
+    """Return the thresholds by class that a file records: one for all, a list next to ``class_names``, or by class."""
     if "threshold" in facts:
         return {column.removeprefix(PROBABILITY): facts["threshold"] for column in columns}
     thresholds = facts.get("thresholds") or {}

@@ -26,7 +26,7 @@ INPUT = "tiles"
 
 
 class _Exported(nn.Module):
-    """The network with what the file is to hold beside it: normalisation before, probabilities after."""
+    """The network with what the file is to hold next to it: normalisation before, probabilities after."""
 
     def __init__(self, model: nn.Module, features: bool, normalisation: tuple[float, float] | None, temperature: float) -> None:
         super().__init__()

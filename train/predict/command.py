@@ -31,7 +31,8 @@ FILE = click.Path(path_type=Path)
 max_bad_option = click.option(
     "--max-bad",
     default="5%",
-    help="Most tiles (of shards and tile images) or films that may fail, a number or a percentage; more end with exit code 3.",
+    help="Maximum number of tiles (of shards and tile images) or films that may fail, a number or a percentage; more than "
+    "that ends with exit code 3.",
 )
 
 
@@ -63,7 +64,7 @@ max_bad_option = click.option(
     "--sheet-tiles",
     type=click.IntRange(min=0),
     default=24,
-    help="Draw so many of each class's highest tiles as a contact sheet in --output-dir; 0 = none.",
+    help="Draw this many of each class's highest tiles as a contact sheet in --output-dir; 0 = none.",
 )
 @click.option("--grad-cam/--no-grad-cam", default=False, help="Show on the contact sheets where in each tile the answer lies.")
 @click.option(
@@ -102,9 +103,9 @@ def infer(
 
     Writes tables of tiles (predictions), images and breasts. An image's probability of a class is that of its highest tile
     (max), the mean of its highest few (top3), or noisy_or: 1 - the product of 1 - p over its tiles. A tile or film that cannot
-    be read becomes a row with its reason, and the rest goes on.
+    be read becomes a row with its reason, and the rest continues.
 
-    A run that was stopped goes on with the same command: finished parts lie in --output-dir/parts until the end. Several
+    A stopped run resumes with the same command: finished parts lie in --output-dir/parts until the end. Several
     processes: torchrun --nproc-per-node N -m mammostream infer ...
 
     Exit codes: 0 done, 2 bad input, 3 done but more failed than --max-bad.
@@ -152,20 +153,20 @@ def infer(
 @click.option("--checkpoint", type=FILE, required=True, help="A checkpoint of 'pretrain' or 'finetune'.")
 @click.option("--shards", "shards_dir", type=FILE, required=True, help="Shard directory, or s3://bucket/prefix.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="This split only.")
-@click.option("--output", type=FILE, required=True, help="Parquet file: a row a tile with its list of features.")
+@click.option("--output", type=FILE, required=True, help="Parquet file: one row per tile with its list of features.")
 @max_bad_option
 @config_options(EmbedConfig)
 @config_file_option
 def embed(checkpoint: Path, shards_dir: Path, split: str | None, output: Path, max_bad: str, **options: Any) -> None:
-    """Write the features of a backbone, a row a tile, in the order of tile numbers.
+    """Write the features of a backbone, one row per tile, in the order of tile numbers.
 
-    A run that was stopped goes on with the same command: finished parts lie in OUTPUT.parts until the end. Several processes:
+    A stopped run resumes with the same command: finished parts lie in OUTPUT.parts until the end. Several processes:
     torchrun --nproc-per-node N -m mammostream embed ...
 
     Exit codes: 0 done, 2 bad input, 3 done but more tiles failed than --max-bad.
     """
     if output.suffix != ".parquet":
-        raise BadInput(f"--output {output} is no Parquet file; give a name that ends in .parquet")
+        raise BadInput(f"--output {output} is not a Parquet file; give a name that ends in .parquet")
     bad_limit(max_bad, 1)
     config = EmbedConfig(**options)
     from mammostream.shards.reading import open_shards

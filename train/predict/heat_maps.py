@@ -63,7 +63,7 @@ def _windows(centres: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray:
 
 
 def draw_heat_map(image: np.ndarray, heat: np.ndarray, step: int, boxes: Sequence[Box], path: Path, title: str) -> None:
-    """Draw a film alone with its boxes, and beside it with a heat map over it and the map's colours.
+    """Draw a film alone with its boxes, and next to it with a heat map over it and the map's colours.
 
     Parameters
     ----------

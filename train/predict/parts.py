@@ -1,4 +1,4 @@
-"""A long prediction in parts: each is written when it is done, processes share them, a killed run goes on, the end merges them.
+"""A long prediction in parts: each is written when done, processes share them, a killed run resumes, the end merges them.
 
 A part is two files below ``parts``: ``<name>.images.parquet`` and ``<name>.parquet``, the latter renamed last. Whatever is
 merged is a function of the parts, and a part of its tiles alone: who predicted which part, and when, changes no byte.
@@ -178,7 +178,7 @@ def merge_parts(
     predictor
         The network, for its classes and thresholds.
     facts
-        What is written beside the rows.
+        What is written next to the rows.
     output_dir
         Where the tables go; None writes none.
     table_format

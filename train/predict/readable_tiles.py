@@ -26,7 +26,7 @@ class _ReadableTiles:
     """Yields ``(items, tiles, numbers)`` batch by batch: N items, a tensor (N, 1, H, W) on the device, N tile numbers.
 
     DALI gives up on a batch with a tile that it cannot read. That batch is looked at tile by tile, the bad ones are left out,
-    and the reading goes on from there.
+    and the reading resumes from there.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """A heat map as a DICOM Secondary Capture in the study of its film.
 
-This is the one place where a patient's identity is written: a picture that is to stand beside its film in an archive must say
+This is the one place where a patient's identity is written: a picture that is to stand next to its film in an archive must say
 whose it is. All of it comes from the film's own file.
 """
 
@@ -39,7 +39,7 @@ def check_sources(films: Sequence[Path]) -> None:
     Raises
     ------
     BadInput
-        The package that writes them is missing, or a film is no DICOM file.
+        The package that writes them is missing, or a film is not a DICOM file.
     """
     if importlib.util.find_spec("highdicom") is None:
         raise BadInput("--secondary-capture needs the package highdicom; install it with: pip install 'mammostream[dicom-out]'")
@@ -53,7 +53,7 @@ def check_sources(films: Sequence[Path]) -> None:
 
 
 def write_secondary_captures(film: Path, pictures: Mapping[str, Path], model_sha256: str) -> list[Path]:
-    """Write heat maps of a film as DICOM Secondary Captures beside the pictures, one series of the film's study.
+    """Write heat maps of a film as DICOM Secondary Captures next to the pictures, one series of the film's study.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def write_secondary_captures(film: Path, pictures: Mapping[str, Path], model_sha
     Raises
     ------
     BadInput
-        The film is no DICOM file, names no study, or holds what no valid file may hold.
+        The film is not a DICOM file, names no study, or holds what no valid file may hold.
     """
     import highdicom
     import pydicom
@@ -130,7 +130,7 @@ def write_secondary_captures(film: Path, pictures: Mapping[str, Path], model_sha
 
 
 def _readable(source: pydicom.Dataset) -> pydicom.Dataset:
-    """Return the film's header with names as text: they are written anew, in Unicode."""
+    """Return the film's header with names as text: they are written again, in Unicode."""
     source = copy.copy(source)
     for name in ("PatientName", "ReferringPhysicianName"):
         if source.get(name):

@@ -99,7 +99,7 @@ def _open_shard(predictor: Predictor, shard: Shard | None) -> ShardTiles | None:
 
 
 def _predict_shard(predictor: Predictor, shards: ShardSet, name: str, ready: ShardTiles | None) -> Predicted:
-    """Return a row a tile of a shard, in tile order, and a row an image; those that cannot be read have their reason."""
+    """Return one row per tile of a shard, in tile order, and one row per image; those that cannot be read have their reason."""
     tiles, images = read_rows(shards, name)
     place = {key: row for row, key in enumerate(tiles["key"])}
     numbers_of = tiles["tile"].to_numpy()
@@ -142,7 +142,7 @@ def _without_tiles(flags: str) -> str:
 
 
 def _predict_images(predictor: Predictor, paths: Sequence[Path]) -> Predicted:
-    """Return a row a tile image, and the same as its image; bad ones have their reason."""
+    """Return one row per tile image, and the same as its image; bad ones have their reason."""
     names = [str(path) for path in paths]
     place = {name: row for row, name in enumerate(names)}
     tiles = FileTiles(paths, **loader_options(predictor))

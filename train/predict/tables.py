@@ -74,7 +74,7 @@ class TableWriter:
     schema
         The columns.
     facts
-        What is written beside the rows: into the metadata of Parquet, the head of JSON; a CSV has no place for it.
+        What is written next to the rows: into the metadata of Parquet, the head of JSON; a CSV has no place for it.
     rows_name
         What JSON calls the rows.
     """
@@ -112,7 +112,7 @@ class TableWriter:
 
 
 class JsonWriter:
-    """A JSON object of facts, of which there is one at least, and a list of rows, a line a row."""
+    """A JSON object of facts, of which there is one at least, and a list of rows, one line per row."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], rows_name: str) -> None:
         self._path, self._facts, self._name = path, facts, rows_name

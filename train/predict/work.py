@@ -200,7 +200,7 @@ def record_of(predictor: Predictor, inputs: Any) -> dict[str, Any]:
 
 
 def facts_of(predictor: Predictor, record: dict[str, Any]) -> dict[str, Any]:
-    """Return what is written beside the rows: by what they were made, and what turns them into decisions."""
+    """Return what is written next to the rows: by what they were made, and what turns them into decisions."""
     from mammostream.common.machine import versions
 
     decisions = {"class_names": predictor.class_names, "thresholds": predictor.thresholds}
@@ -310,7 +310,7 @@ def _are_tiles(images_are: str, films: list[FilmInput], predictor: Predictor) ->
     if images_are != "auto":
         return images_are == "tiles"
     tiles = all(max(film.shape) <= predictor.preprocessing["tile_size"] for film in films)
-    click.echo(f"taken for {'tiles' if tiles else 'films'}; --images-are says otherwise", err=True)
+    click.echo(f"treated as {'tiles' if tiles else 'films'}; use --images-are to override", err=True)
     return tiles
 
 

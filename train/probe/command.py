@@ -46,7 +46,7 @@ def probe(
     output_dir: Path,
     **options: Any,
 ) -> None:
-    """Compare frozen features on labels: checkpoints beside random weights and ImageNet's.
+    """Compare frozen features on labels: checkpoints next to random weights and ImageNet's.
 
     Logistic regression and nearest neighbours learn from 1, 10 and 100 % of the labels, drawn by patient, and score tiles,
     images and breasts of other patients: those of the split val (else test) where both sides have labels, else by

@@ -91,7 +91,7 @@ def compare(
 
 
 def markdown(result: dict[str, Any]) -> Iterator[str]:
-    """Yield :func:`compare`'s figures as Markdown: a table a class and level, a column a share of the labels."""
+    """Yield :func:`compare`'s figures as Markdown: one table per class and level, a column a share of the labels."""
     rows = pd.DataFrame(result["rows"])
     for (name, level), table in rows.groupby(["class", "level"], sort=False):
         first = table.iloc[-1]

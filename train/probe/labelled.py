@@ -70,7 +70,7 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max
     shards
         The tiles.
     max_tiles
-        Use only so many tiles, the same ones each time.
+        Use only this many tiles, the same ones each time.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max
     unknown = tiles.patients == ""
     patients = np.where(unknown, np.char.add("film ", tiles.groups.astype(str)), tiles.patients)
     if unknown.any():
-        notes.append(f"the patients of {unknown.sum()} tiles are unknown: each of their films counts as a patient of its own")
+        notes.append(f"the patients of {unknown.sum()} tiles are unknown: each of their films counts as its own patient")
     breasts = np.where(sides == "", "", np.char.add(np.char.add(patients.astype(str), " "), sides))
     unique, numbers = np.unique(patients, return_inverse=True)
     if len(unique) < 2:
@@ -108,7 +108,7 @@ def _label_columns(path: Path) -> list[str]:
     values = {name: pd.to_numeric(frame[name], errors="coerce") for name in frame.columns if name not in _IDENTITY}
     names = [name for name, v in values.items() if v.notna().any() and (v.isin([0, 1]) | frame[name].isna()).all()]
     if not names:
-        raise BadInput(f"labels CSV {path} has no column of 0 and 1 beside tile_path; add one a class")
+        raise BadInput(f"labels CSV {path} has no column of 0 and 1 next to tile_path; add one per class")
     return names
 
 

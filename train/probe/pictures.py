@@ -11,7 +11,7 @@ from mammostream.train.run.charts import new_figure, save_figure
 
 
 def draw_probe(rows: Sequence[Mapping], path: Path) -> None:
-    """Draw AUC by share of the labels: a panel a level and class, a colour a network, with intervals over patients.
+    """Draw AUC by share of the labels: one panel per level and class, one colour per network, with intervals over patients.
 
     Parameters
     ----------

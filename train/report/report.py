@@ -30,7 +30,7 @@ from mammostream.train.run.charts import read_metrics
 _DEPTH = 2
 _ROWS = 200  # of a table
 _PACKAGES = ("mammostream", "torch", "torchvision", "numpy", "scikit-image", "webdataset")
-# Kinds of sections in the order of the road, whatever the folders are called.
+# Kinds of sections in the order of the pipeline, whatever the folders are called.
 _KINDS = ("Films", "Data", "Pre-training", "Probe", "Fine-tuning", "Predictions", "Evaluation", "Pictures")
 
 

@@ -17,7 +17,7 @@ from mammostream.common.options import option
 class RuntimeConfig:
     """What both trainings and inference share: where they run and how they read."""
 
-    batch_size: int = option(32, "Tiles a batch, of each process where torchrun started several.")
+    batch_size: int = option(32, "Tiles per batch, of each process where torchrun started several.")
     num_workers: int = option(min(16, os.cpu_count() or 1), "CPU threads that decode and augment tiles.")
     device: str = option("auto", "auto = the GPU where there is one, else the CPU.", choices=("auto", "cpu", "cuda"))
     precision: str = option(

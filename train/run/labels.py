@@ -103,7 +103,7 @@ def read_labels(path: Path, class_names: Sequence[str], max_samples: int | None 
             raise BadInput(f"labels CSV {path} line {line}, column '{name}': {str(cell)!r} is not 0, 1 or empty; correct it")
     twice = frame[frame["tile_path"].duplicated()]
     if len(twice):
-        raise BadInput(f"labels CSV {path} line {twice.index[0] + 2}: tile '{twice['tile_path'].iloc[0]}' stands there twice")
+        raise BadInput(f"labels CSV {path} line {twice.index[0] + 2}: tile '{twice['tile_path'].iloc[0]}' occurs twice")
     described = [name for name in _IDENTITY if name in frame.columns and name not in class_names]
     frame = frame[["tile_path", *class_names, *described]].astype(dict.fromkeys(class_names, np.float32))
     frame = frame[frame[list(class_names)].notna().any(axis=1)].head(max_samples).reset_index(drop=True)
@@ -124,7 +124,7 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
     keyed = frame.assign(key=[_stem(p) for p in frame["tile_path"]])
     twice = keyed["key"].duplicated()
     if twice.any():
-        raise BadInput(f"{what}: tile '{keyed['key'][twice].iloc[0]}' stands there twice, by different paths; keep one")
+        raise BadInput(f"{what}: tile '{keyed['key'][twice].iloc[0]}' occurs twice, by different paths; keep one")
     missing = ~keyed["key"].isin(tiles["key"])
     if missing.any():
         raise BadInput(f"{what}: tile '{keyed['key'][missing].iloc[0]}' ({missing.sum()} such) is not in {shards.directory}")
@@ -221,7 +221,7 @@ def _patients(names: Sequence[str], patient_regex: str | None, what: str) -> lis
     try:
         pattern = re.compile(patient_regex)
     except re.error as error:
-        raise BadInput(f"--patient-regex {patient_regex!r} is no regular expression: {error}") from error
+        raise BadInput(f"--patient-regex {patient_regex!r} is not a regular expression: {error}") from error
     found = [pattern.search(name) for name in names]
     if None in found:
         raise BadInput(f"{what}: --patient-regex {patient_regex!r} does not match '{names[found.index(None)]}'; correct it")

@@ -16,7 +16,7 @@ _SIGNS = ("out of memory", "can't allocate memory", "bad_alloc", "cannot allocat
 
 @contextmanager
 def memory_explained(device: torch.device, batch_size: int, accumulate: int) -> Iterator[None]:
-    """Turn an error of torch, DALI or CuPy that says that the memory is used up into one line with the mend.
+    """Turn an error of torch, DALI or CuPy that says that the memory is used up into one line with how to fix it.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Going on with an interrupted training: which checkpoint, and whether it belongs to this run."""
+"""Resuming an interrupted training: which checkpoint, and whether it belongs to this run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def find_resume(resume: str | None, last: Path) -> Path | None:
     """
     if resume is None:
         if last.exists():
-            raise BadInput(f"{last} is there already; go on with --resume auto, or choose another --output-dir")
+            raise BadInput(f"{last} is there already; resume with --resume auto, or choose another --output-dir")
         return None
     if resume == "auto":
         return last if last.exists() else None
@@ -39,7 +39,7 @@ def find_resume(resume: str | None, last: Path) -> Path | None:
 
 
 def load_to_resume(path: Path, kind: str) -> dict[str, Any]:
-    """Read the checkpoint to go on from.
+    """Read the checkpoint to resume from.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def load_to_resume(path: Path, kind: str) -> dict[str, Any]:
     Raises
     ------
     BadInput
-        It cannot be read, or holds nothing to go on from. Where an older one beside it can, the error names it.
+        It cannot be read, or holds nothing to resume from. Where an older one next to it can, the error names it.
     """
     try:
         return _load(path, kind)
@@ -62,14 +62,14 @@ def load_to_resume(path: Path, kind: str) -> dict[str, Any]:
                 step = _load(older, kind)["step"]
             except BadInput:
                 continue
-            raise BadInput(f"{error}. An older one is whole, of step {step}: go on with --resume {older}") from error
+            raise BadInput(f"{error}. An older one is whole, of step {step}: resume with --resume {older}") from error
         raise
 
 
 def _load(path: Path, kind: str) -> dict[str, Any]:
     checkpoint = load_checkpoint(path, kind)
     if "resume" not in checkpoint:
-        raise BadInput(f"checkpoint {path} holds nothing to go on from; resume from one that this version wrote")
+        raise BadInput(f"checkpoint {path} holds nothing to resume from; resume from one that this version wrote")
     return checkpoint
 
 

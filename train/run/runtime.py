@@ -57,7 +57,7 @@ class Runtime:
     def parallel(self, model: nn.Module) -> nn.Module:
         """Return the model as the processes train it: its gradients are the mean of theirs. Alone, the model itself.
 
-        Which parameters have gradients is settled here: wrap the model anew when that changes.
+        Which parameters have gradients is settled here: wrap the model again when that changes.
         """
         if self.world_size == 1:
             return model
@@ -191,7 +191,7 @@ def _store_of_this_attempt(world_size: int) -> distributed.Store | None:
 
     torchrun keeps one store for all attempts. Processes of a new one could find there where those of the last one listened
     (pytorch#135712), so each attempt gets names of its own. Several torchruns count their attempts each for itself: for them
-    the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
+    the environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt its own store.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ["LOCAL_WORLD_SIZE"]) != world_size:
         return None

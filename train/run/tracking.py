@@ -22,7 +22,7 @@ class Tracker:
     """Writes ``metrics.jsonl`` and logs the same numbers to Weights & Biases (wandb).
 
     The file is the record: it is flushed at every line and needs no service. wandb is a view of it: where it fails,
-    a warning says so and the run goes on.
+    a warning says so and the run continues.
 
     Parameters
     ----------

@@ -86,7 +86,7 @@ def test_cells_to_values(read):
     assert coded(frame, "side", {"LEFT": "L", "RIGHT": "R"}).tolist() == ["L", "", "R", "L"]
     with pytest.raises(BadInput, match="line 2, column 'size': '2.5' is not 0, 1 or empty"):
         binary(frame, "size")
-    with pytest.raises(BadInput, match="line 3, column 'label': 'False' is no number"):
+    with pytest.raises(BadInput, match="line 3, column 'label': 'False' is not a number"):
         numbers(frame, "label")
     with pytest.raises(BadInput, match=r"line 4, column 'side': 'RIGHT' is none of LEFT, RIGTH \(did you mean 'RIGTH'\?\)"):
         coded(frame, "side", {"LEFT": "L", "RIGTH": "R"})

@@ -153,7 +153,7 @@ def test_a_link_out_of_the_folder_is_refused_where_a_csv_names_it(root, tmp_path
     ("regex", "message"),
     [
         (r"X\d", r"'X\\\\d' does not match 'P1/P1_left.png'"),
-        ("(", "is no regular expression"),
+        ("(", "is not a regular expression"),
         (None, "P1/P1_left.png names no patient; give --patient-regex"),
     ],
 )
@@ -245,7 +245,7 @@ def test_boxes_of_a_csv_are_clipped_and_the_empty_ones_listed(root, tmp_path):
     assert [p.kind for p in made.problems] == ["missing", "no box"]
     assert "'calc' in image 'P2_left' is empty or outside it: 5, 0, 9, 9" in made.problems[1].message
     (tmp_path / "boxes.csv").write_text("image_id,label,xmin,ymin,xmax,ymax\nP1_left,mass,1,2,3,four\n")
-    with pytest.raises(BadInput, match=r"boxes.csv line 2, column 'ymax': 'four' is no number"):
+    with pytest.raises(BadInput, match=r"boxes.csv line 2, column 'ymax': 'four' is not a number"):
         folder_films(root, findings_csv=tmp_path / "boxes.csv")
 
 

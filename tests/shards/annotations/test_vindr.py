@@ -179,7 +179,7 @@ def test_no_film_at_all_is_refused(vindr):
         ("breast-level", "b48b48b4,", ",", r"line 4, column 'study_id': '' is empty"),
         ("breast-level", ",R,", ",right,", r"line 4, column 'laterality': 'right' is none of L, R"),
         ("finding", "['Mass']", "Mass", r"line 3, column 'finding_categories': 'Mass' is no list like \['Mass'\]"),
-        ("finding", "-6.125", "left", r"line 3, column 'xmin': 'left' is no number"),
+        ("finding", "-6.125", "left", r"line 3, column 'xmin': 'left' is not a number"),
         ("finding", "xmin", "x_min", r"no column 'xmin' \(did you mean 'x_min'\?\)"),
     ],
 )

@@ -214,7 +214,7 @@ def test_output_that_is_a_file_is_refused(built, tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-# A build that is killed with signal 9 at its n-th renaming of a finished file: in a process of its own, forked from one that
+# A build that is killed with signal 9 at its n-th renaming of a finished file: in its own process, forked from one that
 # has imported everything, for each n. Prints how each ended.
 KILLED = """
 import os, pickle, signal, sys
@@ -446,7 +446,7 @@ def test_open_shards_refuses_what_is_none(copied, tmp_path):
     (tmp_path / "empty").mkdir()
     for directory, message in (
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "empty", "is no finished shard directory"),
+        (tmp_path / "empty", "is not a finished shard directory"),
     ):
         with pytest.raises(BadInput, match=message):
             open_shards(directory)

@@ -206,7 +206,7 @@ def test_shards_json_is_compared_with_the_shards_own(copied):
     meta["shards"][1]["tar_sha256"] = meta["shards"][0]["tar_sha256"]
     path.write_text(json.dumps(meta))
     (fault,) = verify_shards(open_shards(copied.directory))
-    assert fault.startswith("train-000001: shards.json says otherwise")
+    assert fault.startswith("train-000001: shards.json disagrees")
 
 
 def test_two_workers_find_the_same(copied):
@@ -218,7 +218,7 @@ def test_two_workers_find_the_same(copied):
 
 
 def test_a_stopped_check_goes_on(copied, monkeypatch):
-    """Stopped after two shards; the second of them is damaged, and the first changes before the check goes on."""
+    """Stopped after two shards; the second of them is damaged, and the first changes before the check continues."""
     shards = copied.shards()
     flip(shards[1].tar, read_index(shards[1].index)[5][0].offset + 20)
     checked = []

@@ -345,7 +345,7 @@ def test_copies_that_are_there_stay_and_others_are_named(root, tmp_path):
     moved, problems, notes = copy_films(turned, tmp_path / "out", workers=1)
     assert problems == []
     assert notes == [
-        f"1 images beside the copies are not of this manifest, such as {tmp_path}/out/train/stranger.png; remove them"
+        f"1 images next to the copies are not of this manifest, such as {tmp_path}/out/train/stranger.png; remove them"
     ]
     after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("P*.png")}
     assert after == before
@@ -518,7 +518,7 @@ def test_the_command_says_what_it_chose_and_what_it_left_out(vindr):
     readable = films[films["bits"] > 0]
     assert sorted(os.path.relpath(path, out) for path in readable["path"]) == copies
 
-    # Once more: the output, which lies within the images, is not taken for them.
+    # Once more: the output, which lies within the images, is not treated as them.
     before = contents(out)
     again = run("--images-root", vindr, "--output-dir", out, *csvs, "--val-fraction", "0.2", "--copy")
     assert again.stdout == done.stdout

@@ -33,7 +33,7 @@ def small_state():
 
 
 def views(poisoned):
-    """Two batches of views; of the second, one pixel is no number."""
+    """Two batches of views; of the second, one pixel is not a number."""
     generator = torch.Generator().manual_seed(0)
     pairs = [[torch.randn(4, 1, 32, 32, generator=generator) for _ in range(2)] for _ in range(2)]
     if poisoned:
@@ -69,7 +69,7 @@ def test_a_bad_step_leaves_weights_optimizer_and_statistics():
 
 
 def test_overflowing_gradients_are_skipped_until_the_scale_fits():
-    """The scaler of fp16 starts too high, here for fp32: it halves its scale in each bad step, and then the run goes on."""
+    """The scaler of fp16 starts too high, here for fp32: it halves its scale in each bad step, and then the run continues."""
     state = small_state()
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     state.lrs, state.momenta = [1e-3] * 30, [0.9] * 30
@@ -99,7 +99,7 @@ def test_bad_steps_are_counted_and_named_with_their_tiles(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": step, "tiles": [step, 100, 200 + step]} for step in (2, 3, 5)]
 
-    # A row goes on over a checkpoint.
+    # A row continues over a checkpoint.
     later = BadSteps(path, 3, CPU)
     later.load_state_dict(bad_steps.state_dict())
     later.note(6, bad, [torch.tensor([6])])
@@ -132,7 +132,7 @@ def test_a_run_whose_weights_explode_stops_and_names_the_tiles(road, tmp_path):
 
 
 def test_single_bad_steps_are_in_the_metrics_and_their_statistics_stay_finite(road, tmp_path, monkeypatch):
-    """A network that gives NaN in its third step: the run goes on, the epoch's loss is that of the others."""
+    """A network that gives NaN in its third step: the run continues, the epoch's loss is that of the others."""
     forward, calls = MammogramBYOL.forward, []
 
     def failing(self, view1, view2):

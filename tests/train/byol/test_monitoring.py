@@ -111,7 +111,7 @@ def test_the_alarm_rings_once_with_its_evidence():
     for part in ("z_std is 0.05", "below 0.1 since step 30", "healthy is about 0.5", "all tiles look alike"):
         assert part in line
     assert alarm.since == {"z_std": 30}
-    # It stops where the median is back, and rings anew.
+    # It stops where the median is back, and rings again.
     feed(alarm, [0.5] * WINDOW, first=80)
     assert alarm.since == {}
     assert sum(map(len, feed(alarm, [0.01] * WINDOW, first=200))) == 1
@@ -123,7 +123,7 @@ def test_one_noisy_reading_rings_nothing_and_neither_do_those_of_the_warm_up():
     alarm = CollapseAlarm(SIGNS, first_step=100)
     lines = feed(alarm, [0.0] * 15)
     assert [i for i, found in enumerate(lines) if found] == [9 + WINDOW]  # the first after it is of step 110
-    assert not any(feed(CollapseAlarm(SIGNS), [math.nan] * 10))  # a diverged run has a message of its own
+    assert not any(feed(CollapseAlarm(SIGNS), [math.nan] * 10))  # a diverged run has its own message
 
 
 def test_each_measure_rings_for_itself():

@@ -1,4 +1,4 @@
-"""Pre-training: the step, a run's files, and a killed run that goes on as if nothing had happened."""
+"""Pre-training: the step, a run's files, and a killed run that continues as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -337,7 +337,7 @@ def test_a_run_is_never_overwritten(pretrained, mammostream):
     command = f"pretrain --shards {pretrained.shards} --output-dir {pretrained.pretrained} {pretrained.pretrain_options}"
     outcome = mammostream(command)
     assert outcome.code == 2
-    assert "go on with --resume auto" in outcome.error
+    assert "resume with --resume auto" in outcome.error
     outcome = mammostream(f"{command} --resume {pretrained.root}/gone.pth")
     assert outcome.code == 2
     assert "gone.pth does not exist" in outcome.error

@@ -145,7 +145,7 @@ def test_a_damaged_last_checkpoint_names_the_older_one_to_go_on_from(uninterrupt
     outcome = mammostream(f"{command} --resume auto")
     assert outcome.code == 2
     assert f"{last} is damaged" in outcome.error
-    assert f"whole, of step 10: go on with --resume {tmp_path}/mammogram_byol_epoch_002.pth" in outcome.error
+    assert f"whole, of step 10: resume with --resume {tmp_path}/mammogram_byol_epoch_002.pth" in outcome.error
     shutil.copy(uninterrupted / "metrics.jsonl", tmp_path)
     assert mammostream(f"{command} --resume {tmp_path}/mammogram_byol_epoch_002.pth").code == 0
     assert lines_without_timing(tmp_path) == lines_without_timing(uninterrupted)
@@ -155,7 +155,7 @@ def test_a_damaged_last_checkpoint_names_the_older_one_to_go_on_from(uninterrupt
 def test_a_checkpoint_of_another_program_is_nothing_to_go_on_from(uninterrupted, tmp_path):
     state = load_checkpoint(uninterrupted / "mammogram_byol_last.pth", "byol")["model_state_dict"]
     torch.save({"model_state_dict": state}, tmp_path / "other.pth")
-    with pytest.raises(BadInput, match=r"other\.pth holds nothing to go on from"):
+    with pytest.raises(BadInput, match=r"other\.pth holds nothing to resume from"):
         load_to_resume(tmp_path / "other.pth", "byol")
 
 

@@ -554,7 +554,7 @@ def test_a_finished_run_resumes_to_nothing(pretrained, uninterrupted, mammostrea
     assert mammostream(f"{command} --resume auto").code == 0
     assert {path.name: path.stat().st_mtime_ns for path in uninterrupted.glob("*.pth")} == before
     assert [(uninterrupted / name).read_text() for name in ("metrics.json", "metrics.jsonl")] == record
-    assert "go on with --resume auto" in mammostream(command).error
+    assert "resume with --resume auto" in mammostream(command).error
 
 
 @pytest.mark.parametrize(

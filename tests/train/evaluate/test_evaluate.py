@@ -71,7 +71,7 @@ def assert_rows(matched, labels, probabilities):
     np.testing.assert_allclose(sorted(map(tuple, rows)), sorted(map(tuple, expected)))
 
 
-# ---------------------------------------------------------------- the whole road
+# ---------------------------------------------------------------- the whole pipeline
 
 
 def test_evaluation_gives_the_figures_of_the_trainings_own_validation(finetuned, mammostream, run_cli, tmp_path):
@@ -191,7 +191,7 @@ BAD = {
     ),
     "no common class": (lambda t, y: (t, y[["tile_path"]].assign(cyst=1)), "none of the predicted classes (mass, calc)"),
     "a word for a label": (lambda t, y: (t, y.assign(mass="yes")), "line 2, column 'mass': 'yes' is not 0, 1 or empty"),
-    "logits": (lambda t, y: (t.assign(**{MASS: 3.5}), y), "column 'prob:mass': 3.5 is no probability"),
+    "logits": (lambda t, y: (t.assign(**{MASS: 3.5}), y), "column 'prob:mass': 3.5 is not a probability"),
     "no probabilities": (lambda t, y: (t[["key"]], y), "name no probabilities"),
     "no names": (lambda t, y: (t[[MASS]], y), "name no probabilities of tiles"),
     "labels of nothing": (lambda t, y: (t, y[["mass"]]), "do not name tiles"),

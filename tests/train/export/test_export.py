@@ -77,7 +77,7 @@ def test_the_file_says_what_it_takes_and_what_it_came_from(exported, sharp_class
         onnx.checker.check_model(str(exported / f"{name}.onnx"), full_check=True)
         (tiles,) = session(exported / f"{name}.onnx").get_inputs()
         assert tiles.shape == ["batch", 1, finetuned.tile_size, finetuned.tile_size]
-    assert {path.name for path in exported.iterdir()} == {"classifier.onnx", "features.onnx"}  # nothing beside them
+    assert {path.name for path in exported.iterdir()} == {"classifier.onnx", "features.onnx"}  # nothing next to them
 
 
 def test_a_fitted_temperature_is_in_the_probabilities(sharp_classifier, run_cli, real_tiles, tmp_path):

@@ -88,7 +88,7 @@ def test_shards_and_tiles_as_images_agree(sharp_classifier, finetuned, from_shar
         f"infer --model-path {sharp_classifier} --device cpu --images-dir {tmp_path} --output-dir {tmp_path}/out"
     )
     assert outcome.code == 0
-    assert "taken for tiles" in outcome.err
+    assert "treated as tiles" in outcome.err
     assert_same_probabilities(table(from_shards), table(tmp_path / "out"), finetuned.classes, 1e-5)
 
 

@@ -89,7 +89,7 @@ def test_a_share_is_of_whole_patients_where_there_are_enough(seed, n, count, sha
 
 
 def test_features_that_only_name_the_patient_are_worth_nothing():
-    """Each patient has one label and a direction of its own: whoever learnt from the patient would know the label."""
+    """Each patient has one label and its own direction: whoever learnt from the patient would know the label."""
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(40), 10)
     features = rng.normal(size=(40, 64))[patients] + 0.01 * rng.normal(size=(400, 64))

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, in the order of the road, readable on a desk, a phone and on paper."""
+"""The report: one page that needs nothing else, in the order of the pipeline, readable on a desk, a phone and on paper."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ def test_a_cell_that_is_no_label_is_named_by_line_and_column(write_csv, cell):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tile_path,mass\na.png,1\nb.png,0\na.png,0\n", "line 4: tile 'a.png' stands there twice"),
-        ("tile_path,mass\na.png,1\na.png,1\n", "line 3: tile 'a.png' stands there twice"),
+        ("tile_path,mass\na.png,1\nb.png,0\na.png,0\n", "line 4: tile 'a.png' occurs twice"),
+        ("tile_path,mass\na.png,1\na.png,1\n", "line 3: tile 'a.png' occurs twice"),
         ("tile_path,mass\na.png,1\n,0\n", "line 3.*tile_path"),
         ("tile_path,mass\na.png,\nb.png,\n", "no row with a label of: mass"),
         ("tile_path,mass\n", "no rows"),
@@ -217,7 +217,7 @@ def test_a_folders_tiles_tell_their_film_and_patient(write_tiles):
         assert found == {"patients": ["patient1"], "images": ["patient1"]}
     with pytest.raises(BadInput, match=r"csv: --patient-regex 'patient.*' does not match 'P1/7\.png'"):
         join(names[0], names[4], regex=r"patient\d+")
-    with pytest.raises(BadInput, match=r"--patient-regex '\(' is no regular expression"):
+    with pytest.raises(BadInput, match=r"--patient-regex '\(' is not a regular expression"):
         join(names[0], regex="(")
     described = [
         join(names[0], patient_id=["p"], image_id=["one"]),

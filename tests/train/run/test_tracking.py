@@ -1,4 +1,4 @@
-"""Tracking: the JSON lines always, wandb where it works, and a run that goes on where it does not."""
+"""Tracking: the JSON lines always, wandb where it works, and a run that continues where it does not."""
 
 import doctest
 import json
