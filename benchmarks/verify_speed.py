@@ -29,7 +29,8 @@ VARIANTS = [("--no-decode", 1), ("--no-decode", 2), ("--decode", 1), ("--decode"
 def write_shards(directory: Path, films: int) -> None:
     """Write shards of simulated films that all have the same real tiles."""
     from mammostream.shards.archive import tile_key
-    from mammostream.shards.build.build import build_all, image_row, write_shard
+    from mammostream.shards.build.build import build_all, write_shard
+    from mammostream.shards.build.film_tiles import image_row
     from mammostream.shards.build.launch import Launcher
     from mammostream.shards.build.merge import finish
     from mammostream.shards.build.plan import BuildConfig, make_plan

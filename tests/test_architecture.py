@@ -80,7 +80,7 @@ def test_rooms_import_only_what_they_may():
 
 
 def test_modules_import_each_other_in_one_direction():
-    """No circles, of imports at the top of modules or within functions."""
+    """No import cycles, neither at the top of modules nor within functions."""
     graph = {}
     for path in SOURCES:
         module = ".".join(module_of(path))
@@ -97,6 +97,21 @@ def test_modules_import_each_other_in_one_direction():
 
     for module in graph:
         visit(module, ())
+
+
+def test_functions_and_files_can_be_read_at_a_sitting():
+    """No function of more than 80 lines, no file of more than 400, outside the tests."""
+    long = []
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] == "tests":
+            continue
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 400:
+            long.append(str(path.relative_to(ROOT)))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 80:
+                long.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not long
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_progress_bars_are_left_out(sheet):
     assert sheet.run_command(f"{PYTHON} -c '{code}'", 60) == ("speed 3\n", "")
 
 
-def test_both_calls_keep_to_their_budget_of_parts(sheet, tmp_path):
+def test_both_calls_have_each_part_once(sheet, tmp_path):
     """No part is listed twice; the second call trains on the films only where they are given."""
     for mias in (None, tmp_path):
         made = sheet.Sheet("cuda", False, tmp_path, tmp_path, mias)

@@ -84,7 +84,8 @@ class Sheet:
 
     def tests(self, only_failed: bool = False) -> Part:
         """The tests marked ``gpu``; in several processes where pytest-xdist is installed."""
-        options = f"-q -m gpu --tb=short --continue-on-collection-errors --junitxml {self.output_dir.resolve()}/tests.xml"
+        results = shlex.quote(str(self.output_dir.resolve() / "tests.xml"))
+        options = f"-q -m gpu --tb=short --continue-on-collection-errors --junitxml {results}"
         # Outside the tree, which may be laid out again between the two calls.
         options += f" -o cache_dir={tempfile.gettempdir()}/mammostream-gpu-tests"
         if find_spec("pytest_timeout"):  # by name: where plugins are not loaded by themselves, too
@@ -98,7 +99,8 @@ class Sheet:
         """Shards of the films, one directory per codec."""
         tiling = "--tile-size 64 --stride 64 --pixel-spacing 0.4" if self.tiny else ""
         films = self.work / "films"
-        prepare = f"prepare --images-root {films_folder()} --output-dir {films} --assume-spacing 0.05 --val-fraction 0"
+        source = shlex.quote(str(films_folder().resolve()))
+        prepare = f"prepare --images-root {source} --output-dir {films} --assume-spacing 0.05 --val-fraction 0"
         builds = [
             f"shards build --manifest {films}/manifest.parquet --output-dir {self.work / codec} --codec {codec} --device cpu "
             f"--images-per-shard 1 --workers {min(8, self.cores)} --split train {tiling}"
@@ -143,13 +145,13 @@ class Sheet:
         """Four pre-trainings on mini-MIAS; the smaller networks' weights are brought back."""
         if self.mias is None:
             return
-        work, shards = self.work / "mias", self.work / "mias/shards"
+        mias, work, shards = shlex.quote(str(self.mias.resolve())), self.work / "mias", self.work / "mias/shards"
         tiling = "--tile-size 64 --stride 64 --images-per-shard 81" if self.tiny else "--tile-size 256 --stride 128"
         yield Part(
             "mias-shards",
             "Shards of mini-MIAS",
             (
-                f"{self.program} prepare --dataset mias --csv-path {self.mias}/Info.txt --images-root {self.mias} "
+                f"{self.program} prepare --dataset mias --csv-path {mias}/Info.txt --images-root {mias} "
                 f"--output-dir {work} --val-fraction 0",
                 f"{self.program} shards build --manifest {work}/manifest.parquet --output-dir {shards} --codec raw "
                 f"--device cpu --workers {min(8, self.cores)} {tiling}",
@@ -161,7 +163,7 @@ class Sheet:
                 run = work / f"{arch}-{recipe}"
                 size = TINY_TRAINING if self.tiny else f"--arch {arch} --batch-size 128 --max-steps {steps} --compile off"
                 command = f"pretrain --shards {shards} --output-dir {run} --recipe {recipe} --num-workers {self.cores} {size}"
-                last, kept = run / "mammogram_byol_last.pth", self.output_dir.resolve() / run.name
+                last, kept = run / "mammogram_byol_last.pth", shlex.quote(str(self.output_dir.resolve() / run.name))
                 keep = f"{self.python} benchmarks/gpu/half_weights.py {last} {kept}"
                 train = f"{self.program} {command} {self._run_options}"
                 # What comes back from a lent machine is limited; a ResNet-50 is too large next to the others.

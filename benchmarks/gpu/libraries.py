@@ -29,7 +29,6 @@ import cupy
 print(cupy.__version__, float(cupy.ones(9).sum()) if gpu else "no GPU asked for")""",
     "cucim": """
 import torch
-import numpy
 from mammostream.preprocess.backend import _cupy_backend, gpu_library_versions
 backend = _cupy_backend()
 print(gpu_library_versions(), float(backend.filters.threshold_otsu(backend.xp.arange(64.0).reshape(8, 8))) if gpu else "")""",
@@ -50,7 +49,8 @@ source = numpy.arange(65536, dtype="uint16").reshape(256, 256)
 host = {"device_id": nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, "backends": [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]}
 parameters = nvimgcodec.DecodeParams(color_spec=nvimgcodec.ColorSpec.UNCHANGED, allow_any_depth=True)
 image = nvimgcodec.Decoder(**{} if gpu else host).decode(bytes(jpeg2k_encode(source, level=0)), params=parameters)
-print(*(d.version for d in distributions() if d.name.startswith("nvidia-nvimgcodec")), image and image.dtype)""",
+assert image is not None, "it decoded nothing"
+print(*(d.version for d in distributions() if d.name.startswith("nvidia-nvimgcodec")), image.dtype)""",
     "imagecodecs": """
 import numpy, imagecodecs
 x = numpy.arange(65536, dtype="uint16").reshape(256, 256)

@@ -15,7 +15,8 @@ import pandas as pd
 
 from mammostream.preprocess.segmentation import segment_breast
 from mammostream.preprocess.tiling import Film, tile_film
-from mammostream.shards.build.build import build_all, read_film
+from mammostream.shards.build.build import build_all
+from mammostream.shards.build.film_tiles import read_film
 from mammostream.shards.build.launch import Launcher
 from mammostream.shards.build.merge import finish
 from mammostream.shards.build.plan import BuildConfig, BuildPlan, make_plan

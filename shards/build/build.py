@@ -14,14 +14,12 @@ from functools import partial
 from typing import IO, Any
 
 import numpy as np
-import pandas as pd
 
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import make_folder, sha256_file, writing
 from mammostream.common.progress import progress
-from mammostream.preprocess.reading import Mammogram, read_mammogram
-from mammostream.preprocess.tiling import Film, tile_film
-from mammostream.shards.archive import tile_key, write_archive
+from mammostream.shards.archive import write_archive
+from mammostream.shards.build.film_tiles import FilmTiles, cut_film, image_row, read_film
 from mammostream.shards.build.launch import ALONE, Launcher
 from mammostream.shards.build.plan import TILES_PER_SHARD_LIMIT, BuildPlan, ShardPlan, library_versions
 from mammostream.shards.codecs import (
@@ -57,11 +55,11 @@ class _Spooled:
     size: int
 
 
-# A film's row of images.parquet, and its tiles: their rows of tiles.parquet, and their pixels (H, W) uint8 or uint16.
-FilmTiles = tuple[dict[str, Any], list[tuple[dict[str, Any], np.ndarray]]]
 # What a film may be to blame for. Others, such as too little memory or a lost GPU, would recur with every film.
 _FILM_FAULTS = (BadInput, ArithmeticError, LookupError, OSError, TypeError, ValueError)
+
 Read = Callable[[dict[str, Any]], Any]
+
 Cut = Callable[[BuildPlan, ShardPlan, dict[str, Any], Any], FilmTiles]
 
 
@@ -87,7 +85,7 @@ def build_shard(plan: BuildPlan, ordinal: int, *, threads: int = 1, check_every:
         The directory cannot be written, or holds this shard built with other options (the option is named); this process
         has other library versions than the plan.
     """
-    return write_shard(plan, ordinal, partial(read_film, plan=plan), _cut_film, threads=threads, check_every=check_every)
+    return write_shard(plan, ordinal, partial(read_film, plan=plan), cut_film, threads=threads, check_every=check_every)
 
 
 def write_shard(plan: BuildPlan, ordinal: int, read: Read, cut: Cut, *, threads: int = 1, check_every: int = 1) -> ShardSummary:
@@ -335,75 +333,6 @@ def _samples(
 def encode_meta(row: dict[str, Any]) -> bytes:
     """Encode what a tar tells of a tile, for readers that have no table."""
     return json.dumps({name: row[name] for name in ("tile", "key", "image_id", "x", "y", "size")}, sort_keys=True).encode()
-
-
-def read_film(row: dict[str, Any], plan: BuildPlan) -> Mammogram:
-    """Read a film with the spacing of its row in the manifest, onto the GPU where the build runs there."""
-    mammogram = read_mammogram(row["path"], plan.film_config, plan.recipe["options"]["device"])
-    if pd.isna(row["pixel_spacing_mm"]):
-        return mammogram
-    return mammogram.with_spacing(float(row["pixel_spacing_mm"]), row["spacing_source"])
-
-
-def _cut_film(plan: BuildPlan, shard: ShardPlan, row: dict[str, Any], mammogram: Mammogram) -> FilmTiles:
-    """Segment a film and cut its tiles."""
-    film = tile_film(mammogram, plan.film_config)
-    size = plan.film_config.tile_size
-    tiles = []
-    for index in range(len(film.tiles.x)):
-        x, y, native_size = film.native_box(index, size)
-        record = {
-            "key": tile_key(row["image_id"], y, x),
-            "shard": shard.name,
-            "image_id": row["image_id"],
-            "patient_id": row["patient_id"],
-            "split": shard.split,
-            "x": x,
-            "y": y,
-            "size": native_size,
-            "breast_ratio": film.tiles.breast_ratio[index],
-            "freq_energy": film.tiles.freq_energy[index],
-            "mean_intensity": film.tiles.mean_intensity[index],
-            "nonzero_ratio": film.tiles.nonzero_ratio[index],
-            "rule": film.selection.rule[index],
-        }
-        tiles.append((record, film.cut(index, size, plan.bits)))
-    return image_row(row, shard) | _film_facts(row, mammogram, film), tiles
-
-
-def image_row(row: dict[str, Any], shard: ShardPlan) -> dict[str, Any]:
-    """Return what images.parquet tells of a film before it is read."""
-    spacing = row["pixel_spacing_mm"]
-    return {
-        **{name: row[name] for name in ("image_id", "patient_id", "split", "laterality", "view", "spacing_source")},
-        "pixel_spacing_mm": None if pd.isna(spacing) else spacing,
-        "shard": shard.name,
-        "reason": "",
-        "flags": "",
-        "kept": 0,
-    }
-
-
-def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[str, Any]:
-    header, segmentation = mammogram.header, film.segmentation
-    flags = list(film.flags)
-    if row["laterality"] and segmentation.side and row["laterality"] != segmentation.side:
-        flags.append("side_disagrees")
-    reason = "" if film.selection.counts["kept"] else "no tile passed the gates and rules"
-    return {
-        "height": header.height,
-        "width": header.width,
-        "bits": header.bits,
-        "pixel_spacing_mm": header.spacing_mm,
-        "spacing_source": header.spacing_source,
-        "mapping": film.mapping,
-        "side": segmentation.side,
-        "segmentation": segmentation.method,
-        "breast_area_mm2": segmentation.area_mm2,
-        "guide_8bit_kept": film.guide_8bit_kept,
-        "flags": " ".join(flags),
-        "reason": "no breast found" if "no_breast" in flags else reason,
-    } | film.selection.counts
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from mammostream.common.progress import progress
 from mammostream.preprocess.reading import Mammogram, read_mammogram
 from mammostream.preprocess.tiling import TilingConfig, preprocessing_record
 from mammostream.shards.archive import check_index, escape_id, read_index, sample_key
-from mammostream.shards.build.build import FilmTiles, ShardSummary, image_row, write_shard
+from mammostream.shards.build.build import ShardSummary, write_shard
+from mammostream.shards.build.film_tiles import FilmTiles, image_row
 from mammostream.shards.build.launch import ALONE, Launcher
 from mammostream.shards.build.plan import BuildPlan, PackConfig, ShardPlan, assemble_plan, plain_records
 from mammostream.shards.codecs import decode, pixel_crc32

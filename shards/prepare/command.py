@@ -84,7 +84,7 @@ def prepare(
     """Describe a data set of mammograms in one table, split by patient.
 
     Writes manifest.parquet: one row per image with its patient, side, view, split, pixel spacing and labels; findings.parquet
-    with boxes, where the data set has any; and problems.csv with everything that was left out. No patient is ever in two splits.
+    with boxes, where the data set has any; and problems.csv with everything that was left out. No patient is in two splits.
     Images that cannot be read are listed; they stay in the table where their patient is known, and the build records why they
     gave nothing.
     """

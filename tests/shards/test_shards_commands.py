@@ -413,7 +413,7 @@ def test_bad_shards(refused, manifest, tmp_path):
         (["shards", "info", tmp_path / "none"], "is not a finished shard directory"),
         (
             ["shards", "labels", tmp_path / "none", "--findings", tmp_path / "f", "--output", tmp_path / "l.csv"],
-            "no finished shard",
+            "not a finished shard",
         ),
         (["simulate", "--manifest", tmp_path / "nowhere", *out], "nowhere does not exist"),
         (["shards", "biuld"], "biuld"),

@@ -86,8 +86,8 @@ def export_onnx(
     Raises
     ------
     BadInput
-        The checkpoint is of the wrong kind, the shards' tiles are made otherwise,
-        or ONNX and torch differ by more than `tolerance`.
+        The checkpoint is of the wrong kind, the shards' tiles are made differently, or ONNX and torch differ by more than
+        `tolerance`.
     """
     import onnx
     import onnxruntime
@@ -103,18 +103,7 @@ def export_onnx(
     network = _Exported(restore(checkpoint, model_path), features, normalisation, temperature).eval()
     size = record["tile_size"]
     names = ["features"] if features else ["logits", "probabilities"]
-    with _quiet():
-        program = torch.onnx.export(
-            network,
-            (torch.zeros(2, 1, size, size),),
-            input_names=[INPUT],
-            output_names=names,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    proto = program.model_proto
+    proto = _convert(network, size, names)
     properties = _properties(checkpoint, model_path, features, include_normalisation)
     onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto)
@@ -131,6 +120,22 @@ def export_onnx(
                     f"{tolerance:g}; nothing was written: raise --tolerance, or use other versions of torch and onnxruntime"
                 )
     return differences
+
+
+def _convert(network: nn.Module, size: int, names: list[str]) -> Any:
+    """Return a network of tiles (N, 1, size, size) as an ONNX model of any N."""
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(2, 1, size, size),),
+            input_names=[INPUT],
+            output_names=names,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
 
 
 def _properties(checkpoint: Mapping[str, Any], path: Path, features: bool, normalised_inside: bool) -> dict[str, str]:

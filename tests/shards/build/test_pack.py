@@ -179,7 +179,7 @@ def test_bad_csvs(folder, tmp_path):
         (["one"], (), "has no column 'split'"),
         (["one", "again"], ("train",), "1 values for 2 CSVs"),
         (["one", "same"], ("train", "val"), "the same name"),
-        (["one", "again"], ("train", "val"), "stands twice"),
+        (["one", "again"], ("train", "val"), "occurs twice"),
         (["nameless"], ("train",), "line 2: tile_path is empty"),
         (["empty"], ("train",), "has no rows"),
     ]:
