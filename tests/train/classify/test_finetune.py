@@ -586,7 +586,7 @@ def test_resuming_otherwise_names_what_differs(pretrained, uninterrupted, mammos
 # ---------------------------------------------------------------- several processes
 
 STEP = """
-import sys, torch
+import os, sys, torch
 from test_finetune import CPU, FinetuneConfig, small_batch, small_state
 from mammostream.train.classify.step import train_step
 from mammostream.train.run.runtime import join_processes
@@ -603,6 +603,7 @@ with join_processes(config) as runtime:
     if runtime.is_main:
         gradients = {name: p.grad for name, p in state.model.named_parameters()}
         torch.save({"loss": loss / runtime.world_size, "gradients": gradients}, sys.argv[1])
+os._exit(0)  # see test_torchrun.py
 """
 
 
