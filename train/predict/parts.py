@@ -23,6 +23,7 @@ from mammostream.common.errors import BadInput
 from mammostream.common.files import make_folder, whole_file, write_json, write_parquet
 from mammostream.common.progress import progress
 from mammostream.train.predict.aggregation import Groups
+from mammostream.train.predict.config import InferConfig
 from mammostream.train.predict.network import Predictor
 from mammostream.train.predict.stream import Part
 from mammostream.train.predict.tables import JsonWriter, TableWriter, as_table, breast_schema, image_schema, tile_schema
@@ -197,7 +198,8 @@ def merge_parts(
     BadInput
         No image has an answer; then nothing is written.
     """
-    names, top = predictor.class_names, facts["top_tiles"]
+    assert isinstance(predictor.config, InferConfig)
+    names, top = predictor.class_names, predictor.config.top_tiles
     breasts = Groups(["patient_id", "laterality"], names, top)
     totals = Totals()
     with ExitStack() as stack:
