@@ -1,4 +1,4 @@
-"""Tiles from disk to the model: readers, augmented views, one DALI graph for CPU and GPU, torch loaders with their state.
+"""Tiles from disk to the model: readers, augmented views, one DALI graph for CPU and GPU, resumable torch loaders.
 
 Examples
 --------
@@ -24,7 +24,7 @@ import os
 
 import lazy_loader
 
-# The decoder of HTJ2K would warn of each single tile that it has no colour space. It looks here when it is loaded.
+# Without this, the HTJ2K decoder warns for every tile that it has no colour space. It reads the variable when it is loaded.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 
 # Names are imported when first asked for, so that `mammostream --help` stays fast.

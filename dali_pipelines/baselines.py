@@ -1,7 +1,7 @@
-"""The same two views made by other libraries in a torch DataLoader: what ``mammostream bench loader`` compares with.
+"""The same two views made by other libraries in a torch DataLoader: the baselines of ``mammostream bench loader``.
 
-They are written as their users would write them with care: tiles read by offset, the fastest decoder at hand, OpenCV with one
-composed homography and one pass over the intensities, batches put together in workers of one thread each.
+They are written as a careful user would write them: tiles read by offset, the fastest decoder available, OpenCV with one
+composed homography and one pass over the intensities, batches collated in workers of one thread each.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TileDataset(Dataset):
 
 
 def batches(dataset: Dataset, batch_size: int, workers: int, device: str) -> Iterator[Any]:
-    """Yield shuffled batches forever from a DataLoader whose workers stay."""
+    """Yield shuffled batches forever from a DataLoader with persistent workers."""
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -69,7 +69,7 @@ def batches(dataset: Dataset, batch_size: int, workers: int, device: str) -> Ite
         persistent_workers=True,
         prefetch_factor=PREFETCH,
         pin_memory=device == "gpu",
-        multiprocessing_context="fork",  # the default of Linux, also where this process was spawned
+        multiprocessing_context="fork",  # the default on Linux; also used where this process was spawned
         worker_init_fn=_one_thread,
     )
     while True:
@@ -77,7 +77,7 @@ def batches(dataset: Dataset, batch_size: int, workers: int, device: str) -> Ite
 
 
 def _one_thread(worker: int) -> None:
-    """Keep a worker to one thread, so that workers do not fight for cores."""
+    """Limit a worker to one thread, so that workers do not compete for cores."""
     torch.set_num_threads(1)
     try:
         import cv2
@@ -102,7 +102,7 @@ class OpenCVViews:
         self._form = form
 
     def __call__(self, tile: np.ndarray) -> tuple[torch.Tensor, ...]:
-        # Torch seeds each worker, again each epoch.
+        # Torch gives each worker a new seed each epoch.
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         return tuple(torch.from_numpy(self._view(tile, view, rng))[None] for view in self._views)
 
@@ -124,7 +124,7 @@ class OpenCVViews:
         brightness = rng.uniform(1 - view.brightness, 1 + view.brightness)
         contrast = rng.uniform(1 - view.contrast, 1 + view.contrast)
         offset = shift + mean * scale * brightness * (1 - contrast)
-        # The fastest way in OpenCV from whole numbers to one gain and one offset in float.
+        # The fastest way in OpenCV to apply one gain and one offset to integers and get floats.
         out = cv2.addWeighted(tile, scale * brightness * contrast, tile, 0, offset, dtype=cv2.CV_32F)
         if view.noise > 0:
             noise = rng.standard_normal(out.shape, np.float32)
@@ -151,10 +151,10 @@ def draw_homography(view: View, tile_size: int, size: int, rng: np.random.Genera
 
 
 class TorchvisionViews:
-    """Views of a tile with torchvision.transforms.v2, in float32 as its transforms want it.
+    """Views of a tile with torchvision.transforms.v2, in float32 as its transforms require.
 
-    Two things are less than ours: outside the tile is black, and a perspective is a second resample, for torchvision composes
-    nothing.
+    It does less than our views in two ways: outside the tile is black, and a perspective is resampled a second time, since
+    torchvision does not compose transforms.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ def _torchvision_view(view: View, form: ImageFormat) -> Callable[[torch.Tensor],
 
 
 def kornia_view(view: View, form: ImageFormat) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the view as kornia's augmentations of a batch (N, 1, H, W) in [0, 1], on whatever device it lies."""
+    """Return the view as kornia's augmentations of a batch (N, 1, H, W) in [0, 1], on the device that it is on."""
     import kornia.augmentation as K
 
     steps: list[Any] = []

@@ -1,7 +1,7 @@
 """``mammostream bench loader``: the same views from several libraries, measured in turns.
 
-Each contender lives in its own process, so that its CPU time and memory are its own, and waits while another one runs.
-A round gives each contender one turn; medians over the rounds are reported, and the ratio to ours is taken round by round, so
+Each contender runs in its own process, so that its CPU time and memory can be measured, and waits while another one runs.
+In a round each contender has one turn. Medians over the rounds are reported, and the ratio to ours is taken round by round, so
 that a machine that slows down in between slows down both.
 """
 
@@ -27,13 +27,13 @@ from mammostream.dali_pipelines.recipes import View
 from mammostream.shards.reading import Shard, ShardSet
 
 OURS = "mammostream"
-_DISCARDED = 6  # batches at the start of a turn: more than any contender has made ahead
+_DISCARDED = 6  # batches at the start of a turn: more than any contender has prefetched
 _CLOCK_TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender does: the same tiles, views and batch size, with as many workers."""
+    """The task of every contender: the same tiles, views, batch size and number of workers."""
 
     shards: tuple[Shard, ...]
     tile_size: int
@@ -52,9 +52,9 @@ class Turn:
     rate
         Tiles per second.
     cpu_ms
-        CPU time a tile in ms, of the contender and its workers.
+        CPU time per tile in ms, of the contender and its workers.
     memory_gib
-        Memory at the turn's end, shared pages counted once (proportional set size).
+        Memory at the end of the turn, with shared pages counted once (proportional set size).
     """
 
     rate: float
@@ -142,18 +142,18 @@ def _torch_device(task: Task) -> str:
     return "cuda" if task.device == "gpu" else "cpu"
 
 
-# name -> (what makes its batches, the packages it needs, what it does)
+# name -> (maker of its batches, packages it needs, description)
 CONTENDERS: dict[str, tuple[Callable[[Task], Iterator[Any]], tuple[str, ...], str]] = {
     OURS: (_ours, (), "both views in one DALI graph"),
     "opencv": (_opencv, ("cv2",), "OpenCV in a DataLoader: one homography, one pass over the intensities"),
     "torchvision": (_torchvision, ("torchvision",), "torchvision.transforms.v2 in a DataLoader"),
     "kornia": (_kornia, ("kornia",), "decoding in a DataLoader, kornia on whole batches on the device"),
     "decode only": (_decode_only, (), "our reader and decoder, no views"),
-    "synthetic": (_synthetic, (), "the same two tensors again and again"),
+    "synthetic": (_synthetic, (), "the same two tensors every time"),
 }
 
 
-RIVALS = ("opencv", "torchvision", "kornia")  # which do our work; the other contenders do less
+RIVALS = ("opencv", "torchvision", "kornia")  # which do the same work as ours; the other contenders do less
 
 
 def installed() -> list[str]:
@@ -164,25 +164,25 @@ def installed() -> list[str]:
 
 
 def measure(task: Task, names: Sequence[str], rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """Give each contender one turn a round and return their turns by name.
+    """Give each contender one turn per round and return the turns by name.
 
     Parameters
     ----------
     task
-        What they do.
+        The task of every contender.
     names
-        Contenders, in the order of the first round; every other round runs backwards.
+        Contenders, in the order of the first round; every second round runs in reverse order.
     rounds
-        Turns of each.
+        Number of turns of each contender.
     seconds
-        Least length of a turn.
+        Minimum length of a turn.
 
     Raises
     ------
     BadInput
         A contender fails.
     """
-    # Fresh interpreters: nothing of one contender is in another's memory.
+    # Fresh interpreters: no contender inherits another's memory.
     context = multiprocessing.get_context("spawn")
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     children: dict[str, tuple[Any, Connection]] = {}
@@ -213,14 +213,14 @@ def _answer(name: str, child: Any, connection: Connection) -> Any:
         answer = connection.recv()
     except EOFError:
         child.join()
-        raise BadInput(f"contender '{name}' ended with exit code {child.exitcode}; its error stands above") from None
+        raise BadInput(f"contender '{name}' ended with exit code {child.exitcode}; see its error above") from None
     if isinstance(answer, str):
         raise BadInput(f"contender '{name}': {answer}")
     return answer
 
 
 def _serve(connection: Connection, name: str, task: Task) -> None:
-    """Run in a contender's process: make batches until told the next turn's length, and answer with the turn."""
+    """Run in a contender's process: receive the length of each turn, make batches for that long, and answer with the turn."""
     make = CONTENDERS[name][0]
     try:
         made = make(task)
@@ -249,7 +249,7 @@ def _take_turn(made: Iterator[Any], seconds: float, task: Task) -> Turn:
 
 
 def _family() -> list[int]:
-    """Return this process's id and those of its children, which have none themselves."""
+    """Return the ids of this process and of its children, which have no children themselves."""
     children = Path("/proc/self/task").glob("*/children")
     return [os.getpid(), *(int(pid) for file in children for pid in file.read_text().split())]
 
@@ -257,7 +257,7 @@ def _family() -> list[int]:
 def _cpu_seconds() -> float:
     total = 0
     for pid in _family():
-        # The second field, the name, may hold spaces; user and system time are the 14th and 15th.
+        # The second field, the name, may contain spaces; user and system time are the 14th and 15th.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         total += int(fields[11]) + int(fields[12])
     return total / _CLOCK_TICK
@@ -272,7 +272,7 @@ def _memory_bytes() -> int:
 
 
 def describe_task(task: Task, shards: ShardSet, recipe: str, rounds: int, seconds: float) -> list[str]:
-    """Return the lines that a table of figures needs above it: machine, versions, task."""
+    """Return the lines to put above the table of results: machine, versions, task."""
     tiles = sum(shard.tiles for shard in task.shards)
     return [
         describe(),
@@ -280,7 +280,7 @@ def describe_task(task: Task, shards: ShardSet, recipe: str, rounds: int, second
         f"{shards.codec}; recipe {recipe}, two views per tile in float32, batches of {task.batch_size}, {task.workers} threads "
         f"or worker processes, on the {'GPU' if task.device == 'gpu' else 'CPU'}.",
         f"Method: {rounds} rounds of turns of {seconds:g} s in alternating order, each contender in its own process; "
-        "medians; tiles read before, so from the page cache.",
+        "medians; the tiles were read before, so they come from the page cache.",
     ]
 
 
@@ -309,7 +309,7 @@ def _figure(rate: float) -> str:
 
 
 def draw(turns: dict[str, list[Turn]], path: Path, title: str) -> None:
-    """Draw the rates of those that do the work as bars, with the lowest and highest turn."""
+    """Draw the rates of the contenders that do the same work as bars, with the lowest and highest turn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -14,14 +14,14 @@ FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=Command)
-@click.option("--shards", "directory", type=FILE, required=True, help="A shard directory; its codec is everyone's.")
+@click.option("--shards", "directory", type=FILE, required=True, help="Shard directory; all contenders read its codec.")
 @click.option("--split", default="train", help="The split to read.")
 @click.option("--recipe", type=click.Choice(["guide", "mammo"]), default="guide", help="The two views.")
 @click.option("--views", "views_file", type=FILE, help="YAML file with view1 and view2, instead of a recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, help="Tiles per batch.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, help="Our threads, the others' worker processes.")
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", help="Where the batches end up.")
-@click.option("--rounds", type=click.IntRange(min=1), default=7, help="Turns of each contender.")
+@click.option("--workers", type=click.IntRange(min=1), default=2, help="Threads for mammostream, worker processes for others.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", help="Device on which the batches are delivered.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, help="Number of turns per contender.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=4.0, help="Length of a turn in seconds.")
 @click.option(
     "--only", cls=ListOption, callback=split_commas, help="Contenders to run; default: all whose packages are installed."
@@ -46,9 +46,9 @@ def loader(
 ) -> None:
     """Measure the loader against other libraries that make the same two views of the same tiles.
 
-    Contenders: mammostream, opencv, torchvision, kornia (where it is installed), 'decode only' (our reader and decoder without
-    views: what is left for views) and synthetic (no data at all: what a training loop itself costs). They take turns, each in a
-    process of its own. Prints a Markdown table.
+    Contenders: mammostream, opencv, torchvision, kornia (if installed), 'decode only' (our reader and decoder without views: an
+    upper bound for the views) and synthetic (no data at all: the cost of the loop itself). They take turns, each in its own
+    process. Prints a Markdown table.
     """
     from mammostream.dali_pipelines.bench import CONTENDERS, Task, describe_task, draw, installed, measure, table
     from mammostream.dali_pipelines.recipes import RECIPES, views_from_yaml

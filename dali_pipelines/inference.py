@@ -1,4 +1,4 @@
-"""One tile in memory to the tensor a model expects, without DALI, with the evaluation pipeline's numbers."""
+"""Turn one tile in memory into a model's input without DALI, with the same values as the evaluation pipeline."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mammostream.dali_pipelines.intensity import FULL_SCALE, scale_and_shift
 if TYPE_CHECKING:
     from PIL import Image
 
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as DALI reduces colours to grey
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, with which DALI converts colours to grey
 
 
 def create_inference_transform(
     tile_size: int | None = None, mean: float = MEAN, std: float = STD
 ) -> Callable[[Image.Image | np.ndarray], torch.Tensor]:
-    """Return the transform from an image to a model's input, equal to the evaluation pipeline's.
+    """Return the transform from an image to a model's input; it equals the evaluation pipeline.
 
     Parameters
     ----------
@@ -34,8 +34,8 @@ def create_inference_transform(
     -------
     callable
         Maps a PIL image (grey of 8 or 16 bits, or colour), or a uint8 or uint16 array (H, W), (H, W, 1), (H, W, 3) or
-        (H, W, 4), to a float32 tensor (1, H, W) on the CPU. Full scale is 255 or 65535 by type; an alpha channel is
-        dropped. Raises BadInput for anything else.
+        (H, W, 4), to a float32 tensor (1, H, W) on the CPU. Full scale is 255 or 65535, depending on the type; an alpha channel
+        is dropped. Raises BadInput for anything else.
 
     Examples
     --------
@@ -85,6 +85,6 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
         )
     factor = np.float32(257 if pixels.dtype == np.uint8 else 1)
     if pixels.ndim == 3 and pixels.shape[2] > 1:
-        # Decoders give whole grey levels, so rounding keeps both ways equal.
+        # Decoders return whole grey levels; rounding gives the same here.
         return np.rint(pixels[..., :3].astype(np.float32) @ _LUMA) * factor
     return pixels.reshape(pixels.shape[:2]).astype(np.float32) * factor

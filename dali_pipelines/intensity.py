@@ -1,4 +1,4 @@
-"""What a loader hands over: size, normalisation and type of the images."""
+"""The format of the images that a loader returns: size, normalisation and type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = ("float32", "float16")
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """Images as a model wants them.
+    """The format of a model's input images.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ class ImageFormat:
     mean, std
         Normalisation in units of full scale: black is 0, white is 1.
     dtype
-        One of :data:`DTYPES`. Torch casts to bfloat16, which DALI does not know.
+        One of :data:`DTYPES`. DALI does not support bfloat16: cast to it in torch.
 
     Raises
     ------
@@ -37,7 +37,7 @@ class ImageFormat:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise BadInput(f"images of {self.size} pixels a side cannot be; give at least 1")
+            raise BadInput(f"an image size of {self.size} pixels is out of range; give at least 1")
         if self.dtype not in DTYPES:
             raise BadInput(f"dtype '{self.dtype}' is neither {' nor '.join(DTYPES)}")
         scale_and_shift(self.mean, self.std)

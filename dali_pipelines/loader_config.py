@@ -1,4 +1,4 @@
-"""How a loader reads tiles and hands them over."""
+"""The configuration that both loaders share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mammostream.common.errors import BadInput
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How tiles are read and handed over; the same for both loaders.
+    """How tiles are read, normalised and returned; the same for both loaders.
 
     Attributes
     ----------
@@ -25,21 +25,21 @@ class LoaderConfig:
     dtype
         ``float32`` or ``float16``.
     seed
-        Decides the order and all random draws; ranks draw differently.
+        Determines the order and all random draws; each rank has different draws.
     device
         ``cpu`` or ``gpu`` (torch's current device).
     num_threads
-        CPU threads of the pipeline; they change nothing but speed.
+        CPU threads of the pipeline; they affect only the speed.
     rank, world_size
-        This process, and how many processes share the tiles; None: those of torch.distributed where it is initialised,
-        else 0 of 1.
+        Rank of this process and number of processes that share the tiles; None takes those of torch.distributed if it is
+        initialised, otherwise 0 and 1.
     initial_fill
         Samples in the shuffle buffer. The order of the tars also changes each epoch.
     mmap
-        Whether tars are mapped into memory, which is fastest on local disks. False reads them instead, which network file
-        systems (NFS, Lustre) need; every tar is then held open.
+        Whether tars are mapped into memory, which is fastest on local disks. Use False on network file systems (NFS,
+        Lustre): tars are then read instead, and every tar is held open.
     keep_memory
-        On a CPU, let this process keep the memory that it frees, which is faster. Use False where one loader follows another
+        On a CPU, let this process keep the memory that it frees, which is faster. Use False if one loader follows another
         for hours: the kept memory would fragment and grow.
 
     Raises
@@ -73,7 +73,7 @@ class LoaderConfig:
 
     @classmethod
     def of(cls, config: LoaderConfig | None, options: dict[str, Any]) -> LoaderConfig:
-        """Return a config whose fields are those of `config`, where it is given, replaced by `options`."""
+        """Return `config` with the fields in `options` replaced, or a new config of `options` if it is None."""
         return replace(config, **options) if config else cls(**options)
 
     def rank_and_world_size(self) -> tuple[int, int]:

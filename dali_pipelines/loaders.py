@@ -1,9 +1,9 @@
 """Loaders: DALI batches as torch tensors, epochs of a known length, and a state to resume from.
 
-How well tiles are mixed: ``shards build`` deals films to shards at random and shuffles the tiles within each shard. Here the
-order of the tars is new each epoch, and samples pass through a buffer of `initial_fill`, from which each batch is drawn. So
-a batch mixes the tiles of the tars that the buffer spans: choose `initial_fill` at least as large as a few tars' tiles. Rank r
-of W reads a contiguous r-th part of that epoch's order, another part each epoch.
+How well tiles are mixed: ``shards build`` assigns films to shards at random and shuffles the tiles within each shard. Here the
+tars come in a new order each epoch, and samples pass through a buffer of `initial_fill`, from which each batch is drawn. So a
+batch mixes the tiles of the tars that the buffer spans: choose `initial_fill` at least as large as the number of tiles in a few
+tars. Each of W ranks reads one contiguous W-th of an epoch's order, a different one each epoch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mammostream.shards.reading import Shard
 
 
 class UnreadableTile(BadInput):
-    """A tile that DALI cannot read. Which one is looked up when the message is asked for, since that may take time."""
+    """A tile that DALI cannot read. Which one is looked up only when the message is needed, since that may take time."""
 
     def __init__(self, source: ShardSource | FileSource, error: str, reason: str) -> None:
         super().__init__(source, error, reason)
@@ -43,16 +43,16 @@ class UnreadableTile(BadInput):
 
 
 class _Loader:
-    """What the loaders share: the pipeline's life, the count of batches, torch tensors, the state.
+    """What both loaders share: starting the pipeline, counting batches, torch tensors, the state.
 
-    DALI's readers know no end: rank r of W reads its slice of the N tiles, pads the last batch by repeating a sample, and
-    continues with the next epoch. So batches are counted here: an epoch takes the same number of batches on every rank, and
-    what is padding follows from the slice's size.
+    DALI's readers do not stop at the end of an epoch: rank r of W reads its slice of the N tiles, pads the last batch by
+    repeating a sample, and continues with the next epoch. So batches are counted here: an epoch takes the same number of
+    batches on every rank, and the size of the slice tells which rows are padding.
 
-    Iteration continues where the last iteration stopped: after ``break``, the next ``for`` gives the rest of the epoch.
+    Iteration continues where the last one stopped: after ``break``, the next ``for`` yields the rest of the epoch.
 
-    On a GPU, a batch belongs to the stream that was torch's current one when it was taken: its memory is used again when the
-    batch is dropped and that stream has come so far. Work on another stream must be waited for before.
+    On a GPU, a batch belongs to the stream that was torch's current one when the batch was returned: its memory is reused once
+    the batch is freed and that stream has reached this point. Wait for work on other streams before freeing a batch.
     """
 
     def __init__(
@@ -81,27 +81,27 @@ class _Loader:
         self.tiles = self._source.count
         """Number of tiles, all ranks together."""
         self.epoch = 0
-        """Number of finished epochs, which is the number of the current one."""
+        """Number of finished epochs, which is the index of the current one."""
         self.wait_seconds = 0.0
         """Time spent waiting for batches so far."""
 
         if self.tiles < world_size:
-            raise BadInput(f"{self.tiles} tiles are fewer than {world_size} processes; start fewer")
+            raise BadInput(f"{self.tiles} tiles are too few for {world_size} processes; start fewer processes")
         # Rank r's slice is [r N / W, (r + 1) N / W), rounded down: DALI's own rule.
         smallest, largest = self.tiles // world_size, -(-self.tiles // world_size)
         mine = (rank + 1) * self.tiles // world_size - rank * self.tiles // world_size
-        # DALI pads every slice to the largest one and to whole batches; some of these are cut or left out here.
+        # DALI pads every slice to the largest one and to whole batches; the padding is cut off or skipped here.
         self._reads = -(-largest // batch_size)
         if drop_tail:
             self._rows = [batch_size] * (smallest // batch_size)
         else:
             self._rows = [min(batch_size, mine - done) for done in range(0, mine, batch_size)]
-        self._done = 0  # batches of this epoch that were read
+        self._done = 0  # batches read so far in this epoch
         self._setting: dict[str, Any] = {
             "tiles": self.tiles,
-            "seed": config.seed,  # DALI's checkpoint has its random states, but not the seed of the tars' order
+            "seed": config.seed,  # DALI's checkpoint has its random states, but not the seed of the order of the tars
             "views": sha256_json(repr((views, form, config.tile_size)))[:8],
-            # What another number of processes may change.
+            # These may differ when the number of processes differs.
             "world_size": world_size,
             "rank": rank,
             "batch_size": batch_size,
@@ -109,7 +109,7 @@ class _Loader:
         }
         self._pipeline: Any = None
         self._checkpoint: bytes | None = None  # where to start the pipeline
-        self._origin = 0  # the epoch at whose start the order and the draws began again
+        self._origin = 0  # the epoch at whose start the order and the draws were last seeded
         self._failure: Exception | None = None  # why the pipeline ended
 
         self._reader = {
@@ -139,7 +139,7 @@ class _Loader:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield the batches left of this epoch."""
+        """Yield the remaining batches of this epoch."""
         while self._done < self._reads:
             batch = self._next()
             self._done += 1
@@ -150,9 +150,9 @@ class _Loader:
         self.epoch += 1
 
     def start(self) -> None:
-        """Build the pipeline and begin to read, so that the first batch is there, or nearly, when it is asked for.
+        """Build the pipeline and start reading, so that the first batch is ready, or nearly, when it is requested.
 
-        Else both happen with the first batch. It may run in another thread than the iteration, before it.
+        Otherwise both happen with the first batch. It may run in another thread, if it ends before the iteration starts.
         """
         if self._pipeline is None and self._failure is None:
             try:
@@ -161,8 +161,8 @@ class _Loader:
                 self._fail(error)
 
     def _fail(self, error: RuntimeError) -> None:
-        """Raise what a failure of DALI means."""
-        # DALI cannot go on after a failure: let go of its memory and threads, and fail again if asked again.
+        """Raise the error that explains a failure of DALI."""
+        # DALI cannot continue after a failure: release its memory and threads, and raise the same error on the next call.
         self._pipeline, self._failure = None, self._explain(error)
         if self._failure is error:
             raise error
@@ -173,38 +173,38 @@ class _Loader:
         if self._failure is not None:
             raise self._failure
         start = time.perf_counter()
-        # On a GPU the batch is bound to torch's stream: the host does not wait for it.
+        # On a GPU the batch is ordered on torch's stream, so the host does not wait for it.
         stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
         try:
             if self._pipeline is None:
                 self._start()
             outputs = self._pipeline.outputs(stream)
-            self._pipeline.schedule_run()  # the next batches are made while this one is used
+            self._pipeline.schedule_run()  # the next batches are prepared while this one is used
             images = [torch.from_dlpack(output.as_tensor()) for output in outputs[: -self._source.label_count]]
             numbers = self._source.numbers(*outputs[-self._source.label_count :])
         except RuntimeError as error:
             self._fail(error)
         self.wait_seconds += time.perf_counter() - start
-        # (N, H, W, 1) seen as (N, 1, H, W) is channels_last already: nothing is copied.
+        # (N, H, W, 1) viewed as (N, 1, H, W) is already channels_last: nothing is copied.
         return (*(image.permute(0, 3, 1, 2) for image in images), numbers)
 
     def _start(self) -> None:
-        """Build the pipeline where the checkpoint says, or at the start of an epoch."""
+        """Build the pipeline at the position of the checkpoint, or at the start of an epoch."""
         seed, rank = self._setting["seed"], self._setting["rank"]
-        # The reader's order must be the same on all ranks, so that their slices are disjoint; the draws must not.
+        # The reader's order must be the same on all ranks, so that their slices are disjoint; the random draws must differ.
         order = {"shuffle_after_epoch_seed": seed + self._origin} if self._reader["shuffle"] else {}
         draws = int(np.random.SeedSequence([seed, rank, self._origin]).generate_state(1)[0] >> 1)
         self._pipeline = self._build(reader=self._reader | order, seed=draws, checkpoint=self._checkpoint)
         self._pipeline.schedule_run()
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """Return BadInput where the data or the state are at fault, else the error itself."""
+        """Return BadInput if the data or the state are at fault, otherwise the error itself."""
         text = str(error)
-        # The telling line of a DALI error stands below the traceback of the graph.
+        # The informative line of a DALI error comes after the traceback of the graph.
         reason = first_line(RuntimeError(text.rpartition("encountered:")[2]))
         if "CUDA" in text or "out of memory" in text:
             return error
-        # Members lie within their tars, which was checked: a bucket that cannot be read is a bucket that is not there.
+        # All members are known to lie within their tars, so a read that fails in a bucket is a lost connection.
         if self._source.bucket is not None and "fn.readers." in text:
             return lost_connection(self._source.bucket, reason)
         if any(name in text for name in ("fn.readers.", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
@@ -216,13 +216,13 @@ class _Loader:
         return error
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the loader stands after the batch it gave last.
+        """Return the loader's position after the last batch that it returned.
 
         Returns
         -------
         dict
-            Plain numbers and one uint8 tensor of a few kB, fit for ``torch.save`` and ``torch.load(weights_only=True)``.
-            Each rank has its own.
+            Plain numbers and one uint8 tensor of a few kB, suitable for ``torch.save`` and ``torch.load(weights_only=True)``.
+            Each rank has a different state.
         """
         if self._failure is not None:
             raise self._failure
@@ -239,14 +239,14 @@ class _Loader:
         """Continue where :meth:`state_dict` was taken: the next batches are the same, bit for bit.
 
         The loader must be made with the same arguments; only `num_threads` and `mmap` may differ. With another number of
-        processes, for which any rank's state will do, the epoch that was going on starts again in its own order and a
-        warning says so; `batch_size` and `initial_fill` may then differ too.
+        processes, the state of any rank can be loaded: the unfinished epoch then restarts in a new order, with a warning, and
+        `batch_size` and `initial_fill` may differ too.
 
         Raises
         ------
         BadInput
-            The tiles, the seed, the views, or with the same number of processes the rank, the batch size or the buffer
-            differ. While iterating: the state is of another kind of pipeline or damaged.
+            The tiles, the seed or the views differ; or, with the same number of processes, the rank, the batch size or
+            `initial_fill`. While iterating: the state is damaged or belongs to another kind of pipeline.
         """
         moved = state["world_size"] != self._setting["world_size"]
         for name in ("tiles", "seed", "views") if moved else self._setting:
@@ -260,8 +260,8 @@ class _Loader:
         self._pipeline = self._failure = None
         if moved:
             warnings.warn(
-                f"the state was saved by {state['world_size']} processes and {self._setting['world_size']} read it: epoch "
-                f"{self.epoch + 1} starts again, {self._done} batches of it were taken before",
+                f"the state was saved by {state['world_size']} processes but is loaded by {self._setting['world_size']}: epoch "
+                f"{self.epoch + 1} restarts from its beginning ({self._done} of its batches had been read)",
                 stacklevel=2,
             )
             self._done, self._origin, self._checkpoint = 0, self.epoch, None
@@ -269,18 +269,18 @@ class _Loader:
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed: batches of tens of MB would else go back to the system and come again as new pages,
-    which took an eighth of all CPU time. It concerns the whole process, and the CPU only: for a GPU, DALI has pools.
+    """Let malloc keep freed memory: otherwise batches of tens of MB go back to the system and return as new pages, which took
+    an eighth of all CPU time. It affects the whole process. Only the CPU needs it: for a GPU, DALI has memory pools.
     """
     libc = ctypes.CDLL(None)
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
     libc.mallopt(m_mmap_max, 0)
     libc.mallopt(m_trim_threshold, 2**31 - 1)
-    libc.mallopt(m_arena_max, 1)  # arenas of single threads cannot hold blocks of more than 64 MB
+    libc.mallopt(m_arena_max, 1)  # per-thread arenas cannot hold blocks of more than 64 MB
 
 
 class PretrainLoader(_Loader):
-    """Two views of each tile, shuffled again each epoch; the tail that fills no batch is dropped.
+    """Two views of each tile, reshuffled each epoch; an incomplete last batch is dropped.
 
     Yields ``(view1, view2, numbers)``: tensors (batch_size, 1, view_size, view_size) on the device, in ``channels_last``
     strides, and int64 tile numbers (batch_size,) on the CPU. Every rank yields the same number of batches.
@@ -288,24 +288,24 @@ class PretrainLoader(_Loader):
     Parameters
     ----------
     shards
-        The shards to read, of one directory or of several; for the numbers see :mod:`mammostream.dali_pipelines.readers`.
+        The shards to read, of one directory or several; for the tile numbers see :mod:`mammostream.dali_pipelines.readers`.
     config
-        How to read them; None: all of it is in `options`.
+        How to read them; None if `options` holds everything.
     views
         What may vary in each view.
     view_size
-        Edge of the views in pixels; None: the tiles'. A smaller view shows the whole tile, resampled once without an
-        antialiasing filter: meant for recipes that crop.
+        Edge of the views in pixels; None uses the tiles' size. A smaller view shows the whole tile, resampled once without
+        an antialiasing filter; it is meant for recipes that crop.
     tiles
-        The numbers of the only tiles to read; None reads all.
+        Numbers of the tiles to read; None reads all.
     options
-        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`: instead of `config`, or to replace part of
-        it.
+        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`: used instead of `config`, or to
+        override some of its fields.
 
     Raises
     ------
     BadInput
-        A shard is damaged, or the tiles fill no batch. While iterating: a tile cannot be read.
+        A shard is damaged, or there are fewer tiles than one batch per rank. While iterating: a tile cannot be read.
     """
 
     def __init__(
@@ -333,8 +333,8 @@ class LabelledLoader(_Loader):
     """One view of each tile, or the tile as it is; every tile exactly once per epoch, so the last batch may be smaller.
 
     Yields ``(tiles, numbers)``: a tensor (N, 1, tile_size, tile_size) on the device, in ``channels_last`` strides, and int64
-    numbers (N,) on the CPU, ``N <= batch_size``. Labels join by number. With several ranks, each yields its share, and the
-    numbers of batches may differ by one.
+    numbers (N,) on the CPU, ``N <= batch_size``. Labels are joined by number. With several ranks, each yields its share, and
+    the number of batches may differ by one.
 
     Parameters
     ----------
@@ -342,16 +342,16 @@ class LabelledLoader(_Loader):
         Shards, or paths of tile images (PNG or TIFF, 8 or 16 bits; colours are reduced to grey, other sizes resized to
         `tile_size`). A file's number is its position in the list.
     config
-        How to read them; None: all of it is in `options`.
+        How to read them; None if `options` holds everything.
     view
-        What may vary; None is the evaluation pipeline, which draws nothing.
+        What may vary; None selects the evaluation pipeline, which draws nothing.
     shuffle
         Whether the order changes each epoch; otherwise it is the source's.
     tiles
-        The numbers of the only tiles to read, or positions where the source is files; None reads all.
+        Numbers of the tiles to read, or positions if the source is files; None reads all.
     options
-        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`: instead of `config`, or to replace part of
-        it.
+        Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`: used instead of `config`, or to
+        override some of its fields.
 
     Raises
     ------

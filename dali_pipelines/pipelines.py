@@ -1,8 +1,8 @@
 """The DALI graphs: two views for pre-training, one for training with labels, none for evaluation.
 
-Every graph decodes a tile once and gives (H, W, 1) images on its device, followed on the CPU by what the source says of the
-tile: its number, and where it came from if that takes more than a number. The device decides where decoding and augmentation
-run; the graph is the same.
+Every graph decodes a tile once and returns (H, W, 1) images on its device, followed by the source's labels on the CPU: the
+tile's number and, where shards of several directories are read, the tar it came from. The device decides where decoding and
+augmentation run; the graph is the same.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **
     tile_size
         Edge in pixels; a file of another size is resized to it with an antialiasing filter.
     device
-        ``cpu``, or ``gpu`` for decoding there as far as the codec allows (PNG and TIFF with zstd never do).
+        ``cpu``, or ``gpu`` to decode there where the codec allows it (PNG and TIFF with zstd do not).
     options
         Arguments of the source's ``nodes``.
 
     Returns
     -------
     tile, labels
-        uint16 (tile_size, tile_size, 1) on `device`, full scale 65535 whatever the stored depth; the source's labels.
+        uint16 (tile_size, tile_size, 1) on `device`, full scale 65535 for every bit depth; the source's labels.
     """
     data, labels = source.nodes(**options)
     if source.raw_bits is not None:

@@ -1,11 +1,11 @@
 """What a pipeline reads: shards or tile image files, all of them or a subset, checked before DALI opens them.
 
-DALI maps its files into memory and trusts an index: an entry past the end of its tar crashes the process. So every index
+DALI maps its files into memory and trusts the index: an entry past the end of its tar crashes the process. So every index
 is checked here first.
 
-Tile numbers name a tile within its shard directory only. Where shards of several directories are read together, the number
-that a loader gives is ``directory * DIRECTORY_STRIDE + tile``, directories being counted from 0 in the order of the shards
-given; of a single directory it is the tile number itself. ``divmod(number, DIRECTORY_STRIDE)`` takes them apart.
+A tile number is unique only within its shard directory. Where shards of several directories are read together, a loader
+returns ``directory * DIRECTORY_STRIDE + tile``, where directories are counted from 0 in the order of the given shards. For a
+single directory it is the tile number itself. ``divmod(number, DIRECTORY_STRIDE)`` splits it.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from mammostream.shards.codecs import CODECS, NUMBER_EXTENSION, decode, decode_n
 from mammostream.shards.reading import Shard
 
 READER = "reader"  # the name of the reader node in every graph
-DIRECTORY_STRIDE = 2**40  # a shard's ordinal is below 2^20, a tile's position in its shard as well
+DIRECTORY_STRIDE = 2**40  # a shard's ordinal and a tile's position in its shard are both below 2^20
 _NUMBER_BYTES = 8
-# How DALI names a sample in an error: "path of the tar:offset:member" or "path of the image".
+# How DALI names a sample in an error message: "path of the tar:offset:member" or "path of the image".
 _NAMED = re.compile(r"sample #\d+ : (?P<info>[^\n]+)")
 
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Tars with the indexes of the samples wanted.
+    """Tars with the indexes of the samples to read.
 
     Attributes
     ----------
     tars, indexes
-        Paths, one index a tar.
+        Paths, one index per tar.
     count
         Number of samples that the indexes list.
     raw_bits
         Bits per pixel of ``raw`` tiles, which need no decoder; None for all other codecs.
     directories
-        The tars' directory numbers, by path; empty where there is only one directory.
+        Directory number of each tar, by path; empty if there is only one directory.
     temporary
-        The directory of indexes made for a subset; it goes with this object.
+        The directory of indexes made for a subset; it is deleted with this object.
     """
 
     tars: list[str]
@@ -60,7 +60,7 @@ class ShardSource:
     directories: dict[str, int]
     temporary: TemporaryDirectory | None = None
 
-    resizes = False  # a shard's tiles have the size they were cut to
+    resizes = False  # a shard's tiles all have the same size
 
     @property
     def file_count(self) -> int:
@@ -69,20 +69,20 @@ class ShardSource:
 
     @property
     def bucket(self) -> str | None:
-        """The first tar, where it lies in a bucket."""
+        """The first tar that is in a bucket, or None."""
         return next((tar for tar in self.tars if tar.startswith(SCHEME)), None)
 
     @property
     def label_count(self) -> int:
-        """Number of labels that :meth:`nodes` gives."""
+        """Number of labels that :meth:`nodes` returns."""
         return 2 if self.directories else 1
 
     def nodes(self, *, shuffle: bool, initial_fill: int, **options: Any) -> tuple[Any, list[Any]]:
-        """Return DALI nodes ``(encoded tile, labels)``: uint8 bytes; the int64 tile number, and where there are several
+        """Return DALI nodes ``(encoded tile, labels)``: uint8 bytes; the int64 tile number and, if there are several
         directories, uint8 characters that name the tar.
 
-        Shuffled means: the tars in a new order each epoch, their samples mixed in a buffer of `initial_fill`.
-        `options` are those that all DALI readers share.
+        With `shuffle`, the tars come in a new order each epoch and their samples are mixed in a buffer of `initial_fill`.
+        `options` are passed to the DALI reader.
         """
         data, number = fn.readers.webdataset(  # type: ignore[misc]  # its stub allows for graphs without outputs
             paths=self.tars,
@@ -100,7 +100,7 @@ class ShardSource:
         return data, [number, fn.get_property(data, key="source_info")] if self.directories else [number]
 
     def numbers(self, numbers: Any, infos: Any = None) -> torch.Tensor:
-        """Return a batch's numbers, int64 (N,), from what :meth:`nodes` gave as labels."""
+        """Return a batch's numbers, int64 (N,), from the labels of :meth:`nodes`."""
         tiles = torch.from_dlpack(numbers.as_tensor())
         if infos is None:
             return tiles
@@ -108,9 +108,9 @@ class ShardSource:
         return tiles + torch.tensor([self.directories[tar] for tar in tars]) * DIRECTORY_STRIDE
 
     def blame(self, error: str, reason: str) -> str:
-        """Say which tile DALI could not read by its `error`, the `reason` in one line, and what to do.
+        """Return a message that names the tile DALI could not read, from `error` and `reason` (one line), and how to fix it.
 
-        Where DALI named no sample, all headers are read again; that takes time, but the run is over.
+        If DALI did not name the sample, all headers are read again. That takes time, but the run is over anyway.
         """
         named = _NAMED.search(error)
         found = None if named else _first_that_is_no_image(self)
@@ -124,7 +124,7 @@ class ShardSource:
         return f"tile {member.partition('.')[0]} of shard {tar} cannot be decoded; {_mend(tar)}"
 
     def _member(self, position: int) -> tuple[str, str]:
-        """Return the tar and the member's name of the sample at a position of the indexes taken together."""
+        """Return the tar and the member's name of the sample at a position in the concatenated indexes."""
         for tar, index_path in zip(self.tars, self.indexes, strict=True):
             index = read_index(Path(index_path))
             if position < len(index):
@@ -135,12 +135,12 @@ class ShardSource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Tile image files; a tile's number is its position in the list that the caller gave.
+    """Tile image files; a tile's number is its position in the caller's list.
 
     Attributes
     ----------
     files
-        Paths of the files wanted.
+        Paths of the files to read.
     positions
         Their positions in the caller's list.
     """
@@ -163,7 +163,7 @@ class FileSource:
     def nodes(self, *, shuffle: bool, initial_fill: int, **options: Any) -> tuple[Any, list[Any]]:
         """Return DALI nodes ``(encoded tile, labels)``: uint8 bytes; the int64 number.
 
-        Shuffled means: the whole list in a new order each epoch, so `initial_fill` plays no part.
+        With `shuffle`, the whole list comes in a new order each epoch, so `initial_fill` has no effect.
         """
         data, number = fn.readers.file(
             files=self.files, labels=self.positions, name=READER, shuffle_after_epoch=shuffle, **options
@@ -175,7 +175,7 @@ class FileSource:
         return torch.from_dlpack(numbers.as_tensor())
 
     def blame(self, error: str, reason: str) -> str:
-        """Say which file DALI could not read by its `error`, the `reason` in one line, and what to do."""
+        """Return a message that names the file DALI could not read, from `error` and `reason` (one line), and how to fix it."""
         named = _NAMED.search(error)
         found = None if named else _first_that_is_no_image(self)
         if named is None and found is None:
@@ -191,7 +191,7 @@ def _peek_pipeline(source: ShardSource | FileSource) -> Any:
 
 def _first_that_is_no_image(source: ShardSource | FileSource) -> int | None:
     """Return the position of the first payload that DALI does not recognise as an image, or None."""
-    # One a batch, in order: the batches that came before the failure tell which payload it was.
+    # One per batch, in order: the number of batches before the failure is the position of the payload.
     pipeline = _peek_pipeline(source, batch_size=1, num_threads=1, device_id=None)
     for done in range(source.count):
         try:
@@ -211,10 +211,10 @@ def allow_open_files(count: int) -> None:
     Raises
     ------
     BadInput
-        The system does not allow so many.
+        The system does not allow this many.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + len(list(Path("/proc/self/fd").iterdir())) + 64  # libraries open some of their own
+    needed = count + len(list(Path("/proc/self/fd").iterdir())) + 64  # libraries open some as well
     if soft >= needed or soft == resource.RLIM_INFINITY:
         return
     if hard < needed and hard != resource.RLIM_INFINITY:
@@ -237,13 +237,13 @@ def open_source(
     tile_size
         Edge of the shards' tiles in pixels; files of any size are resized to it.
     tiles
-        The numbers of the only tiles to read; None reads all.
+        Numbers of the tiles to read; None reads all.
 
     Raises
     ------
     BadInput
-        The source is empty; a file is missing; a shard is damaged, holds tiles of another size or no tiles of ours; raw
-        tiles are mixed with others; a number of `tiles` is nowhere.
+        The source is empty; a file is missing; a shard is damaged, holds tiles of another size or is not a shard of this
+        project; raw tiles are mixed with others; a number of `tiles` is not found.
     """
     wanted = None if tiles is None else np.unique(np.fromiter(tiles, dtype=np.int64))
     items = list(source)
@@ -261,7 +261,7 @@ def _open_files(paths: list[Path], wanted: np.ndarray | None) -> FileSource:
         raise BadInput(f"tile numbers {numbers[0]} to {numbers[-1]} do not fit the {len(paths)} images given")
     chosen = [paths[i] for i in numbers]
     for path in chosen:
-        # In DALI these would fail late, with a message about memory maps.
+        # In DALI these would fail later, with a message about memory maps.
         if not path.is_file() or path.stat().st_size == 0:
             raise BadInput(f"image {path} does not exist or is empty; check the path")
     return FileSource([str(path) for path in chosen], numbers.tolist())
@@ -271,8 +271,8 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
     temporary = None if wanted is None else TemporaryDirectory(prefix="mammostream-indexes-")
     order = {directory: number for number, directory in enumerate(dict.fromkeys(shard.tar.parent for shard in shards))}
     tars: list[str] = []
-    numbered: list[int] = []  # by tar: its directory
-    stored: dict[int, int | None] = {}  # by directory: the bits of raw tiles, or None
+    numbered: list[int] = []  # directory number of each tar
+    stored: dict[int, int | None] = {}  # directory number -> bits per pixel of raw tiles, or None
     indexes: list[str] = []
     count = 0
     for shard in shards:
@@ -316,7 +316,7 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
 def tile_numbers(tar: Path | BucketPath, index: Sequence[Sample]) -> np.ndarray:
     """Return the tile numbers of a tar's samples in the order of `index`: int64 (N,).
 
-    Numbers follow each other, so the first and the last tell them all, unless samples were taken out of the index.
+    Numbers are consecutive, so the first and the last give them all, unless samples were removed from the index.
     """
     if not index:
         return np.zeros(0, dtype=np.int64)
@@ -332,7 +332,7 @@ def tile_numbers(tar: Path | BucketPath, index: Sequence[Sample]) -> np.ndarray:
 
 
 def _check_members(tar: Path | BucketPath, index: Sequence[Sample]) -> None:
-    """Check that each sample has a tile and a number; DALI would fail late, without naming it."""
+    """Check that each sample has a tile and a number; DALI would fail later, without naming the sample."""
     for sample in index:
         image, number = _member(sample, tuple(CODECS)), _member(sample, (NUMBER_EXTENSION,))
         if image is None or number is None:
@@ -355,7 +355,7 @@ def _check_raw_sizes(tar: Path | BucketPath, index: Sequence[Sample], tile_size:
 
 
 def _check_first_tile(tar: Path | BucketPath, sample: Sample, tile_size: int) -> int | None:
-    """Decode one tile of a directory on the host: a wrong size or format then ends in one clear line, not in DALI.
+    """Decode one tile of a directory on the host, so that a wrong size or format gives one clear line, not a DALI error.
 
     Returns the bits per pixel of a raw tile, None for other codecs.
     """

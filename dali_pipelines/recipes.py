@@ -1,4 +1,4 @@
-"""What may vary in an augmented view (:class:`View`), the recipes, and views as YAML. Plain data: nothing here needs DALI."""
+"""What may vary in an augmented view (:class:`View`), the recipes, and views as YAML. Plain data that does not need DALI."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class View:
     Parameters
     ----------
     rotation_deg
-        Largest rotation either way, in degrees.
+        Largest rotation in either direction, in degrees.
     scale
         Smallest and largest magnification; 2 shows details twice as large.
     horizontal_flip, vertical_flip
         Probability of mirroring left-right, top-bottom.
     translation
-        Largest shift along each axis either way, as a share of the tile's edge.
+        Largest shift along each axis in either direction, as a fraction of the tile's edge.
     crop_area
-        Smallest and largest share of the tile's area, in (0, 1], that a square crop anywhere in the tile keeps before it
+        Smallest and largest fraction of the tile's area, in (0, 1], that a square crop anywhere in the tile keeps before it
         is magnified to the tile's size. None: no crop.
     perspective
-        Largest tilt about each axis either way, below 0.5: at most, lines along one edge become ``1 + perspective`` times as
-        long as at the centre, and ``1 - perspective`` times along the edge across.
+        Largest tilt about each axis in either direction, below 0.5: at most, lines along one edge become ``1 + perspective``
+        times as long as at the centre, and along the opposite edge ``1 - perspective`` times.
     brightness
         Largest relative change, below 1: pixels are multiplied by a factor in ``1 ± brightness``.
     contrast
@@ -87,7 +87,7 @@ class View:
 
     @property
     def moves_pixels(self) -> bool:
-        """Whether the view changes geometry at all; where it does not, the tile is not resampled."""
+        """Whether the view changes geometry at all; if not, the tile is not resampled."""
         geometry = ("rotation_deg", "scale", "horizontal_flip", "vertical_flip", "translation", "crop_area", "perspective")
         return any(getattr(self, name) != getattr(_IDENTITY, name) for name in geometry)
 
@@ -107,7 +107,7 @@ _GUIDE = (
     View(rotation_deg=25, brightness=0.4, contrast=0.4, perspective=0.1, blur_probability=0.5, blur_sigma=(0.1, 2.0)),
 )
 
-# For mammograms: crops make the views differ in content and size, as BYOL wants it. Blur is at most a pixel, and with
+# For mammograms: crops make the views differ in content and size, as BYOL needs. Blur is at most one pixel, and with
 # recipe_views at most 0.1 mm: a wider kernel would wipe out micro-calcifications.
 _MAMMO_CHANGES: dict[str, Any] = {
     "translation": 0.05,
@@ -130,7 +130,7 @@ def recipe_views(name: str, pixel_mm: float | None) -> tuple[View, View]:
     name
         ``guide`` or ``mammo``.
     pixel_mm
-        Edge of a view's pixel in mm; None where it is unknown: then it is treated as 0.1 mm at most.
+        Edge of a view's pixel in mm; None if it is unknown, which is treated as at most 0.1 mm.
     """
     views = RECIPES[name]
     if name != "mammo" or pixel_mm is None:
@@ -141,14 +141,14 @@ def recipe_views(name: str, pixel_mm: float | None) -> tuple[View, View]:
 
 
 TRAIN_VIEW = View(rotation_deg=10, scale=(0.9, 1.1), horizontal_flip=0.5, vertical_flip=0.5, brightness=0.3, contrast=0.3)
-"""Augmentation for training with labels: little geometry, since it keeps what a radiologist would see; as much change of
-brightness and contrast as films of different scanners and exposures show."""
+"""Augmentation for training with labels: little geometry, to keep what a radiologist would see, and as much change of
+brightness and contrast as there is between films of different scanners and exposures."""
 
 _NAMES = ("view1", "view2")
 
 
 def views_to_dict(views: Sequence[View]) -> dict[str, dict[str, Any]]:
-    """Return the two views as ``{"view1": {field: value}, "view2": …}`` of plain types, fit for YAML and JSON.
+    """Return the two views as ``{"view1": {field: value}, "view2": …}`` of plain types, suitable for YAML and JSON.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def views_to_dict(views: Sequence[View]) -> dict[str, dict[str, Any]]:
 
 
 def views_from_dict(mapping: Mapping[str, Any], what: str) -> tuple[View, View]:
-    """Return the two views that :func:`views_to_dict` described; fields left out keep the default, which changes nothing.
+    """Return the two views described by the output of :func:`views_to_dict`; missing fields keep the default (no change).
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def views_from_yaml(path: Path) -> tuple[View, View]:
     Raises
     ------
     BadInput
-        The file is missing or holds no two views.
+        The file is missing or does not contain two views.
     """
     return views_from_dict(read_mapping(path), str(path))
 

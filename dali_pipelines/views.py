@@ -1,9 +1,9 @@
 """The DALI graph that draws an augmented view of a tile.
 
 A view resamples its tile **once**. Rotation, scale, flips, translation, area crop, perspective and the change to the view's
-size are composed to one homography that maps destination to source coordinates; each resample more would blur the fine detail
-that matters here. The border is mirrored, so that no black corner tells a view apart. Intensities are changed in float and
-never clipped.
+size are composed into one homography that maps destination to source coordinates; every further resample would blur the fine
+detail that matters here. The border is mirrored, so that no black corner identifies a view. Intensities are changed in float
+and never clipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mammostream.dali_pipelines.recipes import View
 
 
 def _uniform(low: float, high: float) -> Any:
-    """Draw from [low, high); where they are equal, the number itself: DALI refuses that, and it costs no node."""
+    """Draw from [low, high); if they are equal, return the number: DALI rejects an empty range, and this saves a node."""
     return fn.random.uniform(range=[float(low), float(high)]) if low < high else float(low)
 
 
@@ -31,16 +31,16 @@ def _sign(flip_probability: float) -> Any:
 def draw_homography(view: View, tile_size: int, size: int) -> Any:
     """Draw the homographies of a batch.
 
-    With coordinates from the centres, destination ``(u, v)`` comes from source ``M (u, v) / (1 + p u + q v) + offset``, where
-    ``M`` flips, magnifies and rotates and ``p, q`` tilt. The tilt acts on destination coordinates, which no other draw
-    enlarges, so that the denominator stays above ``1 - 2 * perspective > 0``.
+    With coordinates relative to the centres, destination ``(u, v)`` comes from source ``M (u, v) / (1 + p u + q v) + offset``,
+    where ``M`` flips, magnifies and rotates, and ``p, q`` tilt. The tilt acts on destination coordinates, which no other draw
+    enlarges, so the denominator stays above ``1 - 2 * perspective > 0``.
 
     Parameters
     ----------
     view
         What may vary.
     tile_size, size
-        Edge of the tile and of the view in pixels; without a draw, the view shows the whole tile.
+        Edge of the tile and of the view in pixels; a view without random changes shows the whole tile.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def draw_homography(view: View, tile_size: int, size: int) -> Any:
         zoom = zoom * kept
         slack = (1.0 - kept) * (tile_size / 2)  # how far the crop's centre may lie from the tile's
     reach = slack + view.translation * tile_size
-    # A reach that is not drawn is 0 where nothing moves the centre.
+    # Where nothing moves the centre, the reach is 0 and nothing is drawn.
     moves = view.crop_area is not None or view.translation > 0
     offset_x, offset_y = ((_uniform(-1, 1) * reach if moves else 0.0) + tile_size / 2 for _ in range(2))
 
@@ -75,10 +75,10 @@ def _to_float(tile: Any) -> Any:
 
 
 def _gaussian_blur(tile: Any, sigma: Any, radius: int) -> Any:
-    """Blur with a Gaussian kernel of ``2 * radius + 1`` pixels a side, mirrored at the border: to float32 (H, W, 1)."""
+    """Blur with a Gaussian kernel of edge ``2 * radius + 1`` pixels, mirrored at the border; returns float32 (H, W, 1)."""
     if tile.device == "gpu":
         return fn.gaussian_blur(tile, sigma=sigma, window_size=2 * radius + 1, dtype=types.FLOAT)
-    # Two filters of one dimension in float are 3 times as fast on the CPU as DALI's own Gaussian.
+    # On the CPU, two one-dimensional filters in float are 3 times as fast as DALI's own Gaussian.
     offsets = np.arange(-radius, radius + 1, dtype=np.float32)
     kernel = math.exp(types.Constant(-(offsets**2) / 2) / (sigma * sigma))
     kernel = kernel / fn.reductions.sum(kernel)
@@ -92,7 +92,7 @@ def _times_plus(tile: Any, gain: Any, offset: Any) -> Any:
     """Return ``tile * gain + offset`` as float32; `gain` must not be 0."""
     if tile.device == "gpu":
         return tile * gain + offset
-    # Two arithmetic nodes would walk through the pixels twice, with a buffer of a whole batch between them.
+    # Two arithmetic nodes would pass over the pixels twice, with a buffer for a whole batch in between.
     mean, stddev = (
         value if isinstance(value, float) else fn.reshape(value, shape=[1, 1, 1]) for value in (-offset / gain, 1.0 / gain)
     )
@@ -127,7 +127,7 @@ def apply_view(tile: Any, view: View, tile_size: int, form: ImageFormat) -> Any:
     Returns
     -------
     DataNode
-        (form.size, form.size, 1) where the tile was; with the default view and the tile's size, exactly :func:`normalise`.
+        (form.size, form.size, 1) on the tile's device; with the default view and the tile's size, exactly :func:`normalise`.
     """
     original = tile
     if view.moves_pixels or form.size != tile_size:
@@ -139,7 +139,7 @@ def apply_view(tile: Any, view: View, tile_size: int, form: ImageFormat) -> Any:
             interp_type=types.INTERP_LINEAR,
         )
     if view.blur_probability > 0:
-        # DALI splits the batch here: only the samples drawn pay for the blur.
+        # DALI splits the batch here, so only the chosen samples are blurred.
         chosen = fn.random.coin_flip(probability=view.blur_probability, dtype=types.BOOL)
         if chosen:
             tile = _gaussian_blur(tile, _uniform(*view.blur_sigma), ceil(3 * view.blur_sigma[1]))
@@ -147,13 +147,13 @@ def apply_view(tile: Any, view: View, tile_size: int, form: ImageFormat) -> Any:
             tile = _to_float(tile)
 
     # Brightness b and contrast c about the tile's mean m, ((x b - m b) c + m b), and the normalisation are all linear:
-    # one gain and one offset a tile, so the pixels are walked through once.
+    # one gain and one offset per tile, so one pass over the pixels.
     gain, offset = scale_and_shift(form.mean, form.std)
     if view.brightness > 0:
         gain = _uniform(1 - view.brightness, 1 + view.brightness) * gain
     if view.contrast > 0:
         contrast = _uniform(1 - view.contrast, 1 + view.contrast)
-        # Of the tile, not of the view: DALI finds that both views ask for the same sum and computes it once.
+        # Of the tile, not of the view: DALI recognises that both views need the same sum and computes it once.
         mean = fn.cast(fn.reductions.sum(original, dtype=types.UINT64), dtype=types.FLOAT) * (1 / tile_size**2)
         offset = mean * (gain * (1.0 - contrast)) + offset
         gain = gain * contrast

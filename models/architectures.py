@@ -1,3 +1,3 @@
-"""The backbones there are; apart from the code that builds them, so that --help need not import torch."""
+"""The names of the backbones, separate from the code that builds them, so that --help does not import torch."""
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "convnext_tiny")

@@ -1,4 +1,4 @@
-"""Backbones for one-channel tiles, with weights of their own, of ImageNet or of a file."""
+"""Backbones for one-channel tiles, with random weights, ImageNet weights or weights from a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mammostream.models.conversion import convert_state, find_state
 from mammostream.models.tensors import load_state, read_torch
 
 # The first recipe's weights, for every architecture. The second recipe scores higher on ImageNet itself, but losses
-# that press classes together give features that transfer less well (Kornblith et al. 2021, arXiv:2010.16402).
+# that pull classes tightly together give features that transfer less well (Kornblith et al. 2021, arXiv:2010.16402).
 _IMAGENET_RECIPE = "IMAGENET1K_V1"
 _CLASSIFYING = ("fc.", "classifier.2.")  # the last layer of a ResNet, of a ConvNeXt
 
@@ -22,8 +22,8 @@ _CLASSIFYING = ("fc.", "classifier.2.")  # the last layer of a ResNet, of a Conv
 def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     """Build a torchvision ResNet or ConvNeXt with one input channel and no classification layer.
 
-    ConvNeXt drops none of its blocks at random (torchvision's drops up to a tenth of them in training): BYOL's target has to
-    see the same network as the online one.
+    ConvNeXt is built without stochastic depth (torchvision's drops up to a tenth of its blocks in training): BYOL's target must
+    be the same network as the online one.
 
     Parameters
     ----------
@@ -32,20 +32,20 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
         (Liu et al. 2022, arXiv:2201.03545).
     weights
         ``"none"`` (random), ``"imagenet"`` (torchvision's, from its cache or the network), or the path of a file with
-        torchvision's tensor names, or of a checkpoint, whose online backbone is taken. Three channels are folded into one,
-        see :func:`mammostream.models.conversion.convert_state`; the last, classifying layer is dropped.
+        torchvision's tensor names, or of a checkpoint, whose online backbone is used. Three channels are folded into one,
+        see :func:`mammostream.models.conversion.convert_state`; the final classification layer is dropped.
 
     Returns
     -------
     nn.Module
-        Maps (N, 1, H, W) normalised by :mod:`mammostream.common.normalisation` to (N, num_features). Two attributes say what it
-        is: ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, 2048 for resnet50 and 101, 768 for
+        Maps (N, 1, H, W) normalised by :mod:`mammostream.common.normalisation` to (N, num_features). Two attributes describe
+        it: ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, 2048 for resnet50 and 101, 768 for
         convnext_tiny).
 
     Raises
     ------
     BadInput
-        The architecture is unknown, the weights cannot be had, or they do not fit.
+        The architecture is unknown, or the weights cannot be read or do not fit.
     """
     if arch not in ARCHITECTURES:
         raise BadInput(f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}")
@@ -80,7 +80,7 @@ def encode(backbone: nn.Module, x: Tensor) -> Tensor:
 
 
 def feature_dim(backbone: nn.Module, given: int | None = None) -> int:
-    """Return the length of the backbone's features: its ``num_features``, or `given` where it does not say.
+    """Return the length of the backbone's features: its ``num_features``, or `given` if it has none.
 
     Raises
     ------
@@ -122,11 +122,11 @@ def _read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
         entry = torchvision.models.get_model_weights(arch)[_IMAGENET_RECIPE]
         try:
             return entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        # No network, a download with a wrong checksum, a damaged file in the cache.
+        # No network, a download with a wrong checksum, or a damaged file in the cache.
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise BadInput(
-                f"cannot get the ImageNet weights of {arch} ({first_line(error)}); download {entry.url} where "
-                "there is a network and pass --weights FILE, or pass --weights none"
+                f"cannot get the ImageNet weights of {arch} ({first_line(error)}); download {entry.url} on a "
+                "machine with network access and pass --weights FILE, or pass --weights none"
             ) from error
     path = Path(weights)
     hint = nearest(str(weights), ("none", "imagenet"))

@@ -19,7 +19,7 @@ from mammostream.models.classifier import build_classification_head
 
 
 class BYOLOutput(NamedTuple):
-    """What a BYOL forward gives: the loss, and what collapse is measured on, so that no second forward is needed."""
+    """Output of a BYOL forward pass: the loss, and the tensors that collapse is measured on, to save a second forward pass."""
 
     loss: Tensor
     """Scalar float32 in [-1, 1], with gradient."""
@@ -34,15 +34,15 @@ class BYOLOutput(NamedTuple):
 def byol_loss(p: Tensor, z: Tensor) -> Tensor:
     """Return the mean negative cosine similarity of predictions and targets, a scalar in [-1, 1] of at least float32.
 
-    It is the paper's squared distance of l2-normalised vectors, 2 - 2 cos, without the constants. It is computed in
-    float32 where the inputs are of half precision, which has three digits: too few for a loss that settles near -0.98.
+    It is the paper's squared distance of l2-normalised vectors, 2 - 2 cos, without the constants. Half-precision inputs
+    are converted to float32: three digits are too few for a loss that settles near -0.98.
 
     Parameters
     ----------
     p
         (N, P) predictions of the online network.
     z
-        (N, P) projections of the target network; the caller keeps gradients out of them.
+        (N, P) projections of the target network; the caller must detach them from the graph.
     """
     p, z = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (p, z))
     return -(F.normalize(p, dim=1) * F.normalize(z, dim=1)).sum(1).mean()
@@ -63,7 +63,7 @@ class MammogramBYOL(nn.Module):
 
     The target (``backbone_momentum``, ``projection_head_momentum``) starts as a copy of the online network, never
     gets a gradient, and follows it through :meth:`update_target`. BYOL's loss does not reach the classification
-    head: it stays as it was initialised until a fine-tuning trains it (pre-training freezes it).
+    head: it keeps its initial weights until fine-tuning trains it (pre-training freezes it).
 
     Parameters
     ----------
@@ -76,10 +76,10 @@ class MammogramBYOL(nn.Module):
     proj_dim
         P, the length of projections and predictions.
     num_classes
-        Labels of the classification head.
+        Number of labels of the classification head.
     concat_views
-        Both views pass each network in one batch, so that its batch norms see both at once: fewer, larger kernels, but
-        another training (each view's statistics then hold the other's). By default each view passes on its own.
+        Pass both views through each network in one batch: fewer, larger kernels, but different training, since batch norm
+        statistics then cover both views. By default each view passes separately.
 
     Raises
     ------
@@ -109,14 +109,14 @@ class MammogramBYOL(nn.Module):
     def forward(self, view1: Tensor, view2: Tensor) -> BYOLOutput:
         """Return the symmetric loss of two views of the same tiles.
 
-        Unless ``concat_views`` is set, each view passes each network on its own: its batch norms then see one kind of
-        augmentation at a time, which BYOL's reference does too and which changes its results.
+        Unless ``concat_views`` is set, each view passes through each network separately, so that batch norms see one kind of
+        augmentation at a time. BYOL's reference code does the same, and it affects the results.
 
         Parameters
         ----------
         view1, view2
-            (N, 1, H, W), normalised; row i of both shows the same tile. N of at least 2 in training mode, for the
-            batch norms.
+            (N, 1, H, W), normalised; row i of both shows the same tile. In training mode N must be at least 2 for
+            the batch norms.
         """
         batches = [torch.cat([view1, view2])] if self.concat_views else [view1, view2]
         features = [encode(self.backbone, batch) for batch in batches]
@@ -137,13 +137,13 @@ class MammogramBYOL(nn.Module):
         """Move the target's parameters towards the online network's: ``target = m target + (1 - m) online``.
 
         One fused call over all parameters. Buffers are left alone: they are the batch norms' running statistics, and
-        the target gathers its own in its own forwards, as in the paper's reference code. The online network's
-        statistics describe the online network's activations; averaged into the target they would fit neither.
+        the target collects its own in its forward passes, as in the paper's reference code. The online network's
+        statistics describe the online network's activations; averaged into the target's, they would fit neither.
 
         Parameters
         ----------
         momentum
-            m in [0, 1]: 1 leaves the target, 0 copies the online parameters.
+            m in [0, 1]: 1 leaves the target unchanged, 0 copies the online parameters.
 
         Raises
         ------
@@ -166,5 +166,5 @@ class MammogramBYOL(nn.Module):
 
 
 def _by_view(batches: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return one tensor a view: of batches of a view each, or of one with both, the first view's rows first."""
+    """Return one tensor per view, from one batch per view or from one batch with the first view's rows first."""
     return batches if len(batches) == 2 else batches[0].chunk(2)

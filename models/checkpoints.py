@@ -1,7 +1,7 @@
-"""Checkpoint files: dicts of tensors and plain types, whole or absent, read without executing anything in them.
+"""Checkpoint files: dicts of tensors and plain types, written atomically and read without executing anything in them.
 
-Keys: ``kind`` ("byol" or "classifier"), ``arch``, ``model_state_dict``, ``config``, ``class_names`` (classifier) must
-be there; ``optimizer_state_dict``, ``epoch``, ``step``, ``metrics`` and ``preprocessing`` are the trainer's.
+Required keys: ``kind`` ("byol" or "classifier"), ``arch``, ``model_state_dict``, ``config`` and, for a classifier,
+``class_names``. The trainer adds ``optimizer_state_dict``, ``epoch``, ``step``, ``metrics`` and ``preprocessing``.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _MENDS = {
     None: "give a checkpoint that 'mammostream pretrain' or 'mammostream finetune' wrote",
 }
 _REQUIRED = {"model_state_dict": dict, "config": dict, "arch": str}
-_MIN_SHARE = 0.9  # of a backbone's tensors that another program's file must have
-_GUIDE_TILE_SIZE = 512  # the guides' scripts resize any tile to it
-_FULL = 2**20  # bytes that a full disk may have left: less than torch writes at a time
+_MIN_SHARE = 0.9  # fraction of a backbone's tensors that another program's file must have
+_GUIDE_TILE_SIZE = 512  # to which the guides' scripts resize every tile
+_FULL = 2**20  # a disk with fewer free bytes counts as full: torch writes more at a time
 _SCALARS = (type(None), bool, int, float, str, bytes)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all: an older file of that name stays until the new one is on the disk.
+    """Write a checkpoint atomically: an older file of that name stays until the new one is on disk.
 
     Parameters
     ----------
     path
         The file.
     checkpoint
-        The keys of the module's docstring, with nothing but tensors, None, bool, int, float, str, bytes, and lists,
+        The keys listed in the module's docstring. Values are tensors, None, bool, int, float, str, bytes, and lists,
         tuples and dicts of them: only those can be read back without executing the file.
 
     Raises
     ------
     TypeError
-        An entry is of another type (a NumPy number, a path); its place is named.
+        An entry is of another type (a NumPy number, a path); the error names its key.
     ValueError
         A required key is missing.
     BadInput
@@ -65,7 +65,7 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         try:
             torch.save(dict(checkpoint), temporary)
         except PermissionError:
-            raise  # whole_file has a line for it
+            raise  # whole_file reports it
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             full = shutil.disk_usage(temporary.parent).free < _FULL
             raise BadInput(
@@ -75,25 +75,25 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: this package's, or another program's in this package's terms.
+    """Read a checkpoint of this package, or convert one of another program, onto the CPU.
 
     Another program's file is a state dict, or a dict with one below ``model_state_dict``, ``state_dict`` or ``model``: of a
     torchvision ResNet, or of the models that the guides' scripts trained. With ``class_names`` next to it, it is a classifier,
-    else a BYOL model, whose heads may be missing. See :func:`mammostream.models.conversion.convert_state`. Its dict has
-    ``load_report``, a :class:`mammostream.models.conversion.LoadReport`, and of ``preprocessing`` only what is known: the mean
-    and std that the folded network takes, and the guides' tile size.
+    otherwise a BYOL model, whose heads may be missing. See :func:`mammostream.models.conversion.convert_state`. The result has
+    ``load_report``, a :class:`mammostream.models.conversion.LoadReport`, and in ``preprocessing`` only what is known: the mean
+    and std that the folded network expects, and the guides' tile size.
 
     Parameters
     ----------
     path
         The file.
     kind
-        ``"byol"`` or ``"classifier"``; None takes either.
+        ``"byol"`` or ``"classifier"``; None accepts either.
 
     Raises
     ------
     BadInput
-        The file is missing, not a checkpoint, damaged, of the other kind, or under 90 % of a backbone's tensors.
+        The file is missing, not a checkpoint, damaged, of the other kind, or has under 90 % of a backbone's tensors.
     """
     path = Path(path)
     checkpoint = read_torch(path, "checkpoint", _MENDS[kind])
@@ -113,9 +113,9 @@ def restore_byol(checkpoint: Mapping[str, Any], path: str | Path, arch: str | No
     checkpoint
         Of kind ``"byol"``.
     path
-        Where it came from, for the errors.
+        The file it was read from, for error messages.
     arch
-        The architecture that the user asked for; None takes the checkpoint's.
+        The architecture that the user requested; None uses the checkpoint's.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def restore_classifier(checkpoint: Mapping[str, Any], path: str | Path) -> Mammo
     if num_classes != len(checkpoint["class_names"]):
         raise BadInput(f"{what} has {len(checkpoint['class_names'])} class names but {num_classes} outputs; train it again")
     model = _build_classifier(checkpoint["arch"], state, what)
-    # A head that is partly random answers nothing.
+    # Predictions of a partly random head would be meaningless.
     missing = report.missing if report else ()
     load_state(model, state, what, optional=[name for name in missing if name.startswith("backbone.")])
     return model.eval()
@@ -158,7 +158,7 @@ def load_byol(path: str | Path, device: str | torch.device = "cpu", arch: str | 
 def load_classifier(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[MammogramClassifier, list[str], dict[str, Any]]:
-    """Read a classifier from its checkpoint: the model in evaluation mode, its class names, its training's config."""
+    """Read a classifier from its checkpoint: the model in evaluation mode, its class names, its training config."""
     checkpoint = load_checkpoint(path, "classifier")
     model = restore_classifier(checkpoint, path).to(device)
     return model, list(checkpoint["class_names"]), checkpoint["config"]
@@ -208,7 +208,7 @@ def _adopt(raw: Mapping[str, Any], what: str, mend: str) -> dict[str, Any]:
 
 
 def _nearest_arch(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the architecture that the most tensors fit; among equals, the one with the fewest tensors."""
+    """Return the architecture that most tensors fit; in a tie, the one with the fewest tensors."""
 
     def fit(arch: str) -> tuple[int, int]:
         shapes = _shapes(lambda: build_backbone(arch))
@@ -219,7 +219,7 @@ def _nearest_arch(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def _fill_byol(state: dict[str, torch.Tensor]) -> None:
-    """Add what another program's BYOL model says without writing it: a target like the online network, biases of 0."""
+    """Add what another program's BYOL model leaves out: a target equal to the online network, biases of 0."""
     for name, tensor in list(state.items()):
         head, _, rest = name.partition(".")
         if head in ("backbone", "projection_head"):
@@ -230,7 +230,7 @@ def _fill_byol(state: dict[str, torch.Tensor]) -> None:
 
 
 def _shapes(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
-    """Return the shapes of a model's tensors, without room for the tensors."""
+    """Return the shapes of a model's tensors, without allocating them."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in build().state_dict().items()}
 
@@ -268,7 +268,7 @@ def _check_kind(checkpoint: Mapping[str, Any], error: type[Exception], what: str
 
 
 def _check_plain(place: str, value: Any) -> None:
-    """Raise TypeError naming the place of the first value that could not be read back."""
+    """Raise TypeError that names the key of the first value that could not be read back."""
     # Exact types: numpy.float64 is a float by inheritance, but its pickle needs NumPy's code.
     if type(value) in _SCALARS or isinstance(value, torch.Tensor):
         return

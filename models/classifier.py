@@ -10,7 +10,7 @@ from mammostream.models.backbones import encode
 
 
 class Pretrained(Protocol):
-    """What a classifier needs of a pre-trained model; :class:`mammostream.models.byol.MammogramBYOL` is one."""
+    """What a classifier needs from a pre-trained model; :class:`mammostream.models.byol.MammogramBYOL` is one."""
 
     backbone: nn.Module
     input_dim: int
@@ -19,7 +19,7 @@ class Pretrained(Protocol):
 def build_classification_head(
     input_dim: int, num_classes: int, dropout: float = 0.2, hidden_dim: int | None = None
 ) -> nn.Sequential:
-    """Return Linear, ReLU, Dropout, Linear: logits, one per label. None makes the hidden layer as wide as the input."""
+    """Return Linear, ReLU, Dropout, Linear: one logit per label. By default the hidden layer is as wide as the input."""
     hidden_dim = hidden_dim or input_dim
     return nn.Sequential(
         nn.Linear(input_dim, hidden_dim),
@@ -32,7 +32,7 @@ def build_classification_head(
 class MammogramClassifier(nn.Module):
     """Multi-label classifier of mammogram tiles.
 
-    Labels do not exclude each other: ``torch.sigmoid`` of the logits gives a probability per label.
+    Labels are not mutually exclusive: ``torch.sigmoid`` of the logits gives a probability per label.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""State dicts of other programs in this package's names: what they are, what was done to them, and how well they fit."""
+"""Conversion of other programs' state dicts to this package's names, with a report of what was changed and what fits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mammostream.common.normalisation import MEAN, STD
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCRIPT_MEAN, SCRIPT_STD = (0.5,) * 3, (0.5,) * 3  # of the scripts that the guides describe
-COUNTER = "num_batches_tracked"  # of a batch norm: older files have none, and nothing needs it
+COUNTER = "num_batches_tracked"  # of a batch norm: older files lack it, and nothing needs it
 _NESTS = ("model_state_dict", "state_dict", "model")
 _WRAPPED = "byol_model"  # the old classifier's name for the BYOL model in it
 _WRAPPERS = ("module", "_orig_mod", _WRAPPED)  # DistributedDataParallel's, torch.compile's, the old classifier's
-# nn.Sequential(*resnet.children()) numbers what torchvision names; 2, 3 and 8 hold no tensors.
+# nn.Sequential(*resnet.children()) has numbers instead of torchvision's names; 2, 3 and 8 have no tensors.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _TORCHVISION = (*_CHILDREN.values(), "fc", "features", "classifier")  # a ResNet's children, a ConvNeXt's
 _BACKBONES = ("backbone", "backbone_momentum")
-# The first convolution, what behind it takes its constant up (a batch norm's running mean, or the bias), and with which sign.
+# The first convolution, the tensor that absorbs its constant (a batch norm's running mean, or the bias), and the sign.
 _STEMS = (("conv1.weight", "bn1.running_mean", -1), ("features.0.0.weight", "features.0.0.bias", 1))
 
 
@@ -35,11 +35,11 @@ class Conversion:
     state
         Name -> tensor.
     sources
-        Name -> the name in the file.
+        Name -> name in the file.
     folded
         Names that were folded from three channels.
     normalisation
-        In words: what the file's network takes its input to be normalised by.
+        The input normalisation that the file's network expects, in words.
     """
 
     state: dict[str, Tensor]
@@ -50,7 +50,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a file's tensors.
+    """What was done with a file's tensors.
 
     Attributes
     ----------
@@ -59,15 +59,15 @@ class LoadReport:
     arch
         The backbone that fits best.
     normalisation
-        In words: what the file's network takes its input to be normalised by.
+        The input normalisation that the file's network expects, in words.
     matched
-        Names, in this package's spelling, that were found with the right shape.
+        Names in this package that were found with the right shape.
     folded
-        Those of them that were folded from three channels.
+        Those among them that were folded from three channels.
     missing
-        Names of the model that the file does not have, or has in another shape: they keep their initial values.
+        Names of the model that the file lacks or has in another shape: these tensors keep their initial values.
     unexpected
-        Names of the file, as it spells them, that the model has no place for: they are left out.
+        Names in the file that the model does not have: these tensors are ignored.
     """
 
     source: str
@@ -80,7 +80,7 @@ class LoadReport:
 
     @property
     def backbone_share(self) -> float:
-        """The share of the online backbone's tensors that matched, 0-1, without batch norms' counters."""
+        """Fraction of the online backbone's tensors that matched, 0-1, not counting batch norms' counters."""
         matched, missing = (
             sum(n.startswith("backbone.") and not n.endswith(COUNTER) for n in names) for names in (self.matched, self.missing)
         )
@@ -100,24 +100,24 @@ class LoadReport:
 
 
 def examples(names: Sequence[str]) -> str:
-    """Return the first three names, and whether there are more."""
+    """Return the first three names, followed by ``...`` if there are more."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def find_state(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the state dict in a file's dict: itself, or what lies below ``model_state_dict``, ``state_dict`` or ``model``."""
+    """Return the state dict in a file's dict: itself, or what is under ``model_state_dict``, ``state_dict`` or ``model``."""
     while inner := next((value[name] for name in _NESTS if isinstance(value.get(name), Mapping)), None):
         value = inner
     return value
 
 
 def convert_state(state: Mapping[str, Any]) -> Conversion:
-    """Return the tensors of a state dict by this package's names, its first convolutions for one channel.
+    """Return the tensors of a state dict under this package's names, with first convolutions folded to one channel.
 
-    Wrappers' prefixes go, wherever they stand; a backbone's children get torchvision's names, whether numbered or not, below
-    ``backbone.``; heads lose the ``layers.`` in between; a wrapped BYOL model is opened, its classification head giving way
-    to the wrapper's. A first convolution of three channels is taken to expect ImageNet's normalisation where the file
-    has torchvision's names, else mean and standard deviation 0.5, as the guides' scripts train.
+    Prefixes of wrappers are removed wherever they occur; a backbone's children, numbered or not, get torchvision's names under
+    ``backbone.``; heads lose the ``layers.`` in between; a wrapped BYOL model is unwrapped, and the wrapper's classification
+    head replaces its own. A three-channel first convolution is assumed to expect ImageNet's normalisation if the file has
+    torchvision's names, otherwise mean and standard deviation 0.5, with which the guides' scripts train.
     """
     tensors = [name for name, value in state.items() if isinstance(value, Tensor)]
     own = {_strip(name)[0] for name in tensors if _WRAPPED not in name.split(".")}
@@ -156,18 +156,18 @@ def _canonical_name(name: str) -> str:
 def fold_first_convolution(
     weight: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> tuple[Tensor, Tensor]:
-    """Turn a three-channel first convolution into a one-channel one that gives the same but for a constant.
+    """Turn a three-channel first convolution into a one-channel one that gives the same output up to a constant.
 
     A grey pixel x replicated over three channels enters channel c as (x - m_c) / s_c; the one-channel network sees
-    u = (x - MEAN) / STD instead. Put x = STD u + MEAN into the sum over channels::
+    u = (x - MEAN) / STD instead. Substitute x = STD u + MEAN in the sum over channels::
 
         sum_c w_c * (x - m_c) / s_c  =  (sum_c w_c STD / s_c) * u  +  sum_c sum(w_c) (MEAN - m_c) / s_c
 
-    The first term is the one-channel convolution. The second is a constant k per output channel. A convolution's bias takes
-    it up. So does a batch norm: it takes y + k with its running mean r as it takes y with r - k. (In training mode the
-    batch's own mean removes the constant.) It is exact where the kernel lies within the image, so everywhere for ConvNeXt,
-    whose first convolution pads nothing. In a ResNet's padded border, zeros stand for a normalised grey that differs slightly
-    between the two: two rows and columns of the first convolution's outputs on each side.
+    The first term is the one-channel convolution. The second is a constant k per output channel. A convolution's bias can
+    absorb it. So can a batch norm: y + k with running mean r gives the same as y with r - k. (In training mode the batch's
+    mean removes the constant.) This is exact where the kernel lies within the image, so everywhere for ConvNeXt, whose first
+    convolution has no padding. In a ResNet's padded border, zeros stand for a normalised grey that differs slightly between
+    the two: this affects two rows and columns of the first convolution's outputs on each side.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: the same function in evaluation, with fewer passes over memory."""
+"""Folding batch norms into the convolutions before them: the same function in evaluation, with fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
-    """Return a copy whose batch norms are part of the convolutions that feed them.
+    """Return a copy whose batch norms are merged into the convolutions that feed them.
 
-    A batch norm with fixed statistics is a factor and a shift a channel, which the convolution's weights and bias can hold.
-    Equal up to rounding. Which batch norm follows which convolution is read from the traced graph; what else takes a
-    convolution's output keeps both apart.
+    A batch norm with fixed statistics is one factor and one shift per channel, which the convolution's weights and bias can
+    absorb. The result is equal up to rounding. The traced graph shows which batch norm follows which convolution; a convolution
+    whose output is also used elsewhere is left alone.
 
     Parameters
     ----------
     module
-        In evaluation mode, traceable by torch.fx, as torchvision's networks are.
+        In evaluation mode and traceable by torch.fx, as torchvision's networks are.
 
     Returns
     -------
     nn.Module
-        Of the same class, folded batch norms being ``nn.Identity``.
+        Same class; folded batch norms are ``nn.Identity``.
     """
     folded = copy.deepcopy(module)
     for node in fx.symbolic_trace(folded).graph.nodes:

@@ -1,7 +1,7 @@
-"""Other ways to compute a ResNet's first convolution, 7 x 7 of stride 2 over one channel, whose shape suits no tensor core.
+"""Other ways to compute a ResNet's first convolution: 7 x 7, stride 2, one channel, a shape that suits no tensor core.
 
-Each keeps the convolution's weight as its own, under the same name, and gives the same numbers (up to rounding), gradients
-included: a checkpoint fits with and without.
+Each keeps the convolution's weight under the same name and gives the same outputs and gradients (up to rounding), so
+checkpoints fit with and without it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class PaddedStem(nn.Module):
-    """The convolution over channels of zeros next to the image's: NHWC kernels want a multiple of 8.
+    """The convolution with the input padded with channels of zeros: NHWC kernels need a multiple of 8 channels.
 
     Parameters
     ----------
     conv
         Without bias; its weight is shared.
     channels
-        How many there are after padding.
+        Number of channels after padding.
     """
 
     def __init__(self, conv: nn.Conv2d, channels: int = 8) -> None:

@@ -1,4 +1,4 @@
-"""Tensors from files and into modules: nothing is executed on reading, and a misfit is one line that names the tensor."""
+"""Reading tensors from files and loading them into modules: no code is executed, and a mismatch is a one-line error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def read_torch(path: Path, what: str, mend: str) -> dict[str, Any]:
-    """Read a dict that ``torch.save`` wrote, onto the CPU, without executing anything in it but making NumPy numbers.
+    """Read a dict that ``torch.save`` wrote, onto the CPU, without executing anything in it except making NumPy numbers.
 
     Always the CPU: a file written on a GPU opens anywhere, and the GPU never holds the weights twice.
 
@@ -28,7 +28,7 @@ def read_torch(path: Path, what: str, mend: str) -> dict[str, Any]:
     what
         What the file is, for the error ("checkpoint").
     mend
-        What to give instead ("give ...").
+        How to fix it: what to give instead ("give ...").
 
     Raises
     ------
@@ -42,12 +42,12 @@ def read_torch(path: Path, what: str, mend: str) -> dict[str, Any]:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BadInput(f"{what} {path} cannot be read: {error.strerror or first_line(error)}") from error
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+    except Exception as error:  # a damaged pickle can raise any exception
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         held = f"holds '{wanted[1]}'," if wanted else "is damaged or holds"
         raise BadInput(
             f"{what} {path} {held} more than tensors and plain types, which is never unpickled since it can run code; {mend}; "
-            "or, where you trust the file, save its model_state_dict alone with the program that wrote it"
+            "or, if you trust the file, save its model_state_dict alone with the program that wrote it"
         ) from error
     if not isinstance(value, dict):
         raise BadInput(f"{what} {path} holds a {type(value).__name__}, not a dict; {mend}")
@@ -55,15 +55,15 @@ def read_torch(path: Path, what: str, mend: str) -> dict[str, Any]:
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], what: str, optional: Collection[str] = ()) -> None:
-    """Copy `state` into `module`; every tensor but the optional ones must be there, have its shape, and have its place.
+    """Copy `state` into `module`; except for the optional ones, names and shapes of all tensors must match.
 
-    ``num_batches_tracked`` of a batch norm may be missing (torchvision's older files have none): nothing reads it
-    while the batch norm has a momentum.
+    ``num_batches_tracked`` of a batch norm may be missing (older torchvision files lack it): it is not used as long as
+    the batch norm has a momentum.
 
     Raises
     ------
     BadInput
-        A tensor is missing, has another shape or has no place in the module; the first such tensor is named.
+        A tensor is missing, has another shape or is not in the module; the error names the first such tensor.
     """
     own = module.state_dict()
     for name, tensor in own.items():
@@ -85,7 +85,7 @@ def load_state(module: nn.Module, state: Mapping[str, Any], what: str, optional:
 
 
 def _numpy_numbers() -> list[Any]:
-    """Return what unpickling a NumPy number calls: metrics of other programs are full of them, and they run no code."""
+    """Return what unpickling a NumPy number calls: other programs' metrics often contain them, and they run no code."""
     scalar = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # NumPy 1 and 2
     types = (bool, np.int32, np.int64, np.float16, np.float32, np.float64)

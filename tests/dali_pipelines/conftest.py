@@ -1,4 +1,4 @@
-"""Shards of real films, cut small."""
+"""Shards of small tiles cut from real films."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def film() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def make_shards(film: np.ndarray) -> Callable[..., Tiles]:
-    """Return a maker of shards with the given numbers of tiles; their ordinals leave a gap, as a split's do."""
+    """Return a function that makes shards with the given numbers of tiles; their ordinals have a gap, as in a split."""
 
     def make(
         directory: Path, counts: tuple[int, ...], codec: str = "tif", dtype: type = np.uint16, seed: int | None = None
@@ -80,7 +80,7 @@ class Ended:
 
 @pytest.fixture(scope="session")
 def in_process() -> Callable[..., Callable[[], Ended]]:
-    """Return a starter of a function of a test module in a fresh process; the handle waits for its end, at most a minute.
+    """Return a function that starts a test module's function in a fresh process and returns a wait of at most a minute.
 
     The process is forked from one that has imported the loaders and done nothing else.
     """
@@ -99,7 +99,7 @@ def in_process() -> Callable[..., Callable[[], Ended]]:
                 pytest.fail(f"{function.__name__}{args} hangs")
             try:
                 value, error = ours.recv()
-            except EOFError:  # it died without a word
+            except EOFError:  # it died without an answer
                 value, error = None, ""
             process.join(60)
             return Ended(process.exitcode, value, error)

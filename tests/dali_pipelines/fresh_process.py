@@ -1,4 +1,4 @@
-"""What a test hands to a fresh process; not in a conftest, since the process must find it by its module's name."""
+"""What tests pass to a fresh process; not in a conftest, since the process imports it by module name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mammostream.shards.reading import Shard
 
 @dataclass(frozen=True)
 class Tiles:
-    """Shards and what is in them: pixels by tile number, in reading order."""
+    """Shards and their contents: pixels by tile number, in reading order."""
 
     shards: list[Shard]
     pixels: dict[int, np.ndarray]

@@ -58,7 +58,7 @@ def mammostream(monkeypatch, capfd) -> Callable[[str], tuple[int, str, str]]:
 
 @pytest.mark.parametrize("maker", [baselines.OpenCVViews, baselines.TorchvisionViews])
 def test_a_view_that_changes_nothing_is_the_evaluation(tiles, maker):
-    """Same tiles, same normalisation: with nothing to vary, the contenders and the evaluation pipeline agree."""
+    """Same tiles, same normalisation: without augmentation, the contenders and the evaluation pipeline agree."""
     dataset = baselines.TileDataset(tiles.shards, maker((View(), View()), FORM))
     assert len(dataset) == len(tiles.pixels)
     (expected, _), *_ = LabelledLoader(tiles.shards, batch_size=23, tile_size=48, mean=0.449, std=0.226)
@@ -69,7 +69,7 @@ def test_a_view_that_changes_nothing_is_the_evaluation(tiles, maker):
 
 @pytest.fixture
 def one_thread():
-    """One thread each, as the contenders' workers have: on a busy machine several wait for each other."""
+    """One thread each, as in the contenders' workers: on a busy machine several threads wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
@@ -81,7 +81,7 @@ def one_thread():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("maker", [baselines.OpenCVViews, baselines.TorchvisionViews])
 def test_contenders_vary_as_much_as_we_do(tiles, maker, recipe):
-    """The views' means and fine detail spread alike: nobody is timed for less work."""
+    """The views' means and fine detail vary alike, so no contender is timed for less work."""
     torch.manual_seed(0)
     dataset = baselines.TileDataset(tiles.shards, maker(RECIPES[recipe], FORM))
     loader = PretrainLoader(
@@ -92,7 +92,7 @@ def test_contenders_vary_as_much_as_we_do(tiles, maker, recipe):
     for own, other in zip(ours, theirs, strict=True):
         assert own.shape == other.shape
         assert other.mean(dim=(1, 2, 3)).std() == pytest.approx(own.mean(dim=(1, 2, 3)).std().item(), rel=0.3)
-        if maker is baselines.OpenCVViews:  # torchvision leaves black corners, which are detail of their own
+        if maker is baselines.OpenCVViews:  # torchvision leaves black corners, which add detail
             fine = [(views[..., 1:] - views[..., :-1]).abs().mean().item() for views in (own, other)]
             assert fine[1] == pytest.approx(fine[0], rel=0.1)
 
@@ -141,8 +141,8 @@ def test_bad_input(packed, mammostream, options, message):
     assert "Traceback" not in err
 
 
-def test_the_mend_of_a_bad_tile_mends(packed, tmp_path, mammostream):
-    """The error names a command; after it, the loader reads what is left."""
+def test_the_suggested_fix_for_a_bad_tile_works(packed, tmp_path, mammostream):
+    """The error names a command; after running it, the loader reads the remaining tiles."""
     import shutil
 
     from mammostream.common.errors import BadInput

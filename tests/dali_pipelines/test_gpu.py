@@ -1,4 +1,4 @@
-"""The GPU graph gives what the CPU graph gives, and its batches live as long as they are read."""
+"""The GPU graph gives the same as the CPU graph, and its batches stay valid while they are read."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_decoding_is_exact(make_shards, tmp_path, codec, dtype):
 @pytest.mark.parametrize("view", [*RECIPES["guide"], *RECIPES["mammo"], TRAIN_VIEW, View(noise=0.0, contrast=0.4)])
 @pytest.mark.parametrize("blurred", [0, 1])
 def test_views_are_the_same(tiles, view, blurred, monkeypatch):
-    """With every draw fixed off its centre, since the devices need not draw alike."""
+    """With every draw fixed away from its centre, since random draws differ between devices."""
     monkeypatch.setattr(views, "_uniform", lambda low, high: low + 0.8 * (high - low))
     monkeypatch.setattr(views, "_sign", lambda probability: -1.0 if probability else 1.0)
     view = View(**{**vars(view), "blur_probability": float(blurred)})
-    # A resampled pixel may differ by a few of 65535 levels, where an edge is steep.
+    # At steep edges a resampled pixel may differ by a few of 65535 levels.
     assert_close(batches(tiles, "gpu", view=view), batches(tiles, "cpu", view=view), atol=16 / 65535 / 0.226)
 
 
@@ -68,9 +68,9 @@ def test_resume_is_bit_equal(tiles):
 
 
 def test_a_slow_kernel_on_a_side_stream_reads_unchanged_data(tiles):
-    """The batch is dropped and five more are made before the kernel that reads it has begun."""
+    """The batch is freed and five more are made before the kernel that reads it has started."""
     loader = PretrainLoader(tiles.shards, batch_size=2, tile_size=tiles.size, mean=0.449, std=0.226, device="gpu")
-    expected = [view1.clone() for view1, _, _ in loader]  # one epoch; the same seed gives the same again
+    expected = [view1.clone() for view1, _, _ in loader]  # one epoch; the same seed gives the same views
     again = PretrainLoader(tiles.shards, batch_size=2, tile_size=tiles.size, mean=0.449, std=0.226, device="gpu")
     with torch.cuda.stream(torch.cuda.Stream()):
         iterator = iter(again)

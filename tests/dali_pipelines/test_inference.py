@@ -1,4 +1,4 @@
-"""The transform for single images gives what the evaluation pipeline gives."""
+"""The transform for single images gives the same as the evaluation pipeline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluate(path, size):
 
 @pytest.fixture(scope="module")
 def pictures(film, tmp_path_factory):
-    """Paths and pixels of a tile as 16 bits, 8 bits and colours."""
+    """Paths and pixels of a tile in 16 bits, 8 bits and colour."""
     directory = tmp_path_factory.mktemp("pictures")
     grey16 = np.ascontiguousarray(film[400:496, 500:596])
     grey8 = (grey16 // 256).astype(np.uint8)
@@ -55,7 +55,7 @@ def test_parity_when_resized(pictures, size):
     path, pixels = pictures["grey16.png"]
     got, expected = create_inference_transform(size)(pixels), evaluate(path, size)
     assert got.shape == (1, size, size)
-    # Inside, both filters are the same; at the edge DALI repeats the border where torch renormalises.
+    # Inside, both filters are the same; at the edge DALI repeats the border and torch renormalises.
     torch.testing.assert_close(got[:, 3:-3, 3:-3], expected[:, 3:-3, 3:-3], rtol=0, atol=1e-4)
     torch.testing.assert_close(got, expected, rtol=0, atol=0.1)
 
@@ -94,7 +94,7 @@ def test_shapes_and_modes():
     ],
     ids=["float", "int16", "line", "two channels", "empty", "path", "beyond 16 bits"],
 )
-def test_what_is_no_tile(image):
+def test_input_that_is_not_a_tile(image):
     with pytest.raises(BadInput):
         create_inference_transform()(image)
 

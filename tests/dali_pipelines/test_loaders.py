@@ -64,7 +64,7 @@ def stored(image, dtype, mean=0.449, std=0.226):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("codec", LOSSLESS)
 def test_every_lossless_codec_is_read_bit_for_bit(make_shards, tmp_path, codec, dtype):
-    """By the checksum that the shards' table holds of each tile, and without its own rounding."""
+    """Compared by the checksum of each tile in the shards' table, so without any rounding in the test."""
     tiles = make_shards(tmp_path, (5, 2), codec, dtype)
     checksums = {number: codecs.pixel_crc32(pixels) for number, pixels in tiles.pixels.items()}
     seen = {}
@@ -95,7 +95,7 @@ def test_every_codec_gives_two_views(make_shards, tmp_path, codec):
 
 
 def test_numbers_stay_with_their_tiles(tiles):
-    """Shuffled and augmented: a tile that is mirrored for sure is detected by its pixels."""
+    """Shuffled and augmented: a tile that is always mirrored is identified by its pixels."""
     loader = labelled(tiles, view=View(horizontal_flip=1), shuffle=True, initial_fill=6)
     for _ in range(2):
         for images, numbers in loader:
@@ -110,7 +110,7 @@ def test_evaluation_is_the_training_path_without_randomness(tiles):
 
 @pytest.mark.parametrize("size", [None, 24])
 def test_batches_run_channels_last_without_a_copy(tiles, size):
-    """The first convolution takes them as they are: torch neither clones nor copies."""
+    """The first convolution uses them as they are: torch neither clones nor copies."""
     view1, view2, numbers = next(iter(pretrain(tiles, view_size=size)))
     edge = size or tiles.size
     convolution = torch.nn.Conv2d(1, 8, 7, 2, 3).to(memory_format=torch.channels_last)
@@ -139,7 +139,7 @@ def test_half_precision(tiles):
     for single, half in zip(singles, halves, strict=True):
         assert half[0].dtype == half[1].dtype == torch.float16
         for view in (0, 1):
-            # DALI and torch round halves of the last place differently.
+            # DALI and torch round ties differently.
             torch.testing.assert_close(half[view].float(), single[view], rtol=1e-3, atol=1e-4)
         assert torch.equal(single[2], half[2])
     with pytest.raises(BadInput, match="'bfloat16' is neither float32 nor float16"):
@@ -186,7 +186,7 @@ def test_image_files(film, tmp_path):
 
 
 def test_several_directories_read_as_one(make_shards, tmp_path):
-    """Their tile numbers are the same, so the directory's place goes into the number."""
+    """Their tile numbers are the same, so the directory's position becomes part of the number."""
     first, second = (make_shards(tmp_path / name, (3, 4), seed=seed) for seed, name in enumerate("ab"))
     assert first.pixels.keys() == second.pixels.keys()
     expected = dict(first.pixels) | {DIRECTORY_STRIDE + number: pixels for number, pixels in second.pixels.items()}
@@ -225,7 +225,7 @@ def test_directories_of_several_codecs(make_shards, tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 8, 30])
-def test_labelled_gives_every_tile_once_an_epoch(tiles, batch_size, shuffle, world_size):
+def test_labelled_gives_every_tile_once_per_epoch(tiles, batch_size, shuffle, world_size):
     loaders = [
         labelled(tiles, batch_size, shuffle=shuffle, rank=rank, world_size=world_size, initial_fill=6)
         for rank in range(world_size)
@@ -274,7 +274,7 @@ def test_ranks_draw_differently(make_shards, tmp_path):
 
 
 def share_of_a_rank(shards, size, rank, store):
-    """Return this rank's numbers of two epochs, the ranks being torch.distributed's."""
+    """Return this rank's numbers of two epochs, with the ranks of torch.distributed."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     loader = LabelledLoader(shards, batch_size=4, tile_size=size, mean=0, std=1, shuffle=True, initial_fill=6)
     return numbers_of(loader), numbers_of(loader), loader.tiles
@@ -324,7 +324,7 @@ def test_views_differ_between_epochs(tiles):
     assert not any(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_iterating_again_goes_on_after_a_break(tiles):
+def test_iterating_again_continues_after_a_break(tiles):
     loader, whole = labelled(tiles), numbers_of(labelled(tiles))
     first = [numbers.tolist() for _, (_, numbers) in zip(range(2), loader, strict=False)]
     assert sum(first, []) + numbers_of(loader) == whole
@@ -390,20 +390,20 @@ def test_resume_in_a_fresh_process_is_bit_equal(tiles, in_process):
     assert_same(copies(loader), [[torch.from_numpy(array) for array in batch] for batch in ended.value])
 
 
-def test_another_number_of_processes_starts_the_epoch_anew_and_says_so(tiles):
+def test_another_number_of_processes_restarts_the_epoch_with_a_warning(tiles):
     loader = pretrain(tiles)
     numbers_of(loader)
     list(islice(loader, 2))
     state = through_a_file(loader.state_dict())
     moved = [pretrain(tiles, 3, rank=rank, world_size=2, initial_fill=4) for rank in range(2)]
     for one in moved:
-        with pytest.warns(UserWarning, match="saved by 1 processes and 2 read it: epoch 2 starts again, 2 batches"):
+        with pytest.warns(UserWarning, match="saved by 1 processes but is loaded by 2: epoch 2 restarts .*2 of its"):
             one.load_state_dict(state)
         assert one.epoch == 1
     shares = [numbers_of(one) for one in moved]
     assert len(shares[0]) == len(shares[1]) == 9
     assert len(set(shares[0] + shares[1])) == 18
-    # Neither the order nor the draws of the first epoch come again.
+    # Neither the order nor the draws of the first epoch are repeated.
     fresh = pretrain(tiles, 3, rank=0, world_size=2, initial_fill=4)
     assert numbers_of(fresh) != shares[0]
 
@@ -470,7 +470,7 @@ def test_no_gpu(tiles):
 
 
 def with_bad_tile(make_shards, directory, codec, damage):
-    """A shard whose fourth of six tiles is no image any more; tar and index are sound."""
+    """A shard whose fourth of six tiles is damaged; tar and index are intact."""
     tiles = make_shards(directory, (6,), codec)
     samples = []
     for i, (number, pixels) in enumerate(tiles.pixels.items()):
@@ -485,7 +485,7 @@ DAMAGES = {"rubbish": lambda data: b"rubbish" * 20, "cut": lambda data: data[: l
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("codec", ["tif", "png", "jhc"])
-def test_a_bad_tile_is_named_with_its_shard_and_the_mend(make_shards, tmp_path, codec, damage):
+def test_a_bad_tile_is_named_with_its_shard_and_how_to_fix_it(make_shards, tmp_path, codec, damage):
     bad = with_bad_tile(make_shards, tmp_path, codec, DAMAGES[damage])
     loader = labelled(bad, 2)
     batches = iter(loader)

@@ -34,7 +34,7 @@ def one(make_shards, tmp_path):
 
 def test_subset_reads_the_tiles_asked_for(tiles):
     everything = list(tiles.pixels)
-    wanted = {everything[1], everything[4], everything[-2], everything[-1]}  # none of the middle shard
+    wanted = {everything[1], everything[4], everything[-2], everything[-1]}  # none from the middle shard
     loader = load(tiles, tiles=wanted)
     assert loader.tiles == 4
     assert len(loader._source.tars) == 2
@@ -44,7 +44,7 @@ def test_subset_reads_the_tiles_asked_for(tiles):
         np.testing.assert_array_equal(np.rint(tile * 65535.0), tiles.pixels[number])
 
 
-def test_subset_indexes_go_with_the_loader(tiles):
+def test_subset_indexes_are_deleted_with_the_loader(tiles):
     loader = load(tiles, tiles=np.array(list(tiles.pixels)[:3]))
     directory = Path(loader._source.temporary.name)
     assert len(list(directory.iterdir())) == 1
@@ -63,7 +63,7 @@ def test_numbers_of_an_index_with_gaps(one):
     assert numbers_of(load(one, tiles=[everything[2], everything[5]])) == [everything[2], everything[5]]
 
 
-def test_wanted_tiles_that_are_nowhere(tiles):
+def test_requested_tiles_that_do_not_exist(tiles):
     with pytest.raises(BadInput, match="1 of the 2 tiles wanted are in none of the 3 shards"):
         open_source(tiles.shards, tile_size=tiles.size, tiles=[next(iter(tiles.pixels)), 1])
     with pytest.raises(BadInput, match="no tiles to read"):
@@ -76,7 +76,7 @@ def test_wanted_tiles_that_are_nowhere(tiles):
 
 
 def read_twice(tiles):
-    """Read two epochs, shuffled, as a training would."""
+    """Read two shuffled epochs, as training does."""
     loader = PretrainLoader(tiles.shards, batch_size=2, tile_size=tiles.size, mean=0, std=1, initial_fill=4)
     return [len(numbers_of(loader)) for _ in range(2)]
 
@@ -105,7 +105,7 @@ def missing_tar(tar, index):
 
 
 def undecodable(tar, index):
-    """Overwrite a payload where it lies; tar and index stay as they are."""
+    """Overwrite a payload in place; tar and index are unchanged."""
     member = read_index(index)[3][0]
     with tar.open("r+b") as file:
         file.seek(member.offset)
@@ -124,7 +124,7 @@ def undecodable(tar, index):
     ],
 )
 def test_damage_ends_the_process_with_one_clear_error(one, in_process, damage, named):
-    """In its own process: exit code 2, no signal and no hang, with prefetching threads and the shuffle on."""
+    """In a separate process: exit code 2, no signal and no hang, with prefetching threads and shuffling."""
     (shard,) = one.shards
     assert in_process(read_twice, one)().value == [6, 6]
     damage(shard.tar, shard.index)
@@ -138,8 +138,8 @@ def test_damage_ends_the_process_with_one_clear_error(one, in_process, damage, n
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["tar", "idx"]), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=40))
-def test_no_damage_whatever_ends_in_a_signal(make_shards, tmp_path, in_process, which, place, rubbish):
-    """Bytes written anywhere into tar or index: it is noticed, or it fell on a pixel; `shards verify` finds those."""
+def test_no_damage_crashes_the_process(make_shards, tmp_path, in_process, which, place, rubbish):
+    """Random bytes anywhere in tar or index are detected unless they only change pixels, which `shards verify` finds."""
     made = make_shards(tmp_path, (6,))
     path = made.shards[0].tar.with_suffix(f".{which}")
     with path.open("r+b") as file:

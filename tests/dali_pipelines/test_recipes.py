@@ -1,4 +1,4 @@
-"""Views as data: YAML and back, and errors that name the field."""
+"""Views as data: YAML round trips, and errors that name the field."""
 
 from __future__ import annotations
 

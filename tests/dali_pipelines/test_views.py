@@ -1,4 +1,4 @@
-"""Views against references of other libraries: OpenCV and scipy for geometry, NumPy and scipy for intensities."""
+"""Views compared with other libraries: OpenCV and scipy for geometry, NumPy and scipy for intensities."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def homographies(view, size, count=64, view_size=None):
 
 
 def parts(matrices, size):
-    """Take homographies apart: zoom with sign (N, 2), angle in degrees, offset (N, 2) and tilt (N, 2) from the centre."""
+    """Decompose homographies: zoom with sign (N, 2), angle in degrees, offset (N, 2) and tilt (N, 2) from the centre."""
     to, fro = np.eye(3), np.eye(3)
     to[:2, 2], fro[:2, 2] = -size / 2, size / 2
     centred = to @ matrices @ fro
@@ -55,7 +55,7 @@ def parts(matrices, size):
 
 
 def assert_as_often_as(probability, happened):
-    """Check a count against its binomial bounds; a right one fails once in a million."""
+    """Check a count against binomial bounds; a correct one fails once in a million."""
     low, high = binom.interval(1 - 1e-6, len(happened), probability)
     assert low <= np.sum(happened) <= high
 
@@ -106,7 +106,7 @@ def warp(tiles, view, monkeypatch, size=None, seed=3):
 
     warped, matrices = graph(batch_size=len(tiles), num_threads=2, device_id=None, seed=seed).run()
     monkeypatch.undo()
-    assert len(drawn) == 1  # the resample is one, whatever the view changes
+    assert len(drawn) == 1  # every view resamples exactly once
     return np.array(warped.as_tensor())[..., 0].astype(float) * FULL, np.array(matrices.as_tensor()).astype(float)
 
 
@@ -122,7 +122,7 @@ def cut(film, size, count):
 @pytest.mark.parametrize("size", [None, 32, 96])
 @pytest.mark.parametrize("view", ALL_VIEWS, ids=ALL_NAMES)
 def test_resampling_equals_scipy(film, view, size, monkeypatch):
-    """One linear resample with mirrored borders, half-pixel centres, destination to source, whatever the view's size."""
+    """One linear resample with mirrored borders, half-pixel centres, destination to source, for any view size."""
     originals = cut(film, 48, 8)
     warped, matrices = warp(originals, view, monkeypatch, size)
     edge = size or 48
@@ -152,7 +152,7 @@ def test_resampling_equals_opencv_on_whole_tiles(film, view, monkeypatch):
 @pytest.mark.parametrize("view_size", [100, 48])
 @pytest.mark.parametrize("view", ALL_VIEWS, ids=ALL_NAMES)
 def test_homographies_are_those_that_the_benchmark_draws_with_numpy(view, view_size):
-    """The same views, told apart by no moment of any coefficient: what OpenCV is timed with is what DALI does."""
+    """No moment of any coefficient differs: OpenCV is timed with the same views that DALI makes."""
     drawn = homographies(view, 100, 1500, view_size)
     rng = np.random.default_rng(1)
     to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
@@ -171,7 +171,7 @@ def test_a_view_without_a_draw_shows_the_whole_tile_at_its_own_size():
 
 
 def test_fine_specks_survive_the_geometry(film, monkeypatch):
-    """A speck of 0.3 mm at 0.05 mm a pixel keeps at least 90 % of its peak contrast in view 1 of the guide."""
+    """A speck of 0.3 mm at 0.05 mm per pixel keeps at least 90 % of its peak contrast in view 1 of the guide."""
     spacing, diameter, amplitude = 0.05, 0.3, 2000.0
     plain = np.stack([film[300:812, 200:712]] * 6)
     rng = np.random.default_rng(4)
@@ -182,7 +182,7 @@ def test_fine_specks_survive_the_geometry(film, monkeypatch):
         specks = np.maximum(specks, amplitude * np.clip(diameter / spacing / 2 - np.hypot(y - cy, x - cx) + 0.5, 0, 1))
     planted = (plain + np.rint(specks)).astype(np.uint16)
     view = RECIPES["guide"][0]
-    # The same seed draws the same geometry, so the difference is the specks alone, on the real film's ground.
+    # The same seed draws the same geometry, so the difference is the specks alone, on the background of a real film.
     (with_specks, matrices), (without, same) = (warp(tiles, view, monkeypatch) for tiles in (planted, plain))
     np.testing.assert_array_equal(matrices, same)
     difference = with_specks - without
@@ -198,7 +198,7 @@ def test_fine_specks_survive_the_geometry(film, monkeypatch):
 
 @pytest.mark.parametrize("view", ALL_VIEWS, ids=ALL_NAMES)
 def test_no_black_wedges(view, monkeypatch):
-    """A tile that is bright everywhere stays so: what lies outside is mirrored."""
+    """A tile that is bright everywhere stays bright: the outside is mirrored."""
     warped, _ = warp(np.full((32, 64, 64), 40000, np.uint16), view, monkeypatch)
     np.testing.assert_array_equal(np.rint(warped), 40000)
 
@@ -210,7 +210,7 @@ def test_identity_leaves_the_tile_unchanged(tiles):
 
 
 def test_resampling_without_movement_is_exact(tiles):
-    """A flip that never falls still goes through the resampler."""
+    """A flip that never happens still goes through the resampler."""
     view = View(horizontal_flip=1e-9)
     assert view.moves_pixels
     got, originals = apply(tiles, view)
@@ -231,7 +231,7 @@ def test_scale_magnifies(tiles):
     half, quarter = tiles.size // 2, tiles.size // 4
     means = got.reshape(len(got), half, 2, half, 2).mean(axis=(2, 4))
     centre = originals[:, quarter:-quarter, quarter:-quarter]
-    # The mean of four linear samples at ±1/4 weighs the neighbours by 1/8 along each axis.
+    # The mean of four linear samples at ±1/4 weights the neighbours by 1/8 along each axis.
     weights = np.array([0.125, 0.75, 0.125])
     expected = sum(
         weights[i]
@@ -285,7 +285,7 @@ def test_blur_equals_scipy(tiles):
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.9])
-def test_blur_falls_as_often_as_asked(tiles, probability):
+def test_blur_is_as_frequent_as_requested(tiles, probability):
     loader = LabelledLoader(
         tiles.shards, view=View(blur_probability=probability, blur_sigma=(1, 2)), batch_size=8, tile_size=48, mean=0, std=1
     )
@@ -308,7 +308,7 @@ def test_blur_equals_opencv(tiles, sigma):
 
 
 def test_contrast_turns_about_the_whole_tiles_mean_in_a_crop_too(film):
-    """Half of the tile is dark, half is bright: two grey levels in a crop tell the gain and the point it turns about."""
+    """Half of the tile is dark, half is bright: two grey levels in a crop determine the gain and its fixed point."""
     tile = np.full((64, 64), 10000, np.uint16)
     tile[:, 40:] = 50000
     form = ImageFormat(64, 0, 1)
@@ -329,7 +329,7 @@ def test_contrast_turns_about_the_whole_tiles_mean_in_a_crop_too(film):
     assert turned > 20
 
 
-def test_noise_has_the_deviation_asked_for(tiles):
+def test_noise_has_the_requested_deviation(tiles):
     got, originals = apply(tiles, View(noise=0.05))
     deviation = (got - originals).std(axis=(1, 2)) / FULL
     assert deviation.max() <= 0.055

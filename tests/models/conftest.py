@@ -1,4 +1,4 @@
-"""Checkpoints are large: they go with the test that made them."""
+"""Checkpoints are large, so they are deleted after the test that made them."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _no_checkpoints_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    # Asked for before the test: after it the folder's fixture may be gone.
+    # Requested before the test: after it the folder's fixture may be gone.
     folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     yield
     for path in folder.rglob("*.pth") if folder else ():

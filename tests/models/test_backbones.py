@@ -16,7 +16,7 @@ from mammostream.models.conversion import IMAGENET_MEAN, IMAGENET_STD, fold_firs
 
 
 def three_channel_resnet() -> torch.nn.Module:
-    """A ResNet-18 in evaluation mode whose batch norm has learnt something."""
+    """A ResNet-18 in evaluation mode whose batch norm has non-trivial values."""
     torch.manual_seed(0)
     net = torchvision.models.resnet18(weights=None).eval()
     torch.nn.init.normal_(net.bn1.running_mean)
@@ -27,7 +27,7 @@ def three_channel_resnet() -> torch.nn.Module:
 
 
 def three_channel_convnext() -> torch.nn.Module:
-    """A ConvNeXt-T in evaluation mode whose stem's bias and blocks' scales have learnt something."""
+    """A ConvNeXt-T in evaluation mode whose stem bias and block scales have non-trivial values."""
     torch.manual_seed(0)
     net = torchvision.models.convnext_tiny(weights=None).eval()
     torch.nn.init.normal_(net.features[0][0].bias, std=0.2)
@@ -82,7 +82,7 @@ def test_three_channel_weights_from_a_file_are_folded(tmp_path):
     assert torch.equal(backbone.conv1.weight, weight)
     assert torch.equal(backbone.bn1.running_mean, (net.bn1.running_mean.double() - constant).float())
     assert torch.equal(backbone.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
-    # The whole network, on tiles large enough that the border's share of the average is small.
+    # The whole network, on tiles large enough that the border contributes little to the average.
     x = torch.rand(1, 1, 256, 256)
     net.fc = torch.nn.Identity()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_three_channel_weights_from_a_file_are_folded(tmp_path):
 
 
 def test_a_three_channel_convnext_from_a_file_is_the_same_network(tmp_path):
-    """Exact to the last pixel: its first convolution pads nothing, and its bias takes the constant up."""
+    """Exact for every pixel: its first convolution has no padding, and its bias absorbs the constant."""
     net = three_channel_convnext()
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in net.state_dict().items()}}, tmp_path / "rgb.pth")
     backbone = build_backbone("convnext_tiny", tmp_path / "rgb.pth").eval()
@@ -148,7 +148,7 @@ def test_imagenet_weights_come_from_the_cache(tmp_path, monkeypatch):
     assert torch.equal(build_backbone("resnet18", "imagenet").bn1.weight, net.bn1.weight)
 
 
-def test_imagenet_weights_without_a_network_name_the_mend(monkeypatch):
+def test_imagenet_weights_without_a_network_say_how_to_fix_it(monkeypatch):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
 

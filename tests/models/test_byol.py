@@ -16,7 +16,7 @@ from mammostream.models.byol import MammogramBYOL, byol_loss
 
 
 def small_byol() -> MammogramBYOL:
-    """A BYOL model that runs in milliseconds, its target moved away from the online network."""
+    """A BYOL model that runs in milliseconds, with a target that differs from the online network."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     model = MammogramBYOL(backbone, input_dim=6, hidden_dim=8, proj_dim=5, num_classes=3)
@@ -100,7 +100,7 @@ def test_forward_is_the_symmetric_loss_with_batch_norm_per_view():
 
 
 def test_concatenated_views_share_their_batch_norm_statistics():
-    """The same as each view on its own through networks whose batch norms take the statistics of both."""
+    """The same as passing each view separately through networks whose batch norms use the statistics of both."""
     model = small_byol()
     model.concat_views = True
     view1, view2 = torch.randn(4, 1, 9, 9), 2 * torch.randn(4, 1, 9, 9) + 1

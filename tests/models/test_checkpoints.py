@@ -1,4 +1,4 @@
-"""Checkpoint files: round trips, refusals in one line, nothing executed, nothing half written."""
+"""Checkpoint files: round trips, one-line errors, nothing executed, nothing half written."""
 
 import os
 import pickle
@@ -82,20 +82,20 @@ def test_classifier_round_trip(byol, classifier_path):
         assert torch.equal(model(x), model.classify(x))
 
 
-def test_the_other_kind_is_refused_with_the_mend(byol_path, classifier_path):
+def test_the_other_kind_is_refused_with_a_hint(byol_path, classifier_path):
     with pytest.raises(BadInput, match=r"holds a classifier model, not a byol model; give a mammogram_byol_.*pretrain"):
         load_byol(classifier_path)
     with pytest.raises(BadInput, match=r"holds a byol model, not a classifier model; give a .*finetune"):
         load_classifier(byol_path)
 
 
-def test_another_architecture_is_refused_with_the_mend(byol_path):
+def test_another_architecture_is_refused_with_a_hint(byol_path):
     assert load_byol(byol_path, arch="resnet18").backbone.arch == "resnet18"
     with pytest.raises(BadInput, match=r"best\.pth holds resnet18, not resnet50; pass --arch resnet18$"):
         load_byol(byol_path, arch="resnet50")
 
 
-def test_files_that_are_no_checkpoint_are_one_line(byol_path, tmp_path):
+def test_files_that_are_not_checkpoints_give_a_one_line_error(byol_path, tmp_path):
     whole = byol_path.read_bytes()
     contents = {
         "cut": whole[: len(whole) // 2],
@@ -115,7 +115,7 @@ def test_files_that_are_no_checkpoint_are_one_line(byol_path, tmp_path):
 
 
 class Malicious:
-    """Runs code when it is unpickled, by the call that is given."""
+    """Runs the given call when it is unpickled."""
 
     def __init__(self, call, *args) -> None:
         self.call = call, args
@@ -149,7 +149,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(call, tmp_path):
                     load(tmp_path / f"{name}.{form}.pth")
                 assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
-    # Each of them would have run.
+    # Each of them would have run code.
     if call != "number":
         pickle.loads((tmp_path / "whole.pickle.pth").read_bytes())
         assert (tmp_path / "ran").exists()

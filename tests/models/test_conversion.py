@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: every shape of state dict gives the same network, and what does not fit is said."""
+"""Checkpoints of other programs: every form of state dict gives the same network, and tensors that do not fit are reported."""
 
 import re
 
@@ -25,7 +25,7 @@ from mammostream.models.conversion import IMAGENET_MEAN, IMAGENET_STD, LoadRepor
 
 
 class ScriptHead(nn.Module):
-    """A head as the scripts' library makes it: below ``layers``, no bias before a batch norm."""
+    """A head as the scripts' library makes it: under ``layers``, no bias before a batch norm."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ScriptBYOL(nn.Module):
 
 
 class ScriptClassifier(nn.Module):
-    """The scripts' classifier: the BYOL model whole, its own two-class head unused, and a head next to it."""
+    """The scripts' classifier: the whole BYOL model with its own two-class head unused, and a separate head."""
 
     def __init__(self, byol: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ScriptClassifier(nn.Module):
 
 
 def shake(model: nn.Module) -> nn.Module:
-    """Give batch norms something learnt, so that a lost one is seen."""
+    """Give batch norms non-trivial values, so that a lost one is noticed."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -104,7 +104,7 @@ def ours(x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_first_layers_agree(backbone: nn.Module, conv1: nn.Module, bn1: nn.Module, mean, std) -> None:
-    """Exact but for the padded border, where zeros stand for two slightly different greys."""
+    """Exact except at the padded border, where zeros stand for two slightly different greys."""
     x = grey()
     with torch.no_grad():
         expected = bn1(conv1(rgb(x, mean, std)))
@@ -138,7 +138,7 @@ def test_a_scripts_byol_model(script, tmp_path):
     x, inner = grey(4, 160), torch.rand(2, 64, 8, 8)
     with torch.no_grad():
         assert_same_features(model.get_features(ours(x)), script.get_features(rgb(x, *half)))
-        # Behind the border, the network computes the same from the same input.
+        # Away from the border, the network computes the same from the same input.
         layers = model.backbone.layer3(model.backbone.layer2(inner))
         torch.testing.assert_close(layers, script.backbone[6](script.backbone[5](inner)))
         for head in ("projection_head", "prediction_head", "projection_head_momentum", "classification_head"):
@@ -203,7 +203,7 @@ def test_a_script_classifier_with_its_metrics(script, tmp_path):
         assert_same_features(model.get_features(ours(x).expand(-1, 3, -1, -1)), script.get_features(rgb(x, *half)))
     report = load_checkpoint(tmp_path / "best_classification_model.pth", None)["load_report"]
     assert not report.missing
-    # The BYOL model's own heads have no place in a classifier.
+    # A classifier does not use the BYOL model's heads.
     assert "byol_model.classification_head.0.weight" in report.unexpected
     assert "classification_head.0.weight" not in report.unexpected
     with pytest.raises(BadInput, match="holds a classifier model, not a byol model"):
@@ -319,7 +319,7 @@ def test_tensors_of_other_shapes_do_not_count(resnet, tmp_path):
 def test_a_classifier_without_its_whole_head_is_refused(script, tmp_path):
     state = ScriptClassifier(script, 2).state_dict()
     del state["classification_head.0.bias"]
-    state["byol_model.classification_head.0.bias"] = torch.zeros(16)  # of another head: no stand-in
+    state["byol_model.classification_head.0.bias"] = torch.zeros(16)  # of another head: not a substitute
     torch.save({"model_state_dict": state, "class_names": ["a", "b"]}, tmp_path / "c.pth")
     with pytest.raises(BadInput, match=r"no tensor 'classification_head\.0\.bias'"):
         load_classifier(tmp_path / "c.pth")
@@ -328,7 +328,7 @@ def test_a_classifier_without_its_whole_head_is_refused(script, tmp_path):
         load_classifier(tmp_path / "c.pth")
 
 
-def test_the_report_says_what_became_of_the_tensors():
+def test_the_report_says_what_was_done_with_the_tensors():
     names = [f"backbone.layer{n}" for n in range(5)]
     report = LoadReport("checkpoint x.pth", "resnet18", "mean 0.5, std 0.5", names, names[:1], ["a", "b"], [])
     assert report.lines() == [
@@ -339,7 +339,7 @@ def test_the_report_says_what_became_of_the_tensors():
     assert re.search(r"5 \(.*layer2, \.\.\.\)", LoadReport("x", "y", "z", [], [], names, []).lines()[1])
 
 
-def test_what_was_adopted_can_be_saved_as_a_checkpoint_of_this_package(script, tmp_path):
+def test_a_converted_checkpoint_can_be_saved_as_one_of_this_package(script, tmp_path):
     torch.save({"model_state_dict": script.state_dict()}, tmp_path / "old.pth")
     model = load_byol(tmp_path / "old.pth")
     checkpoint = load_checkpoint(tmp_path / "old.pth", "byol")

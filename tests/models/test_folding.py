@@ -1,4 +1,4 @@
-"""Folded batch norms: the same function, in every architecture, and nothing folded that must not be."""
+"""Folded batch norms: the same function for every architecture, and nothing is folded that must not be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mammostream.models.folding import fold_batch_norms
 
 
 def settle(module: nn.Module) -> nn.Module:
-    """Give batch norms statistics and factors that no default has."""
+    """Give batch norms statistics and factors that differ from the defaults."""
     torch.manual_seed(0)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -38,7 +38,7 @@ def test_a_folded_backbone_is_the_same_function(arch):
 
 
 class Shared(nn.Module):
-    """A convolution whose output is used next to its batch norm too."""
+    """A convolution whose output is used elsewhere as well as in its batch norm."""
 
     def __init__(self) -> None:
         super().__init__()

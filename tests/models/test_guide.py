@@ -1,4 +1,4 @@
-"""The guides' programs run as they stand there, with only their imports changed."""
+"""The guides' programs run unchanged except for their imports."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ for i, class_name in enumerate(class_names):
     print(f"{class_name}: {probabilities[i]:.3f}")
 """
 
-# "Usage for Classification" of the pre-training guide, which imports nothing; what it takes as given stands in `given` below.
+# "Usage for Classification" of the pre-training guide, which imports nothing; the names that it assumes are in `given` below.
 PRETRAINING_GUIDE = """
 # Load pre-trained BYOL model
 model = MammogramBYOL(backbone, INPUT_DIM, HIDDEN_DIM, PROJ_DIM)
@@ -65,7 +65,7 @@ def probabilities_of(logits: torch.Tensor) -> list[float]:
 
 @pytest.fixture
 def image(tmp_path, monkeypatch) -> torch.Tensor:
-    """A grey picture ``test.png`` in the working folder: (1, 1, 64, 64) in [0, 1]."""
+    """A grey image ``test.png`` in the working folder: (1, 1, 64, 64) in [0, 1]."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "classification_results").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
@@ -115,7 +115,7 @@ def test_the_classification_guides_example_on_a_checkpoint_of_its_script(image, 
     with torch.no_grad():
         features = resnet((image.expand(-1, 3, -1, -1) - 0.5) / 0.5).flatten(1)
         expected = probabilities_of(old["classification_head"](features))
-    # Not exact: zeros at the padded border stand for another grey, and in a picture this small much is border.
+    # Not exact: zeros at the padded border stand for another grey, and much of so small an image is border.
     assert run_the_guide(capsys) == pytest.approx(expected, abs=0.02)
 
 

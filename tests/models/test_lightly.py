@@ -1,4 +1,4 @@
-"""A training step next to one of lightly's building blocks: the same weights and views give the same step."""
+"""A training step compared with one built from lightly: the same weights and views give the same step."""
 
 import copy
 
@@ -14,12 +14,12 @@ HIDDEN, PROJECTED, LR, DECAY, MOMENTUM = 24, 12, 1e-2, 0.1, 0.97
 
 
 def backbone() -> nn.Module:
-    """A ResNet's stem and first stage: the rest is more of the same, and takes long in float64."""
+    """A ResNet's stem and first stage: the rest adds nothing new and is slow in float64."""
     return nn.Sequential(*list(build_backbone("resnet18").children())[:5], nn.AdaptiveAvgPool2d(1))
 
 
 class LightlyBYOL(nn.Module):
-    """BYOL as lightly's example for it is written."""
+    """BYOL as in lightly's example."""
 
     def __init__(self, backbone: nn.Module, dim: int) -> None:
         from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
@@ -42,9 +42,9 @@ class LightlyBYOL(nn.Module):
 
 
 def lightly_name(name: str) -> str | None:
-    """The name of one of our tensors there; None for what lightly has none of.
+    """Return lightly's name for one of our tensors; None if lightly does not have it.
 
-    Its heads have no bias before a batch norm, which takes it out again. Its example has no classification head.
+    Its heads have no bias before a batch norm, which would cancel it. Its example has no classification head.
     """
     if name.startswith("classification_head") or name.endswith("_head.0.bias") or name.endswith("_head_momentum.0.bias"):
         return None
@@ -52,14 +52,14 @@ def lightly_name(name: str) -> str | None:
     return f"{head}.layers.{rest}" if "_head" in head else name
 
 
-def test_two_steps_are_lightlys():
-    """Loss, gradients, weights after AdamW and the target after its update, twice, so that each has met the others' results."""
+def test_two_steps_equal_those_of_lightly():
+    """Loss, gradients, weights after AdamW and the updated target agree for two steps; the second builds on the first."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.utils import update_momentum
 
     torch.manual_seed(0)
     ours = MammogramBYOL(backbone(), DIM, hidden_dim=HIDDEN, proj_dim=PROJECTED).double().train()
-    with torch.no_grad():  # its own target, as after a while
+    with torch.no_grad():  # a target that differs, as later in training
         for part in (ours.backbone_momentum, ours.projection_head_momentum):
             for parameter in part.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
@@ -68,7 +68,7 @@ def test_two_steps_are_lightlys():
     for name, parameter in ours.named_parameters():  # a bias before a batch norm only moves its running mean
         if name.endswith(("_head.0.bias", "_head_momentum.0.bias")):
             nn.init.zeros_(parameter)
-    theirs.load_state_dict({there: ours.state_dict()[name].clone() for name, there in names.items()})  # strict: all are met
+    theirs.load_state_dict({there: ours.state_dict()[name].clone() for name, there in names.items()})  # strict: all are used
 
     shared = [p for name, p in ours.named_parameters() if p.requires_grad and name in names]
     optimizer = torch.optim.AdamW(shared, lr=LR, weight_decay=DECAY)

@@ -1,4 +1,4 @@
-"""Other forms of the first convolution compute the same."""
+"""Other forms of the first convolution give the same results."""
 
 import copy
 
