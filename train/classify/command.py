@@ -22,21 +22,21 @@ FILE = click.Path(path_type=Path)
 
 @click.command(cls=Command)
 @click.option("--byol-checkpoint", type=FILE, required=True, help="mammogram_byol_*.pth that 'pretrain' wrote.")
-@click.option("--train-csv", type=FILE, required=True, help="CSV of tile_path and one 0/1 column a class; empty = no label.")
+@click.option("--train-csv", type=FILE, required=True, help="CSV of tile_path and one 0/1 column per class; empty = no label.")
 @click.option(
     "--val-csv",
     type=FILE,
     required=True,
-    help="The same for validation; no patient, film or tile of the training may be in it.",
+    help="The same for validation; it must share no patient, film or tile with --train-csv.",
 )
 @click.option("--tiles-dir", type=FILE, help="Folder that tile_path is relative to.")
-@click.option("--shards", "shards_dir", type=FILE, help="Shard directory, instead of --tiles-dir; tile_path names keys.")
+@click.option("--shards", "shards_dir", type=FILE, help="Shard directory, instead of --tiles-dir; tile_path then holds keys.")
 @click.option(
     "--class-names",
     cls=ListOption,
     callback=split_commas,
     required=True,
-    help="Columns to learn, spaces or commas between them.",
+    help="Columns to learn, separated by spaces or commas.",
 )
 @click.option("--output-dir", type=FILE, required=True, help="The run's folder: checkpoints, metrics, curves.png.")
 @click.option("--resume", help="auto = resume from the run's last checkpoint if there is one; or a checkpoint's path.")
@@ -44,13 +44,13 @@ FILE = click.Path(path_type=Path)
     "--seeds",
     cls=ListOption,
     callback=split_commas,
-    help="Train once with each of these seeds, in seed_<n> below --output-dir, and give mean and spread (instead of --seed).",
+    help="Train once with each of these seeds, in --output-dir/seed_<n>, and report mean and spread (instead of --seed).",
 )
-@click.option("--patient-regex", help="With --tiles-dir: what part of tile_path names the patient, e.g. 'patient\\d+'.")
+@click.option("--patient-regex", help="With --tiles-dir: the part of tile_path that names the patient, e.g. 'patient\\d+'.")
 @click.option(
     "--allow-leakage/--no-allow-leakage",
     default=False,
-    help="Train although patients, images or tiles are in both CSVs; every checkpoint then says so.",
+    help="Train even if patients, images or tiles are in both CSVs; every checkpoint then records it.",
 )
 @config_options(FinetuneConfig)
 @config_file_option
@@ -75,8 +75,8 @@ def finetune(
 
     The backbone is frozen for the first epochs, then trained with its own, smaller learning rate. Writes
     best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on, _last after each epoch,
-    final_classification_model.pth, and metrics.json with the LAST epoch's figures: the best epoch's are flattered by having
-    been chosen. Several processes: torchrun --nproc-per-node N -m mammostream finetune ...
+    final_classification_model.pth, and metrics.json with the LAST epoch's figures: the best epoch's are biased upwards by the
+    selection. Several processes: torchrun --nproc-per-node N -m mammostream finetune ...
     """
     if (tiles_dir is None) == (shards_dir is None):
         raise BadInput("give either --tiles-dir or --shards")
@@ -123,7 +123,7 @@ def _read_data(
     shards_dir: Path | None,
     patient_regex: str | None,
 ) -> LabelledData:
-    """Read the CSVs of training and validation and join them to the tiles of a folder or of shards, whichever is given."""
+    """Read the training and validation CSVs and join them to the tiles of a folder or of shards, whichever is given."""
     from mammostream.shards.reading import open_shards
     from mammostream.train.run.labels import join_folder, join_shards, read_labels
 
@@ -135,7 +135,7 @@ def _read_data(
             sides.append(join_shards(frame, shards, str(path)))
         elif tiles_dir is not None:
             sides.append(join_folder(frame, tiles_dir, str(path), patient_regex))
-    # How tiles were made that came as image files, packed or not, is unknown: then it is as the checkpoint says.
+    # How tiles from image files (packed or not) were made is unknown: then the checkpoint's record is used.
     record = shards.preprocessing if shards and shards.preprocessing["mapping"] else None
     from mammostream.train.classify.run import LabelledData
 
@@ -144,7 +144,7 @@ def _read_data(
 
 
 def _with_leakage(data: LabelledData, allowed: bool, quiet: bool) -> LabelledData:
-    """Return the data with what is on both sides; BadInput where that is not allowed. Unknown patients are warned of."""
+    """Return the data with what both CSVs share; BadInput if that is not allowed. Warns about unknown patients."""
     from mammostream.train.run.labels import describe_leakage, find_leakage
 
     leakage = find_leakage(data.train, data.val)
@@ -153,20 +153,20 @@ def _with_leakage(data: LabelledData, allowed: bool, quiet: bool) -> LabelledDat
             click.echo(f"{kind} in both --train-csv and --val-csv:\n  " + "\n  ".join(names), err=True)
     if leakage and not allowed:
         raise BadInput(
-            f"{describe_leakage(leakage)}; the validation would be of what was learnt: keep each patient on one side, or "
+            f"{describe_leakage(leakage)}; validation would score training data: keep each patient in one CSV, or "
             "pass --allow-leakage, which every checkpoint then records"
         )
     if not quiet and any((side.patients == "").any() for side in (data.train, data.val)):
         click.echo(
-            "the patients of some tiles are unknown: make sure that none is in both CSVs, or give --patient-regex or a column "
-            "patient_id",
+            "the patients of some tiles are unknown: make sure that no patient is in both CSVs, or give --patient-regex or a "
+            "column patient_id",
             err=True,
         )
     return replace(data, leakage=leakage)
 
 
 def _by_seed(config: FinetuneConfig, seeds: tuple[str, ...]) -> dict[int, FinetuneConfig]:
-    """Return the options of each run by its seed: of ``--seeds`` where they are given, else of ``--seed`` alone."""
+    """Return the options of each run by its seed: ``--seeds`` if given, else ``--seed`` alone."""
     if not all(seed.isdecimal() for seed in seeds) or len(set(map(int, seeds))) < len(seeds):
         raise BadInput(f"--seeds {' '.join(seeds)}: give different whole numbers from 0 on")
     return {seed: replace(config, seed=seed) for seed in (map(int, seeds) if seeds else [config.seed])}

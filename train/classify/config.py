@@ -13,16 +13,14 @@ from mammostream.train.run.config import TrainingConfig, require_not_negative, r
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainingConfig):
-    """Multi-label classification on a pre-trained backbone: AdamW, cosine schedule, a frozen phase first."""
+    """Multi-label classification on a pre-trained backbone: AdamW, cosine schedule, backbone frozen at first."""
 
-    arch: str | None = option(
-        None, "Backbone; default: the checkpoint's. Another than the checkpoint's is refused.", choices=ARCHITECTURES
-    )
+    arch: str | None = option(None, "Backbone; default: the checkpoint's. Any other is refused.", choices=ARCHITECTURES)
     epochs: int = option(50, "Passes over the training tiles.")
     lr_backbone: float = option(1e-5, "Peak learning rate of the pre-trained backbone (AdamW, one cosine to 0).")
     lr_head: float = option(1e-3, "Peak learning rate of the classification head (AdamW, one cosine to 0).")
     freeze_backbone_epochs: int = option(
-        10, "First epochs that train the head alone; the batch norms' statistics stay too (0 = never freeze)."
+        10, "Number of first epochs that train the head alone; batch-norm statistics are frozen too (0 = never freeze)."
     )
     unfreeze_every: int = option(
         0,
@@ -31,21 +29,21 @@ class FinetuneConfig(TrainingConfig):
     )
     label_smoothing: float = option(0.1, "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2.")
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
-    dropout: float = option(0.2, "Share of the head's hidden features dropped in training, 0 to below 1.")
+    dropout: float = option(0.2, "Dropout rate of the head's hidden features, in [0, 1).")
     loss: str = option(
         "bce",
-        "bce = binary cross entropy; focal = less weight to what is easy (Lin et al. 2017); asymmetric = less weight to easy "
+        "bce = binary cross entropy; focal = less weight on easy labels (Lin et al. 2017); asymmetric = less weight on easy "
         "negatives (Ridnik et al. 2021).",
         choices=("bce", "focal", "asymmetric"),
     )
     pos_weight: tuple[str, ...] = option(
-        (), "Weight of positive labels: auto = negatives / positives of each class, or a number for each class; default: 1."
+        (), "Weight of positive labels: auto = negatives / positives of each class, or one number per class; default: 1."
     )
     focal_gamma: float = option(2.0, "--loss focal: how steeply easy labels lose weight.")
     asymmetric_gamma_positive: float = option(0.0, "--loss asymmetric: how steeply easy positives lose weight.")
     asymmetric_gamma_negative: float = option(4.0, "--loss asymmetric: how steeply easy negatives lose weight.")
     asymmetric_margin: float = option(0.05, "--loss asymmetric: negatives predicted below this probability do not count.")
-    mixup_alpha: float = option(0.0, "Blend tiles and labels in pairs, by a share from Beta(alpha, alpha) (0 = off).")
+    mixup_alpha: float = option(0.0, "Blend pairs of tiles and their labels, with a weight from Beta(alpha, alpha) (0 = off).")
     ema_decay: float = option(
         0.0, "Evaluate and save an average of the weights over about the last 1 / (1 - decay) steps (0 = off)."
     )
@@ -54,7 +52,7 @@ class FinetuneConfig(TrainingConfig):
         "Stop after this many epochs without a better validation AUC, counted once nothing is left to unfreeze (0 = never).",
     )
     gradient_checkpointing: bool = option(
-        False, "Compute activations twice instead of keeping them: less memory for a second forward pass, the same result."
+        False, "Recompute activations instead of storing them: less memory, one more forward pass, the same result."
     )
     max_samples: int | None = option(None, "Use at most this many tiles of each CSV, for a quick trial.")
 

@@ -15,12 +15,12 @@ class WeightAverage(Generic[M]):
     """Exponential moving average of a module's parameters and batch-norm statistics (Polyak and Juditsky 1992).
 
     ``average = d average + (1 - d) current`` after each step, with ``d = min(decay, (1 + t) / (10 + t))`` at step t from 0
-    (TensorFlow's rule): the first weights, which are no good yet, are soon forgotten.
+    (TensorFlow's rule): the first weights, which are still poor, are soon forgotten.
 
     Parameters
     ----------
     model
-        What is averaged; the average starts as a copy of it.
+        The module to average; the average starts as a copy of it.
     decay
         In (0, 1): about the last ``1 / (1 - decay)`` steps count.
     """
@@ -32,7 +32,7 @@ class WeightAverage(Generic[M]):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after `step`, counted from 0."""
+        """Update the average with the weights after `step`, counted from 0."""
         decay = min(self._decay, (1 + step) / (10 + step))
         averages, currents = self.model.state_dict(), model.state_dict()
         floats = [name for name, tensor in averages.items() if tensor.is_floating_point()]

@@ -40,7 +40,7 @@ def finetune(
     resume: Path | None = None,
     runtime: Runtime | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune and write checkpoints, ``metrics.jsonl``, ``metrics.json`` and curves.
+    """Fine-tune, and write checkpoints, ``metrics.jsonl``, ``metrics.json`` and curves.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def finetune(
     dict
         The **last** epoch's validation metrics, with 95 % intervals over patients; over films where there are fewer than two
         patients, or not all are known (``intervals_over`` says which). Probabilities are those that inference gives, and
-        thresholds those of the checkpoint. Both were fitted on this same validation: that flatters the figures that depend
+        thresholds those of the checkpoint. Both were fitted on this same validation set: this biases the figures that depend
         on them (balanced accuracy, accuracy, exact match, Brier score, ECE), and no others.
 
     Raises
@@ -77,7 +77,7 @@ def finetune(
     torch.manual_seed(config.seed)
     byol = load_checkpoint(checkpoint_path, "byol")
     run = Run.start(byol, checkpoint_path, data, output_dir, config, runtime)
-    if runtime.rank:  # the same weights, but other draws
+    if runtime.rank:  # the same weights, but different random draws
         torch.manual_seed(int(np.random.SeedSequence([config.seed, runtime.rank]).generate_state(1)[0]))
     if resume is not None:
         run.restore(resume)
@@ -98,7 +98,7 @@ def finetune(
 
 
 def _tracker(run: Run, command: Mapping[str, Any] | None, resumed: bool) -> Tracker | None:
-    """Return what logs the run, in the main process."""
+    """Return the run's logger in the main process, else None."""
     if not run.runtime.is_main:
         return None
     config = run.config
@@ -108,7 +108,7 @@ def _tracker(run: Run, command: Mapping[str, Any] | None, resumed: bool) -> Trac
 
 
 def _progress(run: Run) -> Any:
-    """Return a progress bar over the tiles of all epochs, at the place where the run stands."""
+    """Return a progress bar over the tiles of all epochs, which starts at the run's position."""
     tiles = run.train_loader.tiles
     done, total = run.epoch * tiles, run.config.epochs * tiles
     return progress(None, f"fine-tuning ({run.runtime})", "tile", total, done, not run.runtime.is_main)
@@ -147,7 +147,7 @@ def _names_after_epoch(run: Run, is_best: bool) -> list[str]:
         names.append(EPOCH_NAME.format(run.epoch))
     if run.finished:
         names.append(CHECKPOINT_NAME.format("final"))
-    # A resumed run treats the epoch of the last one as finished: so it is written after all others of that epoch.
+    # A resumed run treats the epoch of the last checkpoint as finished, so that file is written after the epoch's others.
     return [*names, CHECKPOINT_NAME.format("last")]
 
 
@@ -160,7 +160,7 @@ def _train_epoch(run: Run, stages: int, bar: Any) -> float:
     losses = []
     for batch, labels in _batches(run):
         if len(batch) == 1:
-            # One tile has no statistics to normalise by. It is an epoch's last batch, or all batches are single tiles.
+            # Batch norm needs more than one tile. This is an epoch's last batch, or all batches are single tiles.
             state.model.backbone.eval()
         losses.append(train_step(state, network, runtime, run.config, batch, labels))
         bar.update(len(batch) * runtime.world_size)
@@ -175,7 +175,7 @@ def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
         labels = all_labels[tiles.rows(numbers)].to(run.runtime.device, non_blocking=True)
         yield batch, labels
     for _ in range(run.steps - len(run.train_loader)):
-        # This process has no more tiles, but the others wait for it: its last ones again, with labels that do not count.
+        # This process has no more tiles, but the others wait for it: repeat its last ones, with labels that do not count.
         yield batch, torch.full_like(labels, torch.nan)
 
 

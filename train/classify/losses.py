@@ -1,7 +1,7 @@
-"""Losses of multi-label classification: binary cross entropy, focal and asymmetric, over the labels that are there.
+"""Losses of multi-label classification: binary cross entropy, focal and asymmetric, over the known labels.
 
 Each loss maps logits and targets (N, C) to losses (N, C), without reduction. Targets lie in [0, 1]: label smoothing and
-mixup put them between 0 and 1, and then both halves of the loss count, each by its share. All is computed in float32.
+mixup put them between 0 and 1, and then both terms of the loss count, each by its weight. Everything is float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def bce_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor) -> Tensor:
 
 
 def focal_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor, gamma: float) -> Tensor:
-    """Return the focal loss (Lin et al. 2017, arXiv:1708.02002): the entropy of what is predicted well counts less.
+    """Return the focal loss (Lin et al. 2017, arXiv:1708.02002): labels that are predicted well count less.
 
     ``-(w t (1 - p)^gamma log p + (1 - t) p^gamma log(1 - p))``; gamma 0 is :func:`bce_loss`. `pos_weight` w stands for the
     paper's alpha: alpha / (1 - alpha).
@@ -66,7 +66,7 @@ def positive_weights(labels: np.ndarray, wanted: Sequence[str], class_names: Seq
     labels
         (N, C) training labels of 1, 0 and NaN for missing.
     wanted
-        Nothing for no weights, ``("auto",)`` for negatives / positives, or a number for each class.
+        Empty for no weights, ``("auto",)`` for negatives / positives, or one number per class.
     class_names
         C names.
 
@@ -85,15 +85,15 @@ def positive_weights(labels: np.ndarray, wanted: Sequence[str], class_names: Seq
             )
         return np.array([float(value) for value in wanted], np.float32)
     positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)
-    # A class of one value has nothing to balance.
+    # A class whose labels are all equal has nothing to balance.
     both = (positives > 0) & (negatives > 0)
     return np.where(both, negatives / np.maximum(positives, 1), 1).astype(np.float32)
 
 
 def build_loss(config: FinetuneConfig, pos_weight: Tensor) -> Loss:
-    """Return the loss that the options name, of logits of any precision and labels (N, C) with NaN for missing.
+    """Return the loss that the options select, for logits of any precision and labels (N, C) with NaN for missing.
 
-    It smooths the labels, gives float32 losses (N, C), and 0 where the label is missing.
+    It smooths the labels and returns float32 losses (N, C), 0 where the label is missing.
     """
     kinds: dict[str, Callable[..., Tensor]] = {
         "bce": bce_loss,
@@ -132,7 +132,7 @@ def masked_loss(
 def mix(tiles: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Return tiles and labels blended with those of a random partner (mixup, Zhang et al. 2018, arXiv:1710.09412).
 
-    The share is drawn from Beta(alpha, alpha), once a batch. A label that either partner lacks is missing.
+    The weight is drawn from Beta(alpha, alpha), once per batch. A label that is missing in either partner is missing.
     """
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     partner = torch.randperm(len(tiles)).to(tiles.device)

@@ -1,4 +1,4 @@
-"""A fine-tuning in progress: its data, loaders and state, and how it is saved and restored."""
+"""A fine-tuning run in progress: its data, loaders and state, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from mammostream.train.run.schedules import trainable_stages
 from mammostream.train.run.stages import STAGE_COUNT
 
 CHECKPOINT_NAME = "{}_classification_model.pth"
-# What may change between the two halves of a run without changing its result, or on purpose.
+# Options that may differ when a run is resumed: they do not change its result, or are changed on purpose.
 _FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
 class LabelledData:
-    """What a fine-tuning learns from.
+    """The data of a fine-tuning run.
 
     Attributes
     ----------
     train, val
-        Tiles and labels. Validation chooses ``best_classification_model.pth``, stops early where that is asked for, and
+        Tiles and labels. Validation chooses ``best_classification_model.pth``, stops the run early if requested, and
         decides each checkpoint's ``thresholds`` and ``temperature``; nothing else.
     class_names
         C names, in the order of the labels' columns.
     preprocessing
-        How the tiles were made (from their shards), or None for a folder of tiles: then the record of the pre-training holds.
+        How the tiles were made (from their shards), or None for a folder of tiles: then the pre-training's record applies.
     leakage
         What :func:`mammostream.train.run.labels.find_leakage` found and the user allowed; written into the checkpoints.
     """
@@ -63,7 +63,7 @@ class LabelledData:
 
 @dataclass
 class Run:
-    """What the epochs and the checkpoints of a fine-tuning share."""
+    """What the epochs and the checkpoints of a fine-tuning run share."""
 
     data: LabelledData
     arch: str
@@ -96,14 +96,14 @@ class Run:
         learnt = byol["preprocessing"]
         network = restore_byol(byol, path, config.arch)
         if data.preprocessing is not None:
-            # A ResNet averages over its feature map: it takes tiles of any size, as long as a pixel means the same.
+            # A ResNet averages over its feature map: it accepts tiles of any size, as long as a pixel means the same.
             check_same_pixels(learnt, data.preprocessing, "the labelled tiles' directory", any_tile_size=True)
         record = (data.preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
         reading = _loader_config(record, config, runtime)
         train = data.train
         train_loader = LabelledLoader(train.source, reading, view=TRAIN_VIEW, shuffle=True, tiles=train.numbers)
         val_loader = LabelledLoader(data.val.source, reading, tiles=data.val.numbers)
-        # The largest share of the processes decides how many steps all of them take.
+        # The process with the most tiles decides how many steps all of them take.
         steps = math.ceil(math.ceil(train_loader.tiles / runtime.world_size) / config.batch_size)
         model = MammogramClassifier.from_byol(network, len(data.class_names), config.dropout)
         weights = positive_weights(train.labels, config.pos_weight, data.class_names)
@@ -150,7 +150,7 @@ class Run:
             **found.decisions,
             "leakage": dict(self.data.leakage),
             "resume": {
-                "weights": state.model.state_dict() if state.average else None,  # those that the average is made of
+                "weights": state.model.state_dict() if state.average else None,  # the weights behind the average
                 "scaler": state.scaler.state_dict(),
                 "best": state.best,
                 "stale": state.stale,
@@ -162,12 +162,12 @@ class Run:
             save_checkpoint(self.output_dir / name, checkpoint)
 
     def restore(self, path: Path) -> None:
-        """Put the run back to where a checkpoint left it.
+        """Restore the run to the state in a checkpoint.
 
         Raises
         ------
         BadInput
-            The checkpoint is of other options, labels, tiles or another number of processes.
+            The checkpoint has other options, labels or tiles, or another number of processes.
         """
         checkpoint = load_to_resume(path, "classifier")
         saved, state, runtime = checkpoint["resume"], self.state, self.runtime
@@ -180,7 +180,7 @@ class Run:
         if state.average:
             state.average.model.load_state_dict(checkpoint["model_state_dict"])
         state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        if saved["scaler"]:  # empty where the first half needed no scaler
+        if saved["scaler"]:  # empty if the run so far needed no scaler
             state.scaler.load_state_dict(saved["scaler"])
         state.step, state.best, state.stale = checkpoint["step"], saved["best"], saved["stale"]
         mine = saved["processes"][runtime.rank]

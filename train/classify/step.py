@@ -21,7 +21,7 @@ from mammostream.train.run.stages import checkpoint_activations
 
 @dataclass
 class TrainingState:
-    """What a step needs and changes, and what the epochs remember."""
+    """What a step needs and changes, and what is kept between epochs."""
 
     model: MammogramClassifier
     average: WeightAverage[MammogramClassifier] | None
@@ -31,11 +31,11 @@ class TrainingState:
     rates: np.ndarray  # (steps,): one cosine from 1 to 0, times each group's peak
     step: int = 0
     best: float = -math.inf  # the best epoch's score
-    stale: int = 0  # epochs since then, while nothing was left to unfreeze
+    stale: int = 0  # epochs since then, counted once nothing was left to unfreeze
 
     @property
     def evaluated(self) -> MammogramClassifier:
-        """The model that is evaluated and saved: the average where there is one."""
+        """The model that is evaluated and saved: the average if there is one."""
         return self.average.model if self.average else self.model
 
 
@@ -64,12 +64,12 @@ def build_state(
 def train_step(
     state: TrainingState, network: nn.Module, runtime: Runtime, config: FinetuneConfig, tiles: Tensor, labels: Tensor
 ) -> Tensor:
-    """Take one optimiser step; nothing here waits for the device.
+    """Take one optimiser step, without waiting for the device.
 
     Parameters
     ----------
     network
-        ``state.model``, or what :meth:`Runtime.parallel` made of it.
+        ``state.model``, or its wrapper from :meth:`Runtime.parallel`.
     tiles, labels
         This process's share of the batch: (N, 1, H, W) and (N, C) on the device.
 
@@ -85,7 +85,7 @@ def train_step(
 
     with runtime.autocast():
         logits = network(tiles)
-    # The mean over all known labels of the batch, wherever they are: each process divides by the same number.
+    # The mean over all known labels of the batch, in any process: each process divides by the same number.
     known = runtime.total((~labels.isnan()).sum())
     loss = state.loss(logits, labels).sum() / known.clamp(min=1) * runtime.world_size
 

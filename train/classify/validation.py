@@ -1,4 +1,4 @@
-"""Validation: logits of the validation tiles, the thresholds and the temperature that they give, and the metrics."""
+"""Validation: logits of the validation tiles, the thresholds and temperature fitted on them, and the metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mammostream.train.run.runtime import Runtime
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found."""
+    """The result of a validation."""
 
     metrics: dict[str, Any]
     """By name, in all processes."""
@@ -36,14 +36,14 @@ class Validation:
 
     @property
     def score(self) -> float:
-        """What the best epoch has the highest of: the mean AUC; where no class defines one, the negative loss."""
+        """Selects the best epoch, higher is better: the mean AUC, or the negative loss if no class has an AUC."""
         mean_auc = self.metrics["mean_auc"]
         return float(-self.metrics["val_loss"] if mean_auc is None else mean_auc)
 
 
 @torch.no_grad()
 def predict(model: MammogramClassifier, loader: LabelledLoader, tiles: LabelledTiles, runtime: Runtime) -> np.ndarray | None:
-    """Return (N, C) logits in the order of ``tiles.numbers``, those of all processes; None in any but the main one."""
+    """Return (N, C) logits in the order of ``tiles.numbers``, from all processes; None outside the main one."""
     model.eval()
     rows: list[np.ndarray] = []
     values: list[np.ndarray] = []
@@ -64,7 +64,7 @@ def predict(model: MammogramClassifier, loader: LabelledLoader, tiles: LabelledT
 def validate(
     state: TrainingState, loader: LabelledLoader, tiles: LabelledTiles, class_names: Sequence[str], runtime: Runtime
 ) -> Validation:
-    """Predict the validation tiles, fit temperature and thresholds on them, and measure."""
+    """Predict the validation tiles, fit temperature and thresholds on them, and compute the metrics."""
     runtime.share_buffers(state.evaluated)
     logits = predict(state.evaluated, loader, tiles, runtime)
     if logits is None:

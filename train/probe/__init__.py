@@ -1,5 +1,5 @@
-"""What frozen features are worth: linear and nearest-neighbour probes on labels.
+"""Quality of frozen features: linear and nearest-neighbour probes on labels.
 
 In: networks (checkpoints, random or ImageNet weights) and labelled tiles. Out: AUCs with intervals over patients, as JSON,
-CSV and a chart; during pre-training, one figure per probe. No patient is ever in both the fitted and the scored part.
+CSV and a chart; during pre-training, one figure per probe. No patient is ever both fitted on and scored.
 """

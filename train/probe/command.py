@@ -21,16 +21,19 @@ FILE = click.Path(path_type=Path)
     "checkpoints",
     cls=ListOption,
     required=True,
-    help="Checkpoints that 'pretrain' or 'finetune' wrote, spaces between them.",
+    help="Checkpoints that 'pretrain' or 'finetune' wrote, separated by spaces.",
 )
 @click.option("--shards", "shards_dir", type=FILE, required=True, help="Shard directory with the labelled tiles.")
 @click.option(
-    "--labels", "labels_path", type=FILE, required=True, help="CSV of tile_path and one 0/1 column a class; empty = no label."
+    "--labels", "labels_path", type=FILE, required=True, help="CSV of tile_path and one 0/1 column per class; empty = no label."
 )
 @click.option(
-    "--class-names", cls=ListOption, callback=split_commas, help="Columns to probe; default: all that hold only 0, 1 and empty."
+    "--class-names",
+    cls=ListOption,
+    callback=split_commas,
+    help="Columns to probe; default: all with only 0, 1 and empty cells.",
 )
-@click.option("--weights-file", type=FILE, help="File with ImageNet's weights, where there is no network.")
+@click.option("--weights-file", type=FILE, help="File with ImageNet weights, for machines without internet access.")
 @click.option("--output-dir", type=FILE, required=True, help="Folder for probe.json, probe.csv, probe.png and the features.")
 @config_options(ProbeConfig)
 @config_file_option
@@ -46,12 +49,12 @@ def probe(
     output_dir: Path,
     **options: Any,
 ) -> None:
-    """Compare frozen features on labels: checkpoints next to random weights and ImageNet's.
+    """Compare frozen features on labels: checkpoints next to random and ImageNet weights.
 
     Logistic regression and nearest neighbours learn from 1, 10 and 100 % of the labels, drawn by patient, and score tiles,
-    images and breasts of other patients: those of the split val (else test) where both sides have labels, else by
-    cross-validation. AUC with 95 % intervals over patients, mean over seeds. An image or breast is positive where one of its
-    tiles is. Features are kept in --output-dir and used again.
+    images and breasts of other patients: the val split (else test) if it and the train split have labels, else by
+    cross-validation. AUC with 95 % intervals over patients, mean over seeds. An image or breast is positive if one of its
+    tiles is. Features are cached in --output-dir.
     """
     config = ProbeConfig(**options)
     from mammostream.shards.reading import open_shards
@@ -88,7 +91,7 @@ def probe(
 
 
 def _short_names(paths: list[Path]) -> list[str]:
-    """Return the checkpoints' names with as many folders before them as tell them apart."""
+    """Return the checkpoints' names, each with enough parent folders to be unique."""
     for parts in range(2, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
         if len(set(names)) == len(set(paths)):

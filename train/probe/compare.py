@@ -1,4 +1,4 @@
-"""Networks compared on labels, and the probe that runs during a pre-training."""
+"""Comparison of networks on labels, and the probe that runs during pre-training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mammostream.train.run.runtime import Runtime
 
 
 class OnlineProbe:
-    """Probes a network while it trains: linear and kNN AUC of the tiles, every class and their mean.
+    """Probes a network while it trains: linear and kNN AUC over tiles, for each class and their mean.
 
     The folds and the tiles are the same each time, so that the figures of two epochs can be compared.
     """
@@ -29,7 +29,7 @@ class OnlineProbe:
         self._folds = make_folds(probe_set, seed=0)
 
     def __call__(self, backbone: nn.Module) -> dict[str, dict[str, float | None]]:
-        """Return probe -> class or ``mean`` -> AUC; None where undefined."""
+        """Return AUCs by probe, then by class or ``mean``; None if undefined."""
         probe_set = self._probe_set
         features = extract_features(backbone, probe_set, self._runtime, self._config)
         found = {}
@@ -47,23 +47,23 @@ class OnlineProbe:
 def compare(
     networks: Sequence[Network], probe_set: ProbeSet, runtime: Runtime, config: ProbeConfig, cache: Path
 ) -> dict[str, Any]:
-    """Probe networks side by side: each share of the labels, class and level, over several seeds.
+    """Probe several networks: each share of the labels, class and level, over several seeds.
 
     Parameters
     ----------
     networks
-        What to compare.
+        The networks to compare.
     config
-        Seeds, bootstrap, how tiles are gathered.
+        Seeds, bootstrap, how tile scores are aggregated.
     cache
-        Folder for the features.
+        Folder for cached features.
 
     Returns
     -------
     dict
-        ``rows``: a dict a figure with ``network, probe, level, class, share, drawn_by, auc`` (mean over seeds), ``sd`` over
+        ``rows``: one dict per figure with ``network, probe, level, class, share, drawn_by, auc`` (mean over seeds), ``sd`` over
         seeds, ``low`` and ``high`` (95 % interval over patients of that mean), ``aucs`` (by seed), ``patients, positives,
-        negatives`` that are scored; None where undefined. ``folds``, ``notes``: what a reader must know.
+        negatives`` that are scored; None if undefined. ``folds``, ``notes``: what a reader must know.
     """
     rows = []
     folds = {seed: make_folds(probe_set, seed) for seed in config.seed_numbers}
@@ -86,12 +86,12 @@ def compare(
     if len(folds[config.seed_numbers[0]]) > 1:
         how = f"{len(folds[config.seed_numbers[0]])}-fold cross-validation by patient"
     else:
-        how = "learnt from the split train, scored on another"
+        how = "trained on the train split, scored on another"
     return {"rows": rows, "folds": how, "notes": probe_set.notes, "seeds": list(config.seed_numbers)}
 
 
 def markdown(result: dict[str, Any]) -> Iterator[str]:
-    """Yield :func:`compare`'s figures as Markdown: one table per class and level, a column a share of the labels."""
+    """Yield :func:`compare`'s figures as Markdown: one table per class and level, one column per share of the labels."""
     rows = pd.DataFrame(result["rows"])
     for (name, level), table in rows.groupby(["class", "level"], sort=False):
         first = table.iloc[-1]

@@ -14,10 +14,10 @@ class ProbeConfig(RuntimeConfig):
     """Linear and nearest-neighbour probes of frozen features."""
 
     seeds: tuple[str, ...] = option(
-        ("0", "1", "2"), "Seeds of the random weights, of the labels drawn and of the folds of patients."
+        ("0", "1", "2"), "Seeds of the random weights, the draw of labels and the folds of patients."
     )
     score: str = option(
-        "max", "An image's or breast's score: its highest tile's, or the mean of its three highest.", choices=("max", "top3")
+        "max", "Score of an image or breast: its highest tile score, or the mean of its three highest.", choices=("max", "top3")
     )
     bootstrap: int = option(1000, "Resamples of patients for the 95 % intervals (0 = none).")
 

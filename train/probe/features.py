@@ -1,4 +1,4 @@
-"""Networks to compare, and the features that they give for tiles; features on disk are used again."""
+"""Networks to compare, and their features of tiles, cached on disk."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Network:
     Attributes
     ----------
     name
-        For tables.
+        Shown in tables.
     build
-        Seed -> the backbone on the CPU.
+        Maps a seed to the backbone, on the CPU.
     identity
-        Seed -> what decides its weights, for the cache.
+        Maps a seed to a string that identifies the weights, for the cache.
     mean, std
-        The normalisation that it takes.
+        The input normalisation that it expects.
     """
 
     name: str
@@ -52,7 +52,7 @@ def extract_features(
 ) -> np.ndarray:
     """Return the features (N, D) float32 of the labelled tiles, through the pipeline that inference uses.
 
-    The backbone is used in evaluation mode and comes back as it was; no random number is drawn from torch's generators.
+    The backbone runs in evaluation mode and its mode is restored; no random number is drawn from torch's generators.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def extract_features(
 def cached_features(
     network: Network, seed: int, probe_set: ProbeSet, runtime: Runtime, config: ProbeConfig, folder: Path
 ) -> np.ndarray:
-    """Return :func:`extract_features` of a network, from `folder` where the same was asked before.
+    """Return :func:`extract_features` of a network, cached in `folder`.
 
     The file's name is a hash of the weights, the shards' bytes, the tiles, the normalisation and the precision.
     """
@@ -116,7 +116,7 @@ def checkpoint_network(path: Path, name: str, shards: ShardSet) -> tuple[Network
     Raises
     ------
     BadInput
-        It is no checkpoint, or learnt from tiles of another size, mapping or spacing than the shards'.
+        It is not a checkpoint, or was trained on tiles of another size, mapping or spacing than the shards'.
     """
     checkpoint = load_checkpoint(path, None)
     record = checkpoint["preprocessing"]
@@ -128,7 +128,7 @@ def checkpoint_network(path: Path, name: str, shards: ShardSet) -> tuple[Network
 
 
 def random_network(arch: str) -> Network:
-    """Return a backbone with random weights, others for each seed."""
+    """Return a backbone with random weights, different for each seed."""
 
     def build(seed: int) -> nn.Module:
         with torch.random.fork_rng():
@@ -139,12 +139,12 @@ def random_network(arch: str) -> Network:
 
 
 def imagenet_network(arch: str, weights: str | Path = "imagenet") -> Network:
-    """Return a backbone with ImageNet's weights: torchvision's, or those of a file.
+    """Return a backbone with ImageNet weights, from torchvision or from a file.
 
     Raises
     ------
     BadInput
-        They cannot be had.
+        The weights cannot be downloaded or read.
     """
     backbone = build_backbone(arch, weights)
     identity = f"imagenet {arch}" if str(weights) == "imagenet" else sha256_file(Path(weights))

@@ -1,4 +1,4 @@
-"""The labelled tiles of a probe, who they belong to, and how they are divided: no patient is ever on both sides."""
+"""The labelled tiles of a probe, their patients, and the split into folds: no patient is ever on both sides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mammostream.common.files import read_csv
 from mammostream.shards.reading import ShardSet
 from mammostream.train.run.labels import LabelledTiles, join_shards, read_labels
 
-FEW_PATIENTS = 10  # fewer make intervals that say little
+FEW_PATIENTS = 10  # with fewer, intervals say little
 FOLDS = 5
 
 _IDENTITY = ("tile_path", "image_id", "patient_id")
@@ -23,7 +23,7 @@ _IDENTITY = ("tile_path", "image_id", "patient_id")
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Labelled tiles of a shard directory, and who they belong to.
+    """Labelled tiles of a shard directory, with their patients.
 
     Attributes
     ----------
@@ -32,13 +32,13 @@ class ProbeSet:
     class_names
         C names.
     units
-        Level -> (N,) what each tile belongs to on that level; "" where unknown.
+        Maps a level to the unit (N,) that each tile belongs to on that level; "" if unknown.
     patients
-        (N,) number of each tile's patient; a film stands for its patient where that is unknown.
+        (N,) number of each tile's patient; if the patient is unknown, the film counts as one.
     splits
         (N,) split of each tile.
     notes
-        What a reader of the figures must know, a line each.
+        What a reader of the figures must know, one line each.
     """
 
     shards: ShardSet
@@ -52,7 +52,7 @@ class ProbeSet:
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows to learn from and rows to score: no patient is in both."""
+    """Rows to fit on and rows to score: no patient is in both."""
 
     fit: np.ndarray
     score: np.ndarray
@@ -64,9 +64,9 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max
     Parameters
     ----------
     path
-        CSV of ``tile_path`` (its stem is the tile's key) and one 0/1 column a class; an empty cell is a missing label.
+        CSV of ``tile_path`` (its stem is the tile's key) and one 0/1 column per class; an empty cell is a missing label.
     class_names
-        The columns to use; none: all that hold nothing but 0, 1 and empty cells.
+        The columns to use; if empty, all that hold only 0, 1 and empty cells.
     shards
         The tiles.
     max_tiles
@@ -94,7 +94,7 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max
     breasts = np.where(sides == "", "", np.char.add(np.char.add(patients.astype(str), " "), sides))
     unique, numbers = np.unique(patients, return_inverse=True)
     if len(unique) < 2:
-        raise BadInput(f"labels CSV {path} names tiles of {len(unique)} patient; a probe needs two: one to learn, one to score")
+        raise BadInput(f"labels CSV {path} names tiles of {len(unique)} patient; a probe needs two: one to fit, one to score")
     if len(unique) < FEW_PATIENTS:
         notes.append(f"{len(unique)} patients only: intervals over so few say little")
     units = {"tile": tiles.keys, "image": tiles.groups, "breast": breasts}
@@ -108,12 +108,12 @@ def _label_columns(path: Path) -> list[str]:
     values = {name: pd.to_numeric(frame[name], errors="coerce") for name in frame.columns if name not in _IDENTITY}
     names = [name for name, v in values.items() if v.notna().any() and (v.isin([0, 1]) | frame[name].isna()).all()]
     if not names:
-        raise BadInput(f"labels CSV {path} has no column of 0 and 1 next to tile_path; add one per class")
+        raise BadInput(f"labels CSV {path} has no column of 0 and 1 in addition to tile_path; add one per class")
     return names
 
 
 def _check_splits(probe_set: ProbeSet, path: Path) -> None:
-    """Refuse a patient whose tiles are in two splits: it would be learnt from and scored."""
+    """Refuse a patient whose tiles are in two splits: they would be both fitted on and scored."""
     pairs = np.unique(np.stack([probe_set.patients.astype(str), probe_set.splits]), axis=1)
     numbers, counts = np.unique(pairs[0], return_counts=True)
     for number in numbers[counts > 1]:
@@ -124,10 +124,10 @@ def _check_splits(probe_set: ProbeSet, path: Path) -> None:
 
 
 def make_folds(probe_set: ProbeSet, seed: int) -> list[Fold]:
-    """Return what to learn from and what to score.
+    """Return the folds: rows to fit on and rows to score.
 
-    Tiles of the splits ``train`` and ``val`` (or ``test`` where ``val`` has none): learn from the one, score the other.
-    Otherwise cross-validation over up to :data:`FOLDS` groups of patients, dealt by `seed`.
+    If ``train`` and ``val`` (or ``test`` if ``val`` has none) both have tiles: fit on ``train``, score the other.
+    Otherwise cross-validation over up to :data:`FOLDS` groups of patients, assigned at random by `seed`.
     """
     train = probe_set.splits == "train"
     for split in ("val", "test"):
@@ -143,7 +143,7 @@ def make_folds(probe_set: ProbeSet, seed: int) -> list[Fold]:
 def draw_share(
     rows: np.ndarray, labels: np.ndarray, patients: np.ndarray, share: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, str]:
-    """Return a share of the labelled rows to learn from, by patient where there are enough, else by tile.
+    """Return a share of the labelled rows to fit on, drawn by patient if there are enough, else by tile.
 
     Parameters
     ----------
@@ -156,12 +156,12 @@ def draw_share(
     share
         In (0, 1].
     rng
-        Decides the draw.
+        Source of the random draw.
 
     Returns
     -------
     rows, unit
-        Ascending rows; ``patients``, or ``tiles`` where the share is less than one patient: then that share of each label's
+        Ascending rows; ``patients``, or ``tiles`` if the share is less than one patient: then that share of each label's
         tiles, at least one.
     """
     rows = rows[~np.isnan(labels[rows])]

@@ -16,7 +16,7 @@ def draw_probe(rows: Sequence[Mapping], path: Path) -> None:
     Parameters
     ----------
     rows
-        What :func:`mammostream.train.probe.compare.compare` found; what is undefined is left out.
+        What :func:`mammostream.train.probe.compare.compare` found; undefined figures are left out.
     path
         The PNG.
     """
@@ -33,7 +33,7 @@ def draw_probe(rows: Sequence[Mapping], path: Path) -> None:
                     if not found:
                         continue
                     share, auc = (np.array([row[column] for row in found]) for column in ("share", "auc"))
-                    # Side by side, so that intervals can be told apart.
+                    # Offset, so that intervals do not overlap.
                     share = share * 1.06 ** (2 * number + (probe == "kNN") - len(networks))
                     axes.plot(share, auc, style, color=f"C{number % 10}", marker="o", markersize=3, label=f"{network}, {probe}")
                     bounded = [

@@ -17,14 +17,14 @@ from sklearn.preprocessing import StandardScaler
 from mammostream.train.probe.labelled import Fold, ProbeSet, draw_share
 
 SHARES = (0.01, 0.1, 1.0)
-"""Shares of the labels to learn from."""
+"""Shares of the labels to fit on."""
 
 LEVELS = ("tile", "image", "breast")
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Neighbours and temperature of the vote; the temperature is that of Wu et al. 2018 (arXiv:1805.01978)."""
+"""Neighbours and temperature of the vote; the temperature is from Wu et al. 2018 (arXiv:1805.01978)."""
 
-_ROWS = 1024  # of similarities in memory at a time
+_ROWS = 1024  # rows of similarities in memory at a time
 
 _TOP = {"max": 1, "top3": 3}
 
@@ -37,7 +37,7 @@ def linear_scores(fit: np.ndarray, labels: np.ndarray, score: np.ndarray) -> np.
     Parameters
     ----------
     fit, labels
-        (N, D) features and (N,) labels, 0 and 1, both there.
+        (N, D) features and (N,) labels; both 0 and 1 must occur.
     score
         (M, D) features.
     """
@@ -70,7 +70,7 @@ PROBES = {"linear": linear_scores, "kNN": knn_scores}
 def score_tiles(
     features: np.ndarray, probe_set: ProbeSet, folds: Sequence[Fold], probe: str, share: float = 1.0, seed: int = 0
 ) -> tuple[np.ndarray, str]:
-    """Return out-of-patient scores of the tiles.
+    """Return scores of tiles whose patients were not fitted on.
 
     Parameters
     ----------
@@ -81,15 +81,15 @@ def score_tiles(
     probe
         ``linear`` or ``kNN``.
     share
-        Of the labels to learn from, see :func:`draw_share`.
+        Share of the labels to fit on, see :func:`draw_share`.
     seed
-        Decides the draw.
+        Seed of the draw.
 
     Returns
     -------
     scores, unit
-        (N, C), NaN where a tile is not scored: it was learnt from, or the labels to learn from have one value only, or a
-        feature is not finite. By what the share was drawn.
+        (N, C), NaN where a tile is not scored: it was fitted on, or the labels to fit on have one value only, or a
+        feature is not finite. The unit by which the share was drawn: ``patients`` or ``tiles``.
     """
     labels = probe_set.tiles.labels
     scores, units = np.full(labels.shape, np.nan), set()
@@ -107,7 +107,7 @@ def score_tiles(
 def gather(
     labels: np.ndarray, scores: np.ndarray, units: np.ndarray, patients: np.ndarray, folds: np.ndarray, top: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Gather tiles by image or breast: the mean of its `top` highest scores; positive where one of its tiles is.
+    """Aggregate tiles by image or breast: the mean of its `top` highest scores; positive if one of its tiles is.
 
     Tiles without a unit, a label or a score are left out. Returns labels, scores, patients and folds of the units.
     """
@@ -121,7 +121,7 @@ def gather(
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Within one fold, by patients a and b: pairs of a positive of a and a negative of b, and those in the right order."""
+    """Within one fold, for patients a and b: pairs of a positive of a and a negative of b, and how many are in order."""
 
     patients: np.ndarray
     pairs: np.ndarray
@@ -149,7 +149,7 @@ def count_pairs(labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, fo
 
 
 def auc_of(counts: Sequence[PairCounts], draws: np.ndarray) -> np.ndarray:
-    """Return the AUC (R,) for (R, patients) numbers of times that each patient counts; NaN where there is no pair."""
+    """Return the AUC (R,) for (R, patients) counts of how often each patient was drawn; NaN if there is no pair."""
     ordered, pairs = (
         sum((((draws[:, c.patients] @ getattr(c, name)) * draws[:, c.patients]).sum(1) for c in counts), np.zeros(len(draws)))
         for name in ("ordered", "pairs")
@@ -160,7 +160,7 @@ def auc_of(counts: Sequence[PairCounts], draws: np.ndarray) -> np.ndarray:
 def level_pairs(
     probe_set: ProbeSet, folds: Sequence[Fold], scores: np.ndarray, c: int, level: str, score: str
 ) -> tuple[list[PairCounts], int, int]:
-    """Return the pairs of a class's scores on a level, and how many positives and negatives are scored."""
+    """Return the pairs of a class's scores on a level, and the number of positives and negatives scored."""
     of_row = np.full(len(scores), -1)
     for number, fold in enumerate(folds):
         of_row[fold.score] = number
@@ -188,7 +188,7 @@ def summary(found: Sequence[tuple[list[PairCounts], int, int]], bootstrap: int) 
     patients = patients.astype(int)
     interval = None
     if known and bootstrap and len(patients) > 1:
-        # The same draws for each network: differences between them are not differences of the draw.
+        # The same draws for each network, so that differences between networks do not come from the draws.
         rng = np.random.default_rng(0)
         draws = np.zeros((bootstrap, patients.max() + 1))
         draws[:, patients] = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=bootstrap)

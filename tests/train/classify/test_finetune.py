@@ -231,7 +231,7 @@ def test_dropout_acts_in_training_alone():
         state.model.eval()
         with torch.no_grad():
             losses[dropout].append(float(state.model(small_batch()[0]).sum()))
-    assert losses[0.0][0] == losses[0.0][1]  # nothing is random without
+    assert losses[0.0][0] == losses[0.0][1]  # without dropout nothing is random
     assert losses[0.9][0] != losses[0.9][1]
     assert losses[0.0][2] == losses[0.9][2]
 
@@ -257,7 +257,7 @@ def assert_metrics_are_those_of(predictions: pd.DataFrame, labels: pd.DataFrame,
         y, p = known[name], known[f"prob:{name}"]
         figures = metrics["per_class"][name]
         aucs.append(roc_auc_score(y, p))
-        assert p.nunique() > len(p) / 2  # a network that says one thing everywhere would prove nothing
+        assert p.nunique() > len(p) / 2  # a constant output would prove nothing
         assert figures["auc"] == pytest.approx(aucs[-1], abs=1e-6)
         assert figures["ap"] == pytest.approx(average_precision_score(y, p), abs=1e-6)
         assert (figures["positives"], figures["negatives"]) == (int(y.sum()), int((1 - y).sum()))
@@ -317,7 +317,7 @@ def test_a_folder_of_tiles_and_the_guides_spelling(pretrained, mammostream, run_
     assert re.search(r"^bright: AUC [01]\.\d{3}.*tiles positive$", outcome.out, re.MULTILINE)
     final = tmp_path / "run/final_classification_model.pth"
     checkpoint = load_checkpoint(final, "classifier")
-    # The pre-training's record stands for tiles that say nothing of themselves.
+    # Tiles from image files have no record: the pre-training's is used.
     assert checkpoint["preprocessing"] == load_checkpoint(pretrained.byol, "byol")["preprocessing"]
 
     run_cli(f"infer --model-path {final} --shards {pretrained.shards} --split val --output-dir {tmp_path}/infer --device cpu")
@@ -326,7 +326,7 @@ def test_a_folder_of_tiles_and_the_guides_spelling(pretrained, mammostream, run_
     labels = labels[labels[pretrained.classes].notna().any(axis=1)]
     assert_metrics_are_those_of(pd.read_parquet(tmp_path / "infer/predictions.parquet"), labels, metrics, pretrained.classes)
     assert (metrics["films"], metrics["patients"]) == (1, 0)  # the tiles of one film, by their names
-    assert metrics["intervals_over"] == "films"  # nobody says which patients
+    assert metrics["intervals_over"] == "films"  # the patients are unknown
     assert metrics["per_class"]["bright"]["intervals"]["auc"] is None  # one film has no spread
 
 
@@ -365,7 +365,7 @@ def final_of(folder: Path, name: str = "final") -> dict:
 
 
 def test_a_run_stops_when_nothing_gets_better(pretrained, mammostream, tmp_path):
-    """Without a learning rate and with the backbone frozen, each epoch is like the first: two more, and the run ends."""
+    """With learning rate 0 and the backbone frozen, no epoch improves on the first: the run stops after two more."""
     outcome = mammostream(
         f"finetune {pretrained.finetune_options} --output-dir {tmp_path} --epochs 50 --freeze-backbone-epochs 50 "
         "--lr-head 0 --early-stopping 2 --max-samples 16 --loss focal --pos-weight 2,0.5"
@@ -450,7 +450,7 @@ def test_several_seeds_give_mean_and_spread(pretrained, mammostream, tmp_path):
         assert mammostream(f"{options} --output-dir {tmp_path}/wrong --seeds {wrong}").code == 2
 
 
-# ---------------------------------------------------------------- data that is little or wrong
+# ---------------------------------------------------------------- little data, wrong data
 
 
 def test_what_leaks_stops_the_run_with_its_list_unless_it_is_allowed(pretrained, mammostream, tmp_path):
@@ -474,7 +474,7 @@ def test_a_run_without_leakage_says_so(finetuned):
 
 
 def test_one_row_trains_and_validates(pretrained, mammostream, tmp_path):
-    """No AUC is defined: the best epoch is that of the lowest loss, and infer has its model."""
+    """No AUC is defined: the best epoch is the one with the lowest loss, and its model is saved."""
     for split, path in (("train", pretrained.train_csv), ("val", pretrained.val_csv)):
         pd.read_csv(path).dropna().head(1).to_csv(tmp_path / f"{split}.csv", index=False)
     outcome = mammostream(
@@ -508,7 +508,7 @@ def test_tiles_of_another_size_but_the_same_scale_are_taken(pretrained, run_cli,
     assert final_of(tmp_path / "run")["preprocessing"]["tile_size"] == 48
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 RESUMED = (
     "--epochs 4 --freeze-backbone-epochs 1 --unfreeze-every 1 --lr-backbone 1e-3 --lr-head 1e-2 --ema-decay 0.8 "
@@ -524,7 +524,7 @@ def uninterrupted(pretrained, run_cli, tmp_path_factory) -> Path:
 
 
 def test_a_killed_run_goes_on_bit_for_bit(pretrained, uninterrupted, run_cli, single_thread_environment, tmp_path):
-    """Kill -9 after the first epoch's checkpoint, resume: the same weights, state and record as without."""
+    """Kill -9 after the first epoch's checkpoint, resume: the same weights, state and metrics as an uninterrupted run."""
     command = f"finetune {pretrained.finetune_options} --output-dir {tmp_path} {RESUMED}"
     last = tmp_path / "last_classification_model.pth"
     with (tmp_path / "log").open("wb") as log:
@@ -608,7 +608,7 @@ os._exit(0)  # see test_torchrun.py
 
 
 def test_two_processes_take_the_step_of_one(single_thread_environment, tmp_path):
-    """The loss is the mean over all known labels, wherever they are, and so are the gradients."""
+    """Loss and gradients are means over all known labels, in any process."""
     (tmp_path / "step.py").write_text(STEP)
     torchrun_to_end([str(tmp_path / "step.py"), str(tmp_path / "two.pt")], single_thread_environment)
     two = torch.load(tmp_path / "two.pt", weights_only=True)
@@ -625,13 +625,13 @@ def test_two_processes_take_the_step_of_one(single_thread_environment, tmp_path)
 
 
 def test_two_processes_report_what_one_finds(pretrained, run_cli, single_thread_environment, tmp_path):
-    """An odd number of tiles, stages that unfreeze, a resumed half: the metrics are those of all tiles in their order."""
+    """An odd number of tiles, stages that unfreeze: the metrics are those of all tiles in their order."""
     options = (
         f"finetune {pretrained.finetune_options} --output-dir {tmp_path}/run --epochs 3 --freeze-backbone-epochs 1 "
         "--unfreeze-every 1 --lr-backbone 1e-3 --lr-head 1e-2 --max-samples 33"
     )
     said = torchrun_to_end(["-m", "mammostream", *shlex.split(options)], single_thread_environment)
-    assert said.count("Train Loss") == 3  # one process speaks
+    assert said.count("Train Loss") == 3  # one process prints
     final = final_of(tmp_path / "run")
     assert final["step"] == 6  # 16 and 17 tiles by 16: the first process waits for the second's last
     run_cli(

@@ -1,4 +1,4 @@
-"""Losses: each against its paper's formula in float64, and what weights, smoothing, missing labels and mixup do."""
+"""Losses: each against its paper's formula in float64; effects of weights, smoothing, missing labels and mixup."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = [
 
 
 def reference(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, config: FinetuneConfig) -> np.ndarray:
-    """The papers' formulas as they stand there, in float64; 0 where the label is missing."""
+    """The papers' formulas, in float64; 0 where the label is missing."""
     p = 1 / (1 + np.exp(-logits.astype(np.float64)))
     y = labels * (1 - config.label_smoothing) + config.label_smoothing / 2
     if config.loss == "asymmetric":
@@ -69,7 +69,7 @@ def test_losses_and_gradients_stay_finite_where_probabilities_round_to_0_and_1(k
     losses.sum().backward()
     assert torch.isfinite(losses).all()
     assert torch.isfinite(logits.grad).all()
-    # Surely right costs nothing, surely wrong costs most.
+    # A confident correct prediction costs nothing, a confident wrong one most.
     order = losses.detach()[0] if label == 0 else losses.detach()[0].flip(0)
     assert order[0] == pytest.approx(0, abs=1e-6)
     assert (order.diff() >= -1e-6).all()
@@ -128,7 +128,7 @@ def test_mixup_blends_tiles_and_labels_by_the_same_share():
     known = ~mixed_labels[:, 0].isnan()
     torch.testing.assert_close(mixed_tiles[known, 0, 0, 0], mixed_labels[known, 0])
     assert not torch.equal(mixed_tiles, tiles)
-    assert 1 <= (~known).sum() <= 2  # the one without a label, and whom it was blended with
+    assert 1 <= (~known).sum() <= 2  # the one without a label, and its partner
     assert mixed_labels[:, 1].isnan().all()
     torch.manual_seed(3)
     assert torch.equal(mix(tiles, labels, 0.4)[0], mixed_tiles)

@@ -33,7 +33,7 @@ SMALL = "--device cpu --num-workers 2"
 
 
 def probe_set(patients, labels, splits="train"):
-    """Labelled tiles without pixels: one film a patient."""
+    """Labelled tiles without pixels: one film per patient."""
     patients, labels = np.asarray(patients), np.asarray(labels, np.float32).reshape(len(patients), -1)
     names = np.array([f"P{p}" for p in patients])
     keys = np.array([f"tile{i}" for i in range(len(patients))])
@@ -89,7 +89,7 @@ def test_a_share_is_of_whole_patients_where_there_are_enough(seed, n, count, sha
 
 
 def test_features_that_only_name_the_patient_are_worth_nothing():
-    """Each patient has one label and its own direction: whoever learnt from the patient would know the label."""
+    """Each patient has one label and its own direction: a probe fitted on the patient would know the label."""
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(40), 10)
     features = rng.normal(size=(40, 64))[patients] + 0.01 * rng.normal(size=(400, 64))
@@ -162,7 +162,7 @@ def test_what_cannot_be_learnt_is_undefined():
     features = rng.normal(size=(20, 4)).astype(np.float32)
     scores, _ = score_tiles(features, found, make_folds(found, 0), "linear")
     assert np.isnan(scores[:, 0]).all()
-    assert np.isnan(scores[:5, 1]).all()  # who scores the only positive has none to learn from
+    assert np.isnan(scores[:5, 1]).all()  # the fold that scores the only positive has none to fit on
     assert not np.isnan(scores[5:, 1]).any()
     assert np.isnan(scores[:, 2]).all()
     features[0, 0] = np.inf  # a diverged network
@@ -174,7 +174,7 @@ def test_what_cannot_be_learnt_is_undefined():
 
 @pytest.fixture(scope="module")
 def labels_csv(road, tmp_path_factory):
-    """Labels of both patients, with one column that is no label and one of one value only."""
+    """Labels of both patients, with one column that is not a label and one with a single value."""
     path = tmp_path_factory.mktemp("labels") / "labels.csv"
     table = pd.concat([pd.read_csv(road.train_csv), pd.read_csv(road.val_csv)], ignore_index=True)
     table["quality"] = np.arange(len(table)) / 7
@@ -246,7 +246,7 @@ def test_the_online_probe_gives_each_class_and_their_mean(road, labels_csv):
         assert aucs["never"] is None
         assert aucs["mean"] == pytest.approx((aucs["bright"] + aucs["simulated_calcification"]) / 2)
         assert 0 <= aucs["mean"] <= 1
-    assert figures["linear"]["bright"] > 0.7  # a tile's mean passes any network
+    assert figures["linear"]["bright"] > 0.7  # even random weights keep a tile's mean
 
 
 def two_checkpoints(road):
@@ -255,7 +255,7 @@ def two_checkpoints(road):
 
 @pytest.fixture(scope="module")
 def probed(pretrained, labels_csv, run_cli, tmp_path_factory):
-    """The command's output folder: two checkpoints, and a file that stands for ImageNet's weights."""
+    """The command's output folder: two checkpoints, and a file in place of the ImageNet weights."""
     folder = tmp_path_factory.mktemp("probe")
     torch.manual_seed(1)
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), folder / "imagenet.pth")
