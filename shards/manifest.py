@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mammostream.common.errors import BadInput, first_line, nearest
 from mammostream.common.files import read_parquet, write_parquet
+from mammostream.shards.identity import clean_patients, describe_lookalikes, names_nobody, spelling, split_lookalikes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,6 +73,7 @@ def read_manifest(path: Path, split: str | None = None) -> pd.DataFrame:
         The file is missing or no manifest, has no rows (of that split), or breaks :func:`check_manifest`.
     """
     frame = read_parquet(path, "manifest", MAKE_MANIFEST, MANIFEST_COLUMNS)
+    frame["patient_id"] = clean_patients(frame["patient_id"]).where(frame["patient_id"].notna())
     check_manifest(frame, f"manifest {path}")
     frame["path"] = [str((path.parent / p).absolute()) for p in frame["path"]]
     if split is not None:
@@ -83,7 +85,7 @@ def read_manifest(path: Path, split: str | None = None) -> pd.DataFrame:
 
 
 def check_manifest(frame: pd.DataFrame, what: str) -> None:
-    """Check that ids are unique, splits known, and that no patient is in two splits.
+    """Check that ids are unique, splits known, and that no patient is in two splits, by the same or a similar spelling.
 
     Raises
     ------
@@ -99,10 +101,11 @@ def check_manifest(frame: pd.DataFrame, what: str) -> None:
     if len(unknown):
         row = unknown.iloc[0]
         raise BadInput(f"{what}: image '{row.image_id}' has the split '{row.split}'; use one of: {', '.join(SPLITS)}")
-    nameless = frame[frame["patient_id"].isna()]
-    if len(nameless):
+    nobody = frame["patient_id"].map(lambda patient: pd.isna(patient) or names_nobody(patient)).astype(bool)
+    if nobody.any() and (frame["split"].nunique() > 1 or frame["patient_id"].isna().any()):
         raise BadInput(
-            f"{what}: image '{nameless.iloc[0].image_id}' has no patient_id; without one, splits may share a patient"
+            f"{what}: image '{frame[nobody].iloc[0].image_id}' has no patient_id ({nobody.sum()} such images); without one, "
+            "splits may share a patient"
         )
     pairs = frame[["patient_id", "split"]].drop_duplicates()
     torn = pairs[pairs["patient_id"].duplicated(keep=False)]
@@ -113,10 +116,16 @@ def check_manifest(frame: pd.DataFrame, what: str) -> None:
             f"{what}: patient '{patient}' is in the splits {splits} ({torn['patient_id'].nunique()} such patients); "
             "put all films of a patient into one split"
         )
+    alike = split_lookalikes(frame["patient_id"], frame["split"])
+    if alike:
+        raise BadInput(
+            f"{what}: patients in different splits differ only in case or leading zeros: {describe_lookalikes(alike)}; if they "
+            "are the same, spell them alike and put all their films into one split; else rename one"
+        )
 
 
 def split_by_patient(patients: Iterable[str], val_fraction: float, seed: int) -> dict[str, str]:
-    """Deal patients to ``train`` and ``val``.
+    """Deal patients to ``train`` and ``val``; ids that differ only in case or leading zeros go to the same one.
 
     Parameters
     ----------
@@ -127,12 +136,15 @@ def split_by_patient(patients: Iterable[str], val_fraction: float, seed: int) ->
     seed
         The same patients and seed give the same split.
     """
-    unique = sorted(set(patients))
+    alike: dict[str, list[str]] = {}
+    for patient in sorted(set(patients)):
+        alike.setdefault(spelling(patient), []).append(patient)
+    unique = sorted(names[0] for names in alike.values())
     count = 0
     if val_fraction > 0 and len(unique) > 1:
         count = min(max(1, round(val_fraction * len(unique))), len(unique) - 1)
     chosen = set(np.random.default_rng(seed).permutation(unique)[:count])
-    return {patient: "val" if patient in chosen else "train" for patient in unique}
+    return {patient: "val" if names[0] in chosen else "train" for names in alike.values() for patient in names}
 
 
 def write_findings(frame: pd.DataFrame, path: Path) -> None:

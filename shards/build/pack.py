@@ -18,12 +18,20 @@ from mammostream.common.files import make_folder, read_csv, whole_file, write_js
 from mammostream.common.progress import progress
 from mammostream.preprocess.reading import Mammogram, read_mammogram
 from mammostream.preprocess.tiling import TilingConfig, preprocessing_record
-from mammostream.shards.archive import check_index, escape_id, read_index, sample_key
+from mammostream.shards.archive import check_index, read_index, sample_key
 from mammostream.shards.build.build import ShardSummary, write_shard
 from mammostream.shards.build.film_tiles import FilmTiles, image_row
 from mammostream.shards.build.launch import ALONE, Launcher
 from mammostream.shards.build.plan import BuildPlan, PackConfig, ShardPlan, assemble_plan, plain_records
 from mammostream.shards.codecs import decode, pixel_crc32
+from mammostream.shards.identity import (
+    clean_ids,
+    clean_patients,
+    describe_lookalikes,
+    film_of_tile,
+    key_of_path,
+    split_lookalikes,
+)
 from mammostream.shards.manifest import SPLITS
 from mammostream.shards.reading import Shard, ShardSet
 from mammostream.shards.tables import read_shard_table
@@ -31,8 +39,7 @@ from mammostream.shards.tables import read_shard_table
 # Next to unpacked tiles: how they were made, which packing them again needs to know.
 PREPROCESSING_JSON = "preprocessing.json"
 TILES_CSV = "tiles.csv"
-_KEY = re.compile(r"[A-Za-z0-9_%-]+")
-_PLACE = re.compile(r"(.+)_y(\d+)_x(\d+)")
+_PLACE = re.compile(r".+_y(\d+)_x(\d+)")
 
 
 def read_tile_csvs(csvs: Sequence[Path], splits: Sequence[str], tiles_dir: Path) -> pd.DataFrame:
@@ -51,13 +58,14 @@ def read_tile_csvs(csvs: Sequence[Path], splits: Sequence[str], tiles_dir: Path)
     -------
     pandas.DataFrame
         ``tile_path, path, key, image_id, patient_id, split, y, x``, one row per tile. The key is the file's name, or the whole
-        ``tile_path`` where names repeat, escaped where it needs be; the film and the place are the CSV's, or as the name has
-        them (``<film>_y<y>_x<x>``), or unknown: then a tile stands for itself.
+        ``tile_path`` where names repeat, escaped where it needs be; the film is the CSV's, or the one that the name tells (see
+        :func:`mammostream.shards.identity.film_of_tile`), or unknown: then a tile stands for itself. The position is that of
+        names like ``<film>_y<y>_x<x>``.
 
     Raises
     ------
     BadInput
-        A CSV or the folder is missing, a tile has no split or is named twice, or a patient is in two splits.
+        A CSV or the folder is missing, a tile has no split or is named twice, or a film or patient is in two splits.
     """
     if not tiles_dir.is_dir():
         raise BadInput(f"tiles folder {tiles_dir} does not exist; check --tiles-dir")
@@ -79,35 +87,39 @@ def read_tile_csvs(csvs: Sequence[Path], splits: Sequence[str], tiles_dir: Path)
     twice = tiles["tile_path"].duplicated()
     if twice.any():
         raise BadInput(f"tile '{tiles['tile_path'][twice].iloc[0]}' occurs twice in {', '.join(map(str, csvs))}")
-    keys = [_key(Path(p).name) for p in tiles["tile_path"]]
-    if len(set(keys)) < len(keys):
-        keys = [_key(p) for p in tiles["tile_path"]]
+    paths = tiles["tile_path"]
+    repeat = len({key_of_path(Path(p).name) for p in paths}) < len(paths)  # then names say little: their folders count too
+    keys = [key_of_path(p if repeat else Path(p).name) for p in paths]
     places = [_PLACE.fullmatch(key) for key in keys]
-    films = [match[1] if match else key for key, match in zip(keys, places, strict=True)]
+    named = [film_of_tile(p) for p in paths]
+    if repeat:
+        named = [film and (Path(p).parent / film).as_posix() for film, p in zip(named, paths, strict=True)]
+    films = clean_ids(tiles["image_id"]) if "image_id" in tiles else pd.Series("", tiles.index)
+    films = films.where(films != "", [film or key for film, key in zip(named, keys, strict=True)])
     columns = {
         "tile_path": tiles["tile_path"],
         "path": [str((tiles_dir / p).absolute()) for p in tiles["tile_path"]],
         "key": keys,
-        "image_id": tiles["image_id"].fillna("") if "image_id" in tiles else films,
-        "patient_id": tiles["patient_id"].fillna("") if "patient_id" in tiles else "",
+        "image_id": films,
+        "patient_id": clean_patients(tiles["patient_id"]) if "patient_id" in tiles else "",
         "split": tiles["split"],
-        "y": [int(match[2]) if match else None for match in places],
-        "x": [int(match[3]) if match else None for match in places],
+        "y": [int(match[1]) if match else None for match in places],
+        "x": [int(match[2]) if match else None for match in places],
     }
     chosen = pd.DataFrame(columns).astype({"y": "Int64", "x": "Int64"})
     for column in ("key", "patient_id", "image_id"):
         counts = chosen[chosen[column] != ""].groupby(column)["split"].nunique()
         if (counts > 1).any():
             raise BadInput(f"{column} '{counts[counts > 1].index[0]}' is in two splits; put all its tiles into one")
+    alike = split_lookalikes(chosen["patient_id"], chosen["split"])
+    if alike:
+        raise BadInput(
+            f"patients in different splits differ only in case or leading zeros: {describe_lookalikes(alike)}; if they are the "
+            "same, spell them alike and put all their tiles into one split; else rename one"
+        )
     if chosen["key"].duplicated().any():
         raise BadInput(f"two tiles have the name '{chosen['key'][chosen['key'].duplicated()].iloc[0]}'; rename one")
     return chosen
-
-
-def _key(tile_path: str) -> str:
-    """Return a path without its ending as a key: as it is where it can be one, escaped elsewhere."""
-    stem = str(Path(tile_path).with_suffix(""))
-    return stem if _KEY.fullmatch(stem) else escape_id(stem)
 
 
 def make_pack_plan(tiles: pd.DataFrame, tiles_dir: Path, output_dir: Path, config: PackConfig) -> BuildPlan:

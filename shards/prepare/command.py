@@ -48,7 +48,9 @@ _SHOWN = 10
 @click.option("--output-dir", type=FILE, required=True, help="Folder for manifest.parquet, findings.parquet and problems.csv.")
 @click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm for images whose own is unknown.")
 @click.option(
-    "--patient-regex", help="folder: what part of the DICOM PatientID (or the path) names the patient, e.g. 'P_\\d+'."
+    "--patient-regex",
+    help="folder: what part of the DICOM PatientID (of the path if the id is missing or does not match) names the patient, "
+    "e.g. 'P_\\d+'.",
 )
 @click.option(
     "--val-fraction",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from mammostream.shards.manifest import (
     check_manifest,
     split_by_patient,
 )
+from mammostream.shards.prepare.patients import compile_regex, film_patients
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _PIXEL_DATA_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # (7FE0,0010), little and big endian
@@ -79,8 +79,8 @@ def prepare_films(
     assume_spacing
         Pixel size in mm of films that neither the annotations nor the files tell one of.
     patient_regex
-        What part of the patient id, or of the path where there is none, names the patient of a plain folder's film: the
-        first group, else the whole match.
+        What part of the patient id, or of the path if the id is missing or does not match, names the patient of a plain
+        folder's film: the first group, else the whole match.
     val_fraction
         Share of the training patients for validation, 0-1, where the data set has no validation split.
     seed
@@ -95,7 +95,7 @@ def prepare_films(
     BadInput
         The annotations or the folder are at fault, none of the films can be read, or a patient is in two splits or unknown.
     """
-    pattern = _compile(patient_regex, dataset)
+    pattern = compile_regex(patient_regex, dataset)
     tree = ImageTree.scan(images_root, skip)
     said = describe(dataset, tree, csv_paths, findings_csv)
     problems = [*tree.problems, *said.problems]
@@ -108,7 +108,7 @@ def prepare_films(
 
     films = _present(said.films, images_root, problems)
     films = _with_headers(films, workers, problems)
-    films["patient_id"] = _patients(films, images_root, pattern)
+    films["patient_id"] = film_patients(films, images_root, pattern, notes)
     # An unreadable file's patient would have stood in its header.
     films = films[films["patient_id"] != ""].reset_index(drop=True)
     if assume_spacing is not None:
@@ -126,15 +126,6 @@ def prepare_films(
     films = films[[*MANIFEST_COLUMNS, *labels]]
     check_manifest(films, f"the data set of {', '.join(map(str, csv_paths)) or images_root}")
     return Prepared(films, findings, problems, notes)
-
-
-def _compile(patient_regex: str | None, dataset: str) -> re.Pattern[str] | None:
-    if patient_regex and dataset != "folder":
-        raise BadInput(f"--patient-regex is for plain folders; {dataset} names its patients itself")
-    try:
-        return re.compile(patient_regex) if patient_regex else None
-    except re.error as error:
-        raise BadInput(f"--patient-regex {patient_regex!r} is not a regular expression: {error}") from error
 
 
 def _present(films: pd.DataFrame, root: Path, problems: list[Problem]) -> pd.DataFrame:
@@ -214,28 +205,6 @@ def _seems_torn(path: Path, header: Header) -> bool:
             file.seek(-min(size, len(_PNG_END)), 2)
             return file.read() != _PNG_END
     return path.suffix.lower() == ".pgm" and size < header.height * header.width * header.bits // 8
-
-
-def _patients(films: pd.DataFrame, root: Path, pattern: re.Pattern[str] | None) -> pd.Series:
-    """Return each film's patient; "" where the file cannot be read and nothing else tells one."""
-    if pattern is None:
-        nameless = films[(films["patient_id"] == "") & (films["bits"] > 0)]
-        if len(nameless):
-            path = Path(nameless["path"].iloc[0]).relative_to(root)
-            raise BadInput(f"{path} names no patient; give --patient-regex, or a CSV with image_id and patient_id")
-        return films["patient_id"]
-    sources = films["patient_id"].where(
-        films["patient_id"] != "", [Path(path).relative_to(root).as_posix() for path in films["path"]]
-    )
-    matches = [pattern.search(source) for source in sources]
-    if None in matches:
-        number = matches.index(None)
-        raise BadInput(
-            f"--patient-regex {pattern.pattern!r} does not match '{sources.iloc[number]}' of {films['path'].iloc[number]}; "
-            "correct it"
-        )
-    found = [match.group(1 if pattern.groups else 0) or "" for match in matches if match]
-    return pd.Series(found, films.index, dtype=str)
 
 
 def _inside_films(findings: pd.DataFrame, films: pd.DataFrame, problems: list[Problem], notes: list[str]) -> pd.DataFrame:

@@ -125,7 +125,7 @@ def test_findings_round_trip(tmp_path):
         read_findings(tmp_path / "g")
 
 
-patients = st.lists(st.text(alphabet="PQ0123456789_ é", min_size=1, max_size=4), min_size=1, max_size=40)
+patients = st.lists(st.text(alphabet="PQ123456789_ é", max_size=4).map("P".__add__), min_size=1, max_size=40)
 
 
 @given(patients, st.floats(0, 1), st.integers(0, 1000))
@@ -141,6 +141,28 @@ def test_split_by_patient(ids, fraction, seed):
     else:
         assert 1 <= held_out <= len(found) - 1
         assert abs(held_out - fraction * len(found)) <= 1
+
+
+@given(patients, st.integers(0, 1000))
+def test_spellings_of_one_id_are_dealt_together(ids, seed):
+    spelled = {name for patient in ids for name in (patient, patient.lower(), patient.replace("1", "01"))}
+    splits = split_by_patient(spelled, 0.5, seed)
+    check_manifest(frame_of(*[(f"i{n}", name, splits[name]) for n, name in enumerate(sorted(spelled))]), "manifest")
+
+
+def test_patients_of_two_splits_that_differ_in_spelling_are_refused():
+    rows = [("a", "P1", "train"), ("b", "p01", "val"), ("c", "P2", "val")]
+    with pytest.raises(BadInput, match=r"differ only in case or leading zeros: 'P1' and 'p01'; if they are the same, spell"):
+        check_manifest(frame_of(*rows), "manifest")
+
+
+def test_ids_are_read_in_one_spelling(tmp_path):
+    rows = [("a", "10006.0", "train"), ("b", " 10006", "train"), ("c", "removed", "train")]
+    write_unchecked(frame_of(*rows), tmp_path / "m.parquet")
+    assert read_manifest(tmp_path / "m.parquet")["patient_id"].tolist() == ["10006", "10006", ""]
+    write_unchecked(frame_of(*rows, ("d", "P4", "val")), tmp_path / "m.parquet")
+    with pytest.raises(BadInput, match=r"image 'c' has no patient_id \(1 such images\)"):
+        read_manifest(tmp_path / "m.parquet")
 
 
 @given(patients, st.floats(0, 1), st.integers(0, 1000))

@@ -71,8 +71,8 @@ max_bad_option = click.option(
     "--secondary-capture/--no-secondary-capture",
     default=False,
     help="Write each heat map also as DICOM Secondary Capture in its film's study. Films must be DICOM. THE CAPTURE NAMES THE "
-    "PATIENT as its film does; nothing else takes identity from a DICOM header. Not for diagnostic use. Needs the "
-    "extra 'dicom-out'.",
+    "PATIENT as its film does; the tables take only patient id, side and view from a DICOM header. Not for diagnostic use. "
+    "Needs the extra 'dicom-out'.",
 )
 @max_bad_option
 @config_options(InferConfig)

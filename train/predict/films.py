@@ -29,13 +29,14 @@ from mammostream.train.predict.stream import _FILMS_A_PART, Part, Predicted, _wi
 
 @dataclass(frozen=True)
 class FilmInput:
-    """An image to predict: its file, id, (height, width) in pixels, spacing in mm where it is known, and boxes to draw."""
+    """An image to predict: file, id, (height, width) in pixels, patient, side, view, spacing in mm if known, boxes to draw."""
 
     path: Path
     image_id: str
     shape: tuple[int, int]
     patient_id: str = ""
     laterality: str = ""
+    view: str = ""
     spacing_mm: float | None = None
     boxes: tuple[Box, ...] = ()
 
@@ -175,6 +176,7 @@ def _predict_films(
             "patient_id": film_input.patient_id,
             "split": "",
             "laterality": film_input.laterality,
+            "view": film_input.view,
             "reason": str(film) if isinstance(film, BadInput) else "",
         }
         images.append(image)

@@ -19,6 +19,7 @@ from mammostream.common.files import write_json, write_yaml
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mammostream.preprocess.mammogram import Header
     from mammostream.preprocess.tiling import Film
     from mammostream.shards.reading import ShardSet
     from mammostream.train.predict.films import FilmInput
@@ -266,6 +267,8 @@ def read_films(
     """Return the images that were named, films or tiles; those that cannot be read go to `bad`."""
     from mammostream.preprocess.reading import read_header
     from mammostream.shards.annotations.folder import find_images
+    from mammostream.shards.annotations.tree import name_without_ending
+    from mammostream.shards.identity import clean_patients, clean_sides, without_views
     from mammostream.shards.manifest import read_findings, read_manifest
     from mammostream.train.predict.films import FilmInput
 
@@ -276,32 +279,37 @@ def read_films(
     if manifest is not None:
         rows = read_manifest(manifest).to_dict("records")
     else:
-        # Named by their files alone: no identity is read from a DICOM header into the tables.
-        named = find_images(images_dir) if images_dir else {path.stem: path for path in (image_path,) if path}
-        rows = [{"image_id": image_id, "path": path, "patient_id": ""} for image_id, path in named.items()]
-    films = []
+        named = find_images(images_dir) if images_dir else {name_without_ending(path): path for path in (image_path,) if path}
+        rows = [{"image_id": image_id, "path": path} for image_id, path in named.items()]
+    found: list[tuple[dict[str, Any], Header]] = []
     for row in rows:
         try:
-            header = read_header(Path(row["path"]))
+            found.append((row, read_header(Path(row["path"]))))
         except BadInput as error:
             if image_path is not None:
                 raise
             bad.append({"image_id": row["image_id"], "reason": str(error)})
-            continue
+    if not found:
+        raise BadInput(f"none of the {len(bad)} images can be read; the first: {bad[0]['reason']}")
+    patients = clean_patients([row.get("patient_id", header.patient_id) for row, header in found])
+    if manifest is None:  # then those that 'prepare' would take from the files
+        patients = without_views(patients)
+    sides = clean_sides([row.get("laterality", header.laterality) for row, header in found])
+    films = []
+    for (row, header), patient, side in zip(found, patients, sides, strict=True):
         given = row.get("pixel_spacing_mm", math.nan)
         films.append(
             FilmInput(
                 path=Path(row["path"]),
                 image_id=row["image_id"],
                 shape=(header.height, header.width),
-                patient_id=row["patient_id"],
-                laterality=row.get("laterality", header.laterality),
+                patient_id=patient,
+                laterality=side,
+                view=row.get("view", header.view),
                 spacing_mm=(header.spacing_mm or assume_spacing) if math.isnan(given) else given,
                 boxes=boxes.get(row["image_id"], ()),
             )
         )
-    if not films:
-        raise BadInput(f"none of the {len(bad)} images can be read; the first: {bad[0]['reason']}")
     return films
 
 
@@ -317,7 +325,8 @@ def _are_tiles(images_are: str, films: list[FilmInput], predictor: Predictor) ->
 def _stamp(film: FilmInput) -> list[Any]:
     """Return what changes when a film, or what is known of it, does."""
     state = film.path.stat()
-    return [str(film.path), film.image_id, film.patient_id, film.laterality, film.spacing_mm, state.st_size, state.st_mtime_ns]
+    known = [film.image_id, film.patient_id, film.laterality, film.view, film.spacing_mm]
+    return [str(film.path), *known, state.st_size, state.st_mtime_ns]
 
 
 class _Printer:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from mammostream.common.errors import BadInput
 from mammostream.common.files import read_csv
+from mammostream.shards.identity import spelling
 from mammostream.shards.reading import ShardSet
 from mammostream.train.run.labels import LabelledTiles, join_shards, read_labels
 
@@ -92,7 +93,8 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max
     if unknown.any():
         notes.append(f"the patients of {unknown.sum()} tiles are unknown: each of their films counts as its own patient")
     breasts = np.where(sides == "", "", np.char.add(np.char.add(patients.astype(str), " "), sides))
-    unique, numbers = np.unique(patients, return_inverse=True)
+    # Ids that differ only in case or leading zeros may be one patient: they are never on both sides.
+    unique, numbers = np.unique([spelling(patient) for patient in patients], return_inverse=True)
     if len(unique) < 2:
         raise BadInput(f"labels CSV {path} names tiles of {len(unique)} patient; a probe needs two: one to fit, one to score")
     if len(unique) < FEW_PATIENTS:

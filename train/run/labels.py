@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,10 @@ import torch
 from mammostream.common.errors import BadInput, nearest
 from mammostream.common.files import read_csv
 from mammostream.common.progress import progress
+from mammostream.shards.identity import clean_ids, clean_patients, film_of_tile, key_of_path, lookalikes
 from mammostream.shards.reading import Shard, ShardSet
 
 imagecodecs = lazy_loader.load("imagecodecs")  # labels of shards need it not
-# What follows the film's name in a tile's: of the shards' keys, and of the guide's patient1_tile_001.png.
-_POSITION = re.compile(r"(_y\d+_x\d+|_tile_\d+)$")
 _IDENTITY = ("image_id", "patient_id")
 _LISTED = 3  # of what leaked, in the error itself
 TileSource = Sequence[Shard] | Sequence[Path]
@@ -113,7 +112,7 @@ def read_labels(path: Path, class_names: Sequence[str], max_samples: int | None 
 
 
 def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTiles:
-    """Join labels to the tiles of a shard directory: the stem of ``tile_path`` is the tile's key.
+    """Join labels to the tiles of a shard directory: the file name of ``tile_path`` without its ending is the tile's key.
 
     Raises
     ------
@@ -121,11 +120,12 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
         A tile of the CSV is not in the shards, or is named by two paths.
     """
     tiles = shards.tiles()
-    keyed = frame.assign(key=[_stem(p) for p in frame["tile_path"]])
+    known = set(tiles["key"])
+    keyed = frame.assign(key=[_key(p, known) for p in frame["tile_path"]])
     twice = keyed["key"].duplicated()
     if twice.any():
         raise BadInput(f"{what}: tile '{keyed['key'][twice].iloc[0]}' occurs twice, by different paths; keep one")
-    missing = ~keyed["key"].isin(tiles["key"])
+    missing = ~keyed["key"].isin(known)
     if missing.any():
         raise BadInput(f"{what}: tile '{keyed['key'][missing].iloc[0]}' ({missing.sum()} such) is not in {shards.directory}")
     columns = ["key", "tile", "image_id", "patient_id", "split", "crc32", "payload_crc32"]
@@ -138,7 +138,7 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
         joined[_classes(frame)].to_numpy(np.float32, copy=True),
         joined["key"].to_numpy(str),
         joined["image_id"].to_numpy(str),
-        joined["patient_id"].to_numpy(str),
+        clean_patients(joined["patient_id"]).to_numpy(str),
         # 32 bits alone would meet by chance among many tiles; of the encoded bytes there are 32 more.
         contents=np.array([f"{a:08x}{b:08x}" for a, b in zip(joined["crc32"], joined["payload_crc32"], strict=True)]),
     )
@@ -147,8 +147,9 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
 def join_folder(frame: pd.DataFrame, tiles_dir: Path, what: str, patient_regex: str | None = None) -> LabelledTiles:
     """Join labels to tile images below a folder.
 
-    The film of a tile is its ``image_id`` in the CSV, else its name without ``_y<y>_x<x>`` or ``_tile_<n>``; tiles named
-    otherwise stand for themselves. Its patient is the CSV's ``patient_id``, else what `patient_regex` finds in ``tile_path``
+    The film of a tile is its ``image_id`` in the CSV, else the one that its name tells
+    (:func:`mammostream.shards.identity.film_of_tile`); tiles named otherwise stand for themselves. Its patient is the CSV's
+    ``patient_id``, else what `patient_regex` finds in ``tile_path``
     (the first group, else the whole match), else unknown.
 
     Raises
@@ -163,27 +164,31 @@ def join_folder(frame: pd.DataFrame, tiles_dir: Path, what: str, patient_regex: 
     if missing:
         raise BadInput(f"{what}: tile {missing[0]} ({len(missing)} such) does not exist; correct tile_path or --tiles-dir")
     names = frame["tile_path"].to_numpy(str)
-    films = np.array([_film(name) for name in names])
+    films = pd.Series([film_of_tile(name) or name for name in names], frame.index)
     if "image_id" in frame:
-        films = frame["image_id"].fillna(pd.Series(films, frame.index)).to_numpy(str)
-    patients = np.array(_patients(names, patient_regex, what))
+        given = clean_ids(frame["image_id"])
+        films = given.where(given != "", films)
+    patients = clean_patients(pd.Series(_patients(names, patient_regex, what), frame.index))
     if "patient_id" in frame:
-        patients = frame["patient_id"].fillna(pd.Series(patients, frame.index)).to_numpy(str)
+        given = clean_patients(frame["patient_id"])
+        patients = given.where(given != "", patients)
     with ThreadPoolExecutor() as threads:  # decoders release Python's lock
         contents = list(progress(threads.map(_content, paths), "comparing tiles", "tile", len(paths)))
     labels = frame[_classes(frame)].to_numpy(np.float32, copy=True)
-    return LabelledTiles(paths, np.arange(len(paths)), labels, names, films, patients, np.array(contents))
+    identity = films.to_numpy(str), patients.to_numpy(str)
+    return LabelledTiles(paths, np.arange(len(paths)), labels, names, *identity, np.array(contents))
 
 
 def find_leakage(train: LabelledTiles, val: LabelledTiles) -> dict[str, list[str]]:
     """Return what is in both training and validation, by kind: ``patients``, ``images``, ``tiles`` with the same pixels.
 
     Kinds of which nothing leaks are left out. A tile is named by its key in the validation and, where it differs, in the
-    training: ``b.png (= a.png)``.
+    training: ``b.png (= a.png)``. So are patients whose ids differ only in case or leading zeros: ``p1 (= P01)``.
     """
     found = {}
     for kind, attribute in (("patients", "patients"), ("images", "groups")):
         found[kind] = sorted((set(getattr(train, attribute)) & set(getattr(val, attribute))) - {""})
+    found["patients"] += [f"{val_id} (= {train_id})" for train_id, val_id in lookalikes(train.patients, val.patients)]
     known = dict(zip(train.contents, train.keys, strict=True))
     twins = ((key, known.get(content)) for key, content in zip(val.keys, val.contents, strict=True))
     found["tiles"] = sorted(str(key) if key == twin else f"{key} (= {twin})" for key, twin in twins if twin is not None)
@@ -203,16 +208,11 @@ def _classes(frame: pd.DataFrame) -> list[str]:
     return [name for name in frame.columns if name not in ("tile_path", *_IDENTITY)]
 
 
-def _stem(tile_path: str) -> str:
-    """Return the key a ``tile_path`` names: its file name without an image's ending."""
-    name = str(tile_path).rpartition("/")[2]
-    return name.partition(".")[0]
-
-
-def _film(tile_path: str) -> str:
-    """Return the film that a tile's name tells, or the whole path: a mere number says nothing across folders."""
-    film, found = _POSITION.subn("", _stem(tile_path))
-    return film if found and film else tile_path
+def _key(tile_path: str, known: Set[str]) -> str:
+    """Return the key that a ``tile_path`` names: its file name without any ending, or as :func:`key_of_path` escapes it."""
+    name = tile_path.rpartition("/")[2]
+    plain = name.partition(".")[0]
+    return plain if plain in known else key_of_path(name)
 
 
 def _patients(names: Sequence[str], patient_regex: str | None, what: str) -> list[str]:

@@ -109,7 +109,7 @@ def test_the_guides_layout(folder, tmp_path):
     assert packed.splits == ["train", "val"]
     table = packed.tiles()
     assert sorted(table["key"]) == [name.removesuffix(".png") for name in names]
-    assert table["image_id"].tolist() == table["key"].tolist()
+    assert table["image_id"].tolist() == [key.partition("_tile")[0] for key in table["key"]]
     assert table["x"].isna().all()
     assert packed.preprocessing["tile_size"] == 32
     assert packed.preprocessing["mapping"] is None

@@ -77,6 +77,18 @@ def test_shards_and_a_manifests_films_agree(sharp_classifier, finetuned, from_sh
     assert pictures == {f"heatmap_{film}_{name}.png" for film in films for name in finetuned.classes}
 
 
+def test_dicom_films_of_a_folder_tell_their_breasts(sharp_classifier, finetuned, run_cli, tmp_path):
+    """As with a manifest: the patient, side and view of their headers."""
+    predict = f"infer --model-path {sharp_classifier} --device cpu --sheet-tiles 0 --assume-spacing 0.05"
+    run_cli(f"{predict} --images-dir {finetuned.films} --output-dir {tmp_path}/folder")
+    run_cli(f"{predict} --manifest {finetuned.film_manifest} --output-dir {tmp_path}/manifest")
+    breasts, expected = (table(tmp_path / name, "breast_predictions") for name in ("folder", "manifest"))
+    keys = ["patient_id", "laterality"]
+    assert sorted(breasts["patient_id"]) == ["P_00173", "P_00820"]  # of 'Mass-Test_P_00173_LEFT_CC'
+    pd.testing.assert_frame_equal(*(frame.sort_values(keys, ignore_index=True) for frame in (breasts, expected)))
+    assert table(tmp_path / "folder", "image_predictions")["view"].tolist() == ["CC", "CC"]
+
+
 def test_shards_and_tiles_as_images_agree(sharp_classifier, finetuned, from_shards, mammostream, tmp_path):
     for shard in open_shards(finetuned.shards).shards():
         data = shard.tar.read_bytes()

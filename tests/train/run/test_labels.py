@@ -233,3 +233,36 @@ def test_a_csv_may_name_patients_and_films(write_csv):
     assert frame.columns.tolist() == ["tile_path", "mass", "image_id", "patient_id"]
     assert frame["patient_id"].tolist() == ["007", "8"]
     assert frame["image_id"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("film", ["patient1", "patient1.left", "1.2.840.113681.2230565232.954.3504553964.79", "Müller, Ä. (2)"])
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_a_film_on_both_sides_is_found_whatever_its_name(write_tiles, film, ending):
+    names = [f"{film}_tile_{n:03d}{ending}" for n in (1, 2)] + [f"{film}_y0_x64{ending}", f"{film}2_tile_001{ending}"]
+    join = write_tiles({name: value for value, name in enumerate(names)})
+    assert find_leakage(join(names[0]), join(names[1])) == {"images": [film]}
+    assert find_leakage(join(names[0]), join(names[2])) == {"images": [film]}
+    assert find_leakage(join(names[0]), join(names[3])) == {}
+
+
+def test_a_patient_on_both_sides_is_found_whatever_the_spelling(write_tiles):
+    names = [f"{n}.png" for n in range(8)]
+    join = write_tiles({name: value for value, name in enumerate(names)})
+
+    def leakage(train, val):
+        sides = join(*names[: len(train)], patient_id=train), join(*names[4 : 4 + len(val)], patient_id=val)
+        return find_leakage(*sides)
+
+    assert leakage(["10006", "P7 "], ["10006.0", "P7"]) == {"patients": ["10006", "P7"]}
+    assert leakage(["P1", "0012"], ["p1", "12"]) == {"patients": ["12 (= 0012)", "p1 (= P1)"]}
+    assert leakage(["removed", "P1"], ["removed", "P2"]) == {}  # nobody is no patient
+    assert join(*names[:2], patient_id=["removed", None]).patients.tolist() == ["", ""]
+
+
+def test_labels_join_packed_tiles_by_their_file_names(road, monkeypatch):
+    """The key of '1.2.840_y0_x0.png' is escaped; the CSV may name the file."""
+    shards = open_shards(road.shards)
+    tiles = shards.tiles().assign(key=lambda t: [f"1%2E2%2E{n}_y0_x0" for n in range(len(t))])
+    monkeypatch.setattr(type(shards), "tiles", lambda self, split=None: tiles)
+    frame = pd.DataFrame({"tile_path": ["a/1.2.3_y0_x0.png", "1%2E2%2E4_y0_x0"], "mass": np.float32(1)})
+    assert sorted(join_shards(frame, shards, "csv").keys) == ["1%2E2%2E3_y0_x0", "1%2E2%2E4_y0_x0"]
