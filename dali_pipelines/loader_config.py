@@ -20,6 +20,8 @@ class LoaderConfig:
         Tiles per batch and rank.
     tile_size
         Edge of the tiles in pixels.
+    view_size
+        Edge of what is returned, to which tiles are resized; None returns them in their own size.
     mean, std
         Normalisation in units of full scale.
     dtype
@@ -61,6 +63,12 @@ class LoaderConfig:
     initial_fill: int = 1024
     mmap: bool = True
     keep_memory: bool = True
+    view_size: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Edge in pixels of what is returned."""
+        return self.view_size or self.tile_size
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "gpu"):

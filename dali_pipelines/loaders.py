@@ -61,7 +61,6 @@ class _Loader:
         config: LoaderConfig,
         *,
         views: tuple[View, ...],
-        view_size: int,
         tiles: Iterable[int] | None,
         shuffle: bool,
         drop_tail: bool,
@@ -70,7 +69,7 @@ class _Loader:
         batch_size, device = config.batch_size, config.device
         if device == "gpu" and not torch.cuda.is_available():
             raise BadInput("there is no usable GPU; choose --device cpu or see 'mammostream doctor'")
-        form = ImageFormat(view_size, config.mean, config.std, config.dtype)
+        form = ImageFormat(config.size, config.mean, config.std, config.dtype)
         self._source = open_source(source, tile_size=config.tile_size, tiles=tiles)
         self._device_id = torch.cuda.current_device() if device == "gpu" else None
         if not config.mmap:
@@ -314,13 +313,11 @@ class PretrainLoader(_Loader):
         config: LoaderConfig | None = None,
         *,
         views: tuple[View, View] = RECIPES["guide"],
-        view_size: int | None = None,
         tiles: Iterable[int] | None = None,
         **options: Any,
     ) -> None:
         config = LoaderConfig.of(config, options)
-        size = config.tile_size if view_size is None else view_size
-        super().__init__(shards, config, views=tuple(views), view_size=size, tiles=tiles, shuffle=True, drop_tail=True)
+        super().__init__(shards, config, views=tuple(views), tiles=tiles, shuffle=True, drop_tail=True)
         if not len(self):
             processes = self._setting["world_size"]
             raise BadInput(
@@ -332,7 +329,7 @@ class PretrainLoader(_Loader):
 class LabelledLoader(_Loader):
     """One view of each tile, or the tile as it is; every tile exactly once per epoch, so the last batch may be smaller.
 
-    Yields ``(tiles, numbers)``: a tensor (N, 1, tile_size, tile_size) on the device, in ``channels_last`` strides, and int64
+    Yields ``(tiles, numbers)``: a tensor (N, 1, view_size, view_size) on the device, in ``channels_last`` strides, and int64
     numbers (N,) on the CPU, ``N <= batch_size``. Labels are joined by number. With several ranks, each yields its share, and
     the number of batches may differ by one.
 
@@ -371,4 +368,4 @@ class LabelledLoader(_Loader):
     ) -> None:
         config = LoaderConfig.of(config, options)
         views = () if view is None else (view,)
-        super().__init__(source, config, views=views, view_size=config.tile_size, tiles=tiles, shuffle=shuffle, drop_tail=False)
+        super().__init__(source, config, views=views, tiles=tiles, shuffle=shuffle, drop_tail=False)

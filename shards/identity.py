@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -151,3 +152,21 @@ def clean_sides(values: Iterable[object]) -> pd.Series:
     side = clean_ids(values).str.upper()
     words = {"L": "L", "LEFT": "L", "R": "R", "RIGHT": "R"}
     return side.map(words).fillna("")
+
+
+def subject_hashes(patients: Iterable[str], films: Iterable[str]) -> np.ndarray:
+    """Return for each row a hash of its patient, or of its film if the patient is unknown.
+
+    A checkpoint keeps those that it was fitted on, so that it can be told later whether it is judged on them. The hash does not
+    depend on case or leading zeros. It hides ids from the eye, not from someone who tries all possible ids.
+    """
+
+    def digest(patient: str, film: str) -> str:
+        subject = f"patient {spelling(patient)}" if patient else f"film {unicodedata.normalize('NFC', film)}"
+        return hashlib.sha256(f"mammostream {subject}".encode()).hexdigest()[:16]
+
+    pairs = pd.DataFrame({"patient": list(map(str, patients)), "film": list(map(str, films))}, dtype=object)
+    pairs["film"] = pairs["film"].where(pairs["patient"] == "", "")
+    unique = pairs.drop_duplicates()
+    known = {(p, f): digest(p, f) for p, f in unique.itertuples(index=False)}
+    return np.array([known[pair] for pair in pairs.itertuples(index=False, name=None)], dtype=str)

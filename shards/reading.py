@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,6 +176,20 @@ def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str, 
     sizes = [size for pair in native for size in pair]
     if learnt["pixel_spacing_mm"] is None and len(native) == 2 and max(sizes) > SPACING_TOLERANCE * min(sizes):
         raise BadInput(f"the model learnt from pixels of {native[0]} mm, {what} has pixels of {native[1]} mm; {mend}")
+
+
+def view_size_of(learnt: Mapping[str, Any], tile_size: int) -> int | None:
+    """Return the size that a network's tiles are resized to before it sees them, or None if it sees them in their own size.
+
+    Parameters
+    ----------
+    learnt
+        The network's ``preprocessing`` record: it may have a ``view_size`` for its own ``tile_size``.
+    tile_size
+        Edge of the tiles to resize, in pixels; the scale stays that of the network.
+    """
+    size = learnt.get("view_size")
+    return round(size * tile_size / learnt["tile_size"]) if size else None
 
 
 def open_shards(directory: str | Path) -> ShardSet:

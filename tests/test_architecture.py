@@ -25,14 +25,15 @@ ROOMS = {
 }
 TRAIN_ROOMS = {
     "run": set(),
-    "predict": {"run"},
-    "evaluate": {"run", "predict"},
-    "probe": {"run"},
+    "levels": set(),
+    "predict": {"run", "levels"},
+    "evaluate": {"run", "levels"},
+    "probe": {"run", "levels"},
     "byol": {"run", "probe"},
-    "classify": {"run", "evaluate"},
-    "export": {"run"},
+    "classify": {"run", "levels", "evaluate"},
+    "export": {"run", "levels"},
     "report": {"run", "evaluate"},
-    "bench": {"run", "byol", "predict"},
+    "bench": {"run", "byol", "levels", "predict"},
 }
 SOURCES = sorted(
     path

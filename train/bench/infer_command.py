@@ -171,14 +171,14 @@ def _predict(predictor: Predictor, network: Any, batches: Iterable[Any]) -> np.n
     with torch.no_grad():
         for batch in batches:
             logits = network(batch.to(predictor.runtime.device)).cpu()
-            found.append(torch.sigmoid(logits / predictor.temperature).numpy())
+            found.append(predictor.calibrated(logits))
     return np.concatenate(found)
 
 
 def _ours(predictor: Predictor, parts: Sequence[Part], root: Path) -> np.ndarray:
     import pandas as pd
 
-    from mammostream.train.predict.aggregation import PROBABILITY
+    from mammostream.train.levels.aggregation import PROBABILITY
     from mammostream.train.predict.parts import merge_parts, predict_parts
 
     with TemporaryDirectory(dir=root) as folder:

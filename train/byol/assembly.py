@@ -118,7 +118,7 @@ def build_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> O
     from mammostream.train.probe.labelled import read_probe_set
 
     probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards, config.probe_tiles)
-    return OnlineProbe(probe_set, runtime, config)
+    return OnlineProbe(probe_set, runtime, config, config.view_size)
 
 
 def pair_flops(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from mammostream.common.errors import BadInput
@@ -14,6 +15,7 @@ from mammostream.common.files import second_name
 from mammostream.common.normalisation import MEAN, STD
 from mammostream.dali_pipelines import PretrainLoader, views_to_dict
 from mammostream.models.checkpoints import save_checkpoint
+from mammostream.shards.identity import clean_patients, subject_hashes
 from mammostream.shards.reading import ShardSet
 from mammostream.train.byol.assembly import chosen_views, steps_per_epoch
 from mammostream.train.byol.bad_steps import BadSteps
@@ -52,6 +54,11 @@ class Run:
     tracker: Tracker | None = None  # of the main process
     metrics: dict[str, Any] = field(default_factory=dict)  # the last whole epoch's, in the main process
     best: dict[str, Any] | None = None  # the best epoch's
+    subjects: list[str] = field(init=False)  # hashes of the patients that the network sees
+
+    def __post_init__(self) -> None:
+        tiles = self.shards.tiles("train")
+        self.subjects = np.unique(subject_hashes(clean_patients(tiles["patient_id"]), tiles["image_id"])).tolist()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,7 +93,10 @@ class Run:
                 "epoch": state.step // self.steps_per_epoch,
                 "step": state.step,
                 "metrics": self.metrics,
-                "preprocessing": self.shards.preprocessing | {"mean": MEAN, "std": STD},
+                "preprocessing": self.shards.preprocessing
+                | {"mean": MEAN, "std": STD}
+                | ({"view_size": config.view_size} if config.view_size else {}),
+                "subjects": self.subjects,
                 "resume": {
                     "scaler": state.scaler.state_dict(),
                     "best": self.best,

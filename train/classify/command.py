@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,7 @@ def finetune(
 
 
 def _read_data(
-    csvs: Iterable[Path],
+    csvs: tuple[Path, Path],
     class_names: Sequence[str],
     max_samples: int | None,
     tiles_dir: Path | None,
@@ -129,8 +129,8 @@ def _read_data(
 
     shards = open_shards(shards_dir) if shards_dir else None
     sides = []
-    for path in csvs:
-        frame = read_labels(path, class_names, max_samples)
+    for path, is_validation in zip(csvs, (False, True), strict=True):
+        frame = read_labels(path, class_names, max_samples, keep_unlabelled=is_validation)
         if shards is not None:
             sides.append(join_shards(frame, shards, str(path)))
         elif tiles_dir is not None:
@@ -140,7 +140,7 @@ def _read_data(
     from mammostream.train.classify.run import LabelledData
 
     train, val = sides
-    return LabelledData(train, val, class_names, record)
+    return LabelledData(train, val.of_labelled_units(), class_names, record)
 
 
 def _with_leakage(data: LabelledData, allowed: bool, quiet: bool) -> LabelledData:

@@ -27,7 +27,6 @@ class FinetuneConfig(TrainingConfig):
         "After the frozen epochs unfreeze a stage of the backbone every this many epochs, the last stage first (0 = all at "
         "once).",
     )
-    label_smoothing: float = option(0.1, "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2.")
     weight_decay: float = option(1e-4, "AdamW's weight decay.")
     dropout: float = option(0.2, "Dropout rate of the head's hidden features, in [0, 1).")
     loss: str = option(
@@ -35,6 +34,11 @@ class FinetuneConfig(TrainingConfig):
         "bce = binary cross entropy; focal = less weight on easy labels (Lin et al. 2017); asymmetric = less weight on easy "
         "negatives (Ridnik et al. 2021).",
         choices=("bce", "focal", "asymmetric"),
+    )
+    label_smoothing: float | None = option(
+        None,
+        "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2; default: 0.1 for --loss bce, 0 for the others, "
+        "which weigh labels by how well they are predicted.",
     )
     pos_weight: tuple[str, ...] = option(
         (), "Weight of positive labels: auto = negatives / positives of each class, or one number per class; default: 1."
@@ -58,6 +62,8 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.label_smoothing is None:
+            object.__setattr__(self, "label_smoothing", 0.1 if self.loss == "bce" else 0.0)
         require_positive(self, "max_samples")
         require_not_negative(
             self,

@@ -102,7 +102,7 @@ def _tracker(run: Run, command: Mapping[str, Any] | None, resumed: bool) -> Trac
     if not run.runtime.is_main:
         return None
     config = run.config
-    options = asdict(config) | dict(command or {})
+    options = dict(command or {}) | asdict(config)
     step = run.state.step if resumed else None
     return Tracker(run.output_dir, config.wandb_project, config.wandb_mode, options, resume_step=step)
 

@@ -9,15 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import TRAIN_VIEW, LabelledLoader, LoaderConfig
 from mammostream.models.checkpoints import restore_byol, save_checkpoint
 from mammostream.models.classifier import MammogramClassifier
-from mammostream.shards.reading import check_same_pixels
+from mammostream.shards.reading import check_same_pixels, view_size_of
 from mammostream.train.classify.config import FinetuneConfig
 from mammostream.train.classify.losses import positive_weights
 from mammostream.train.classify.step import TrainingState, build_state
 from mammostream.train.classify.validation import Validation
+from mammostream.train.levels.calibration import PROB, TILE, plain
 from mammostream.train.run.labels import LabelledTiles
 from mammostream.train.run.resuming import check_same_options, load_to_resume, random_state, set_random_state
 from mammostream.train.run.runtime import Runtime
@@ -37,7 +40,7 @@ class LabelledData:
     ----------
     train, val
         Tiles and labels. Validation chooses ``best_classification_model.pth``, stops the run early if requested, and
-        decides each checkpoint's ``thresholds`` and ``temperature``; nothing else.
+        decides each checkpoint's ``calibration`` and its thresholds; nothing else.
     class_names
         C names, in the order of the labels' columns.
     preprocessing
@@ -56,8 +59,9 @@ class LabelledData:
         """Return a hash of the classes, tiles and labels, which decide a run."""
         digest = hashlib.sha256("\0".join(self.class_names).encode())
         for side in (self.train, self.val):
-            digest.update("\0".join(side.keys).encode())
-            digest.update(side.labels.tobytes())
+            labelled = ~np.isnan(side.labels).all(1)  # the others do not decide anything that a run continues from
+            digest.update("\0".join(side.keys[labelled]).encode())
+            digest.update(side.labels[labelled].tobytes())
         return digest.hexdigest()
 
 
@@ -75,6 +79,7 @@ class Run:
     val_loader: LabelledLoader
     steps: int  # per epoch, the same in each process
     state: TrainingState
+    pretrained_on: Sequence[str]  # hashes of the patients that the backbone saw without labels
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last epoch
 
     @classmethod
@@ -99,6 +104,8 @@ class Run:
             # A ResNet averages over its feature map: it accepts tiles of any size, as long as a pixel means the same.
             check_same_pixels(learnt, data.preprocessing, "the labelled tiles' directory", any_tile_size=True)
         record = (data.preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
+        if view_size := view_size_of(learnt, record["tile_size"]):
+            record["view_size"] = view_size
         reading = _loader_config(record, config, runtime)
         train = data.train
         train_loader = LabelledLoader(train.source, reading, view=TRAIN_VIEW, shuffle=True, tiles=train.numbers)
@@ -108,7 +115,9 @@ class Run:
         model = MammogramClassifier.from_byol(network, len(data.class_names), config.dropout)
         weights = positive_weights(train.labels, config.pos_weight, data.class_names)
         state = build_state(model, config, runtime, steps * config.epochs, weights)
-        return cls(data, byol["arch"], record, config, runtime, output_dir, train_loader, val_loader, steps, state)
+        pretrained_on = byol.get("subjects", ())
+        loaders = train_loader, val_loader
+        return cls(data, byol["arch"], record, config, runtime, output_dir, *loaders, steps, state, pretrained_on)
 
     @property
     def epoch(self) -> int:
@@ -147,7 +156,13 @@ class Run:
             "step": state.step,
             "metrics": self.metrics,
             "preprocessing": self.preprocessing,
-            **found.decisions,
+            "calibration": plain(found.calibrations),
+            "thresholds": list(found.calibrations[TILE][PROB].thresholds),
+            "fitted_on": {
+                "trained": self.data.train.subjects(),
+                "validated": self.data.val.subjects(),
+                "pre-trained": list(self.pretrained_on),
+            },
             "leakage": dict(self.data.leakage),
             "resume": {
                 "weights": state.model.state_dict() if state.average else None,  # the weights behind the average
@@ -193,6 +208,7 @@ def _loader_config(record: Mapping[str, Any], config: FinetuneConfig, runtime: R
     return LoaderConfig(
         batch_size=config.batch_size,
         tile_size=record["tile_size"],
+        view_size=record.get("view_size"),
         mean=record["mean"],
         std=record["std"],
         seed=config.seed,

@@ -1,4 +1,4 @@
-"""Validation: logits of the validation tiles, the thresholds and temperature fitted on them, and the metrics."""
+"""Validation: logits of the validation tiles, the calibrations and thresholds fitted on them, and the metrics."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ import torch
 from mammostream.dali_pipelines import LabelledLoader
 from mammostream.models.classifier import MammogramClassifier
 from mammostream.train.classify.step import TrainingState
-from mammostream.train.evaluate.metrics import (
-    calibrate,
-    classification_metrics,
-    evaluate_predictions,
-    fit_temperature,
-    fit_thresholds,
-)
+from mammostream.train.evaluate.metrics import classification_metrics, evaluate_predictions
+from mammostream.train.levels.calibration import PROB, TILE, Calibrations
+from mammostream.train.levels.fitting import Judged, TileLogits, cross_fitted, fit_levels, judge
 from mammostream.train.run.labels import LabelledTiles
 from mammostream.train.run.runtime import Runtime
 
@@ -29,10 +25,10 @@ class Validation:
 
     metrics: dict[str, Any]
     """By name, in all processes."""
-    logits: np.ndarray | None = None
-    """(N, C), in the main process."""
-    decisions: dict[str, Any] = field(default_factory=dict)
-    """``temperature`` and ``thresholds``, which turn logits into decisions; in the main process."""
+    tiles: TileLogits | None = None
+    """Logits and labels, in the main process."""
+    calibrations: Calibrations = field(default_factory=dict)
+    """What turns logits into probabilities and decisions, fitted on these tiles; in the main process."""
 
     @property
     def score(self) -> float:
@@ -64,35 +60,64 @@ def predict(model: MammogramClassifier, loader: LabelledLoader, tiles: LabelledT
 def validate(
     state: TrainingState, loader: LabelledLoader, tiles: LabelledTiles, class_names: Sequence[str], runtime: Runtime
 ) -> Validation:
-    """Predict the validation tiles, fit temperature and thresholds on them, and compute the metrics."""
+    """Predict the validation tiles, fit calibrations and thresholds on them, and compute the metrics of tiles."""
     runtime.share_buffers(state.evaluated)
     logits = predict(state.evaluated, loader, tiles, runtime)
     if logits is None:
         return Validation(runtime.from_main({}))
     labels = torch.from_numpy(tiles.labels).to(runtime.device)
     losses = state.loss(torch.from_numpy(logits).to(runtime.device), labels)
-    temperature = fit_temperature(tiles.labels, logits)
-    probabilities = calibrate(logits, temperature)
-    decisions: dict[str, Any] = {"temperature": temperature, "thresholds": fit_thresholds(tiles.labels, probabilities)}
+    groups = np.where(tiles.patients != "", tiles.patients, np.char.add("film ", tiles.groups.astype(str)))
+    rows = TileLogits(tiles.labels.astype(np.float64), logits, tiles.groups, tiles.breasts, groups)
+    calibrations = fit_levels(rows)
+    calibration = calibrations[TILE][PROB]
     metrics = {"val_loss": float(losses.sum() / (~labels.isnan()).sum())}
-    metrics |= classification_metrics(tiles.labels, probabilities, class_names, decisions["thresholds"])
-    return Validation(runtime.from_main(metrics), logits, decisions)
+    metrics |= classification_metrics(tiles.labels, calibration(logits), class_names, calibration.thresholds)
+    return Validation(runtime.from_main(metrics), rows, calibrations)
 
 
 def with_intervals(found: Validation, tiles: LabelledTiles, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics with intervals over patients, or over films, and the number of both (main process only)."""
-    assert found.logits is not None
+    """Return the metrics of tiles with intervals over patients, or over films, and those of images and breasts.
+
+    Each level has ``cross_fitted``: the figures that depend on calibration and thresholds, from fits on other patients.
+    In the main process only.
+    """
+    assert found.tiles is not None
     known = set(tiles.patients) - {""}
     by_patient = len(known) > 1 and (tiles.patients != "").all()
-    metrics = evaluate_predictions(
-        tiles.labels,
-        calibrate(found.logits, found.decisions["temperature"]),
-        class_names,
-        tiles.patients if by_patient else tiles.groups,
-        found.decisions["thresholds"],
-    )
-    counts = {"films": len(np.unique(tiles.groups)), "patients": len(known)}
+    judged = judge(found.tiles, found.calibrations)
+    crossed, folds = cross_fitted(found.tiles)
+    levels: dict[str, Any] = {}
+    for (level, score), rows in judged.items():
+        calibration = found.calibrations[level][score]
+        groups = tiles.patients if by_patient and level == TILE else tiles.groups if level == TILE else rows.groups
+        figures = evaluate_predictions(rows.labels, rows.probabilities, class_names, groups, calibration.thresholds)
+        for name, fit in zip(class_names, calibration.fits, strict=True):
+            figures["per_class"][name]["calibration"] = fit
+        if folds:
+            figures["cross_fitted"] = _cross_fitted_figures(crossed[level, score], class_names) | {"folds": folds}
+        levels.setdefault(level, {})[score] = figures
+    metrics = levels.pop(TILE)[PROB]
+    counts = {"films": len(np.unique(tiles.groups)), "patients": len(known), "levels": levels}
     return metrics | counts | {"intervals_over": "patients" if by_patient else "films"}
+
+
+def _cross_fitted_figures(rows: Judged, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the figures that a fit on the same data flatters, by class and over all, from fits on other patients."""
+    # Their thresholds differ between folds, so decisions are judged as probabilities of 0 and 1.
+    calibrated = classification_metrics(rows.labels, rows.probabilities, class_names)
+    decided = classification_metrics(rows.labels, rows.found.astype(np.float64), class_names)
+    per_class = {
+        name: {figure: calibrated["per_class"][name][figure] for figure in ("brier", "ece")}
+        | {figure: decided["per_class"][name][figure] for figure in ("accuracy", "balanced_accuracy")}
+        for name in class_names
+    }
+    return {
+        "per_class": per_class,
+        "brier": calibrated["brier"],
+        "ece": calibrated["ece"],
+        "exact_match": decided["exact_match"],
+    }
 
 
 def summarise(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

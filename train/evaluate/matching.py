@@ -17,7 +17,7 @@ from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import read_csv, read_parquet
 from mammostream.preprocess.reading import IMAGE_SUFFIXES
 from mammostream.shards.manifest import LABEL_PREFIX
-from mammostream.train.predict.aggregation import PROBABILITY, aggregate
+from mammostream.train.levels.aggregation import PROBABILITY, aggregate
 
 _IDENTITY = ("key", "image_id", "patient_id", "laterality")
 

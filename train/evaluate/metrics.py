@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.sparse import csr_array
-from scipy.special import expit
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score, roc_curve
 
 CALIBRATION_BINS = 15  # as Guo et al. 2017
-TEMPERATURES = (0.05, 20.0)  # the range that fit_temperature searches
 _FALSE_POSITIVE_RATE = 0.1  # 90 % specificity
 _OF_ONE_VALUE = ("accuracy", "brier", "ece")  # defined where a class has one value only, too
 _PER_CLASS = ("auc", "ap", "sensitivity_at_90_specificity", "balanced_accuracy", *_OF_ONE_VALUE)
@@ -105,8 +102,8 @@ def classification_metrics(
     class_names
         C names.
     thresholds
-        C, as :func:`fit_thresholds` returns them: a probability of at least this is a positive. None, for one class or for
-        all, is 0.5.
+        C, as :func:`mammostream.train.levels.calibration.fit_thresholds` returns them: a probability of at least this is a
+        positive. None, for one class or for all, is 0.5.
 
     Returns
     -------
@@ -196,91 +193,6 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarr
     sums = (np.bincount(bins, weights=values)[held] for values in (probabilities, labels))
     mean_probability, share = (total / count[held] for total in sums)
     return mean_probability, share, count[held]
-
-
-def fit_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> list[float | None]:
-    """Return the threshold of each class with the highest balanced accuracy (Youden's J), to be fitted on validation.
-
-    A threshold lies halfway between the lowest probability it takes for positive and the next one below, so that rounding
-    moves no row across it. Of equally good ones it is the highest.
-
-    Parameters
-    ----------
-    labels
-        (N, C) of 0, 1 and NaN for a missing label.
-    probabilities
-        (N, C) in [0, 1].
-
-    Returns
-    -------
-    list
-        C thresholds; None where a class has one value only, or no threshold is better than chance.
-    """
-    labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
-    if labels.shape != probabilities.shape or labels.ndim != 2:
-        raise ValueError(f"labels {labels.shape} and probabilities {probabilities.shape}")
-    thresholds: list[float | None] = []
-    for y, p in zip(labels.T, probabilities.T, strict=True):
-        y, p = y[~np.isnan(y)], p[~np.isnan(y)]
-        threshold = None
-        if 0 < y.sum() < len(y) and np.isfinite(p).all():
-            fpr, tpr, cuts = roc_curve(y, p, drop_intermediate=False)
-            gain = np.round(tpr - fpr, 12)  # rounding alone makes none better
-            best = np.argmax(gain)
-            if gain[best] > 0:  # then it is not the last cut, which takes all for positive
-                threshold = float((cuts[best] + cuts[best + 1]) / 2)
-        thresholds.append(threshold)
-    return thresholds
-
-
-def fit_temperature(labels: np.ndarray, logits: np.ndarray) -> float:
-    """Return the temperature with the lowest log loss over all classes (Guo et al. 2017), to be fitted on validation.
-
-    The log loss of ``sigmoid(logit / T)`` is convex in 1 / T, and its derivative there is the sum of
-    ``logit * (sigmoid(logit / T) - label)``: the temperature is that one's zero, or the end of the range towards it.
-
-    Parameters
-    ----------
-    labels
-        (N, C) of 0, 1 and NaN for a missing label.
-    logits
-        (N, C).
-
-    Returns
-    -------
-    float
-        Within :data:`TEMPERATURES`; 1, which changes nothing, where all labels have one value or a logit is not finite.
-    """
-    labels, logits = np.asarray(labels, np.float64), np.asarray(logits, np.float64)
-    if labels.shape != logits.shape:
-        raise ValueError(f"labels {labels.shape} and logits {logits.shape}")
-    y, z = labels[~np.isnan(labels)], logits[~np.isnan(labels)]
-    if not 0 < y.sum() < len(y) or not np.isfinite(z).all():
-        return 1.0
-
-    def slope(log_temperature: float) -> float:
-        return float(z @ (expit(z * np.exp(-log_temperature)) - y))
-
-    # The slope falls as the temperature rises, and the loss is lowest where it turns negative.
-    low, high = TEMPERATURES
-    if slope(np.log(low)) <= 0:
-        return low
-    if slope(np.log(high)) >= 0:
-        return high
-    return float(np.exp(brentq(slope, np.log(low), np.log(high))))
-
-
-def calibrate(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Return the probabilities ``sigmoid(logits / temperature)``, float64.
-
-    Parameters
-    ----------
-    logits
-        (N, C).
-    temperature
-        Above 0; 1 gives the plain probabilities.
-    """
-    return expit(np.asarray(logits, np.float64) / temperature)
 
 
 def _mean(values: list[float | None]) -> float | None:

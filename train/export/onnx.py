@@ -19,6 +19,7 @@ from mammostream.common.errors import BadInput
 from mammostream.common.files import sha256_file, whole_file
 from mammostream.models.checkpoints import load_checkpoint, restore_byol, restore_classifier
 from mammostream.shards.reading import ShardSet, check_same_pixels
+from mammostream.train.levels.calibration import PROB, TILE, Calibration, plain, stored_calibrations
 
 REAL_TILES = 16
 _RANDOM_BATCHES = (1, 5)  # of two sizes: the file takes any
@@ -28,11 +29,14 @@ INPUT = "tiles"
 class _Exported(nn.Module):
     """The network with what the file is to hold next to it: normalisation before, probabilities after."""
 
-    def __init__(self, model: nn.Module, features: bool, normalisation: tuple[float, float] | None, temperature: float) -> None:
+    def __init__(self, model: nn.Module, normalisation: tuple[float, float] | None, calibration: Calibration | None) -> None:
         super().__init__()
         self.model: Any = model
-        self.features = features
-        self.normalisation, self.temperature = normalisation, temperature
+        self.normalisation = normalisation
+        self.features = calibration is None
+        if calibration is not None:
+            self.register_buffer("slope", torch.from_numpy(calibration.slope).float())
+            self.register_buffer("intercept", torch.from_numpy(calibration.intercept).float())
 
     def forward(self, tiles: Tensor) -> tuple[Tensor, ...]:
         if self.normalisation is not None:
@@ -41,7 +45,7 @@ class _Exported(nn.Module):
         if self.features:
             return (self.model.get_features(tiles),)
         logits = self.model.classify(tiles)
-        return logits, torch.sigmoid(logits / self.temperature)
+        return logits, torch.sigmoid(logits * self.slope + self.intercept)
 
 
 def export_onnx(
@@ -56,9 +60,9 @@ def export_onnx(
     """Write a checkpoint's network as ONNX, compare it with torch, and only then give the file its name.
 
     The input ``tiles`` is (N, 1, S, S) float32 of any N, S being the model's tile size: normalised as in the training, or grey
-    in [0, 1] with `include_normalisation`. The outputs are ``logits`` and ``probabilities`` (N, classes), the latter with the
-    checkpoint's temperature, or ``features`` (N, dim). The file's ``metadata_props`` say how tiles are made and normalised, the
-    classes and their thresholds, and the hash of the checkpoint.
+    in [0, 1] with `include_normalisation`. The outputs are ``logits`` and ``probabilities`` (N, classes), the latter calibrated
+    as the checkpoint says, or ``features`` (N, dim). The file's ``metadata_props`` say how tiles are made and normalised, the
+    classes, their thresholds and the calibrations of images and breasts, and the hash of the checkpoint.
 
     torch's exporter through ``torch.export`` is used: it is the one that torch maintains, in 2.8 as in later versions; the
     older one, through TorchScript, is deprecated since 2.9.
@@ -99,9 +103,9 @@ def export_onnx(
         check_same_pixels(record, shards.preprocessing, str(shards.directory))
     restore = restore_byol if checkpoint["kind"] == "byol" else restore_classifier
     normalisation = (record["mean"], record["std"]) if include_normalisation else None
-    temperature = float(checkpoint.get("temperature") or 1.0)
-    network = _Exported(restore(checkpoint, model_path), features, normalisation, temperature).eval()
-    size = record["tile_size"]
+    calibration = None if features else stored_calibrations(checkpoint)[TILE][PROB]
+    network = _Exported(restore(checkpoint, model_path), normalisation, calibration).eval()
+    size = record.get("view_size") or record["tile_size"]
     names = ["features"] if features else ["logits", "probabilities"]
     proto = _convert(network, size, names)
     properties = _properties(checkpoint, model_path, features, include_normalisation)
@@ -150,7 +154,7 @@ def _properties(checkpoint: Mapping[str, Any], path: Path, features: bool, norma
     }
     if not features:
         properties["class_names"] = json.dumps(list(checkpoint["class_names"]))
-        properties["temperature"] = json.dumps(float(checkpoint.get("temperature") or 1.0))
+        properties["calibration"] = json.dumps(plain(stored_calibrations(checkpoint)))
         properties["thresholds"] = json.dumps(checkpoint.get("thresholds"))
     return properties
 
@@ -171,7 +175,8 @@ def _quiet() -> Iterator[None]:
 
 def _tiles_to_compare(record: dict[str, Any], plain: bool, shards: ShardSet | None) -> Iterator[tuple[str, Tensor]]:
     """Yield (kind, tiles) as the file takes them: random ones in batches of two sizes, then real ones."""
-    mean, std, size = record["mean"], record["std"], record["tile_size"]
+    mean, std, tile_size = record["mean"], record["std"], record["tile_size"]
+    size = record.get("view_size") or tile_size
     generator = torch.Generator().manual_seed(0)
     for count in _RANDOM_BATCHES:
         tiles = torch.rand(count, 1, size, size, generator=generator)
@@ -182,8 +187,8 @@ def _tiles_to_compare(record: dict[str, Any], plain: bool, shards: ShardSet | No
 
     numbers = shards.tiles()["tile"].to_numpy()
     chosen = numbers[np.linspace(0, len(numbers) - 1, min(REAL_TILES, len(numbers))).astype(int)]
-    loader = LabelledLoader(shards.shards(), batch_size=len(chosen), tile_size=size, mean=mean, std=std, tiles=chosen.tolist())
-    for tiles, _ in loader:
+    options = {"batch_size": len(chosen), "tile_size": tile_size, "view_size": size, "mean": mean, "std": std}
+    for tiles, _ in LabelledLoader(shards.shards(), tiles=chosen.tolist(), **options):
         yield "real", (tiles * std + mean if plain else tiles).contiguous()
 
 

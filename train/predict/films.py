@@ -21,7 +21,8 @@ from mammostream.preprocess.preview import Box
 from mammostream.preprocess.reading import read_mammogram
 from mammostream.preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, TilingConfig, tile_film
 from mammostream.shards.archive import escape_id, tile_key
-from mammostream.train.predict.aggregation import PROBABILITY
+from mammostream.train.levels.aggregation import MAX, PROBABILITY, aggregate
+from mammostream.train.levels.calibration import IMAGE
 from mammostream.train.predict.heat_maps import draw_heat_map, heat_map
 from mammostream.train.predict.network import Predictor
 from mammostream.train.predict.stream import _FILMS_A_PART, Part, Predicted, _without_tiles, part_name
@@ -141,7 +142,7 @@ def predict_film(predictor: Predictor, film_input: FilmInput, film: Film | None 
     """
     record = predictor.preprocessing
     film = film or prepare_film(record, film_input)
-    transform = create_inference_transform(mean=record["mean"], std=record["std"])
+    transform = create_inference_transform(record.get("view_size"), record["mean"], record["std"])
     size, batch, count = record["tile_size"], predictor.config.batch_size, len(film.tiles.x)
     answers = []
     for start in range(0, count, batch):
@@ -198,11 +199,16 @@ def draw_film_heat_maps(
     step = max(1, size // 32)
     boxes: list[Any] = [tuple(edge / film.scale for edge in box) for box in film_input.boxes]
     paths = {}
+    scores = aggregate(tiles, ["image_id"], calibration=predictor.calibrations.get(IMAGE)).iloc[0]
+    thresholds = predictor.level_thresholds(IMAGE, MAX)
     for name in predictor.class_names:
         probabilities = tiles[PROBABILITY + name].to_numpy()
         heat = heat_map(image.shape, film.tiles.x, film.tiles.y, size, probabilities, step)
         path = output_dir / f"heatmap_{escape_id(film_input.image_id)}_{escape_id(name)}.png"
-        facts = f"probability of {name}, highest tile {probabilities.max():.2f}" + (", boxes as annotated" if boxes else "")
+        score = scores[f"{MAX}:{name}"]
+        found = "found" if score >= thresholds[name] else "not found"
+        facts = f"probability of {name} {score:.2f} ({found}: threshold {thresholds[name]:.2f}), highest tile "
+        facts += f"{probabilities.max():.2f}" + (", boxes as annotated" if boxes else "")
         draw_heat_map(image, heat, step, boxes, path, f"{film_input.image_id}\n{facts}")
         paths[name] = path
     return paths

@@ -1,10 +1,10 @@
-"""A network that predicts batches of tiles, with the thresholds and the temperature of its checkpoint."""
+"""A network that predicts batches of tiles, with the calibrations and thresholds of its checkpoint."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,9 @@ from mammostream.models.checkpoints import load_checkpoint, restore_byol, restor
 from mammostream.models.classifier import MammogramClassifier
 from mammostream.models.folding import fold_batch_norms
 from mammostream.models.tensors import place
-from mammostream.train.predict.aggregation import PROBABILITY
+from mammostream.shards.identity import subject_hashes
+from mammostream.train.levels.aggregation import MAX, NOISY_OR, PROBABILITY, TOP
+from mammostream.train.levels.calibration import GIVEN, IMAGE, PROB, TILE, Calibration, Calibrations, stored_calibrations
 from mammostream.train.predict.config import EmbedConfig, InferConfig
 from mammostream.train.predict.tables import FEATURES
 from mammostream.train.run.runtime import Runtime, resolve_runtime
@@ -77,10 +79,11 @@ class Predictor:
         How its tiles were made.
     runtime, config
         Device and precision; the options.
-    temperature
-        What logits are divided by, see :func:`mammostream.train.evaluate.metrics.fit_temperature`.
-    thresholds
-        Class -> the probability from which it counts as found.
+    calibrations
+        What turns logits into probabilities, and scores of images and breasts into theirs, with thresholds.
+    fitted_on
+        ``trained``, ``validated``, ``pre-trained`` -> hashes of the patients, see
+        :func:`mammostream.shards.identity.subject_hashes`.
     sha256
         Of the checkpoint's file.
     wants_features
@@ -93,8 +96,8 @@ class Predictor:
     preprocessing: dict[str, Any]
     runtime: Runtime
     config: EmbedConfig
-    temperature: float
-    thresholds: dict[str, float]
+    calibrations: Calibrations
+    fitted_on: Mapping[str, Sequence[str]]
     sha256: str
     wants_features: bool
 
@@ -102,6 +105,30 @@ class Predictor:
     def feature_dim(self) -> int:
         """Length of the features of an answer; 0 where it holds none."""
         return feature_dim(self.model.backbone) if self.wants_features else 0
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Class -> the probability from which it counts as found in a tile."""
+        return self.level_thresholds(TILE, PROB) if self.class_names else {}
+
+    @property
+    def temperature(self) -> float | None:
+        """What all logits are divided by; None if slope and intercept were fitted for each class instead."""
+        tile = self.calibrations[TILE][PROB] if self.class_names else None
+        return 1.0 if tile is None else float(1 / tile.slope[0]) if tile.fits[0] == GIVEN else None
+
+    def level_thresholds(self, level: str, score: str) -> dict[str, float]:
+        """Return for each class the probability from which it counts as found; that of tiles if the level has none."""
+        calibration = self.calibrations.get(level, {}).get(score) or self.calibrations[TILE][PROB]
+        return {name: 0.5 if t is None else t for name, t in zip(self.class_names, calibration.thresholds, strict=True)}
+
+    def seen(self, patients: Iterable[str], films: Iterable[str]) -> np.ndarray:
+        """Return for each row what the model was fitted on its patient for: a key of ``fitted_on``, or "" if for nothing."""
+        hashes = subject_hashes(patients, films)
+        found = np.full(len(hashes), "", object)
+        for purpose in ("pre-trained", "validated", "trained"):  # the gravest last
+            found[np.isin(hashes, list(self.fitted_on.get(purpose, ())))] = purpose
+        return found
 
     @torch.inference_mode()
     def answer(self, tiles: Tensor) -> Answer:
@@ -121,8 +148,10 @@ class Predictor:
         return self.calibrated(self.answer(tiles).logits)
 
     def calibrated(self, logits: Tensor) -> np.ndarray:
-        """Return the probabilities of logits (N, C)."""
-        return torch.sigmoid(logits.float().cpu() / self.temperature).numpy()
+        """Return the probabilities of logits (N, C), float32."""
+        if not self.class_names:
+            return np.zeros((len(logits), 0), np.float32)
+        return self.calibrations[TILE][PROB](logits.float().cpu().numpy()).astype(np.float32)
 
     def frame(
         self,
@@ -136,7 +165,7 @@ class Predictor:
         Parameters
         ----------
         tiles
-            The rows.
+            The rows, with ``patient_id``, ``image_id`` and, if that is not the film's id, ``film``.
         answers
             What :meth:`answer` gave.
         reasons
@@ -153,7 +182,10 @@ class Predictor:
             found = torch.cat([answer.features for answer in answers if answer.features is not None]).cpu().numpy()
             for row, values in zip(where, found, strict=True):
                 features[row] = values
-        columns = {PROBABILITY + name: scores[:, c] for c, name in enumerate(self.class_names)} | {"reason": reasons}
+        columns: dict[str, Any] = {PROBABILITY + name: scores[:, c] for c, name in enumerate(self.class_names)}
+        if self.class_names:
+            columns["seen"] = self.seen(tiles["patient_id"], tiles["film"] if "film" in tiles else tiles["image_id"])
+        columns["reason"] = reasons
         columns |= {FEATURES: features} if self.wants_features else {}
         return pd.concat([tiles.reset_index(drop=True), pd.DataFrame(columns, index=range(len(tiles)))], axis=1)
 
@@ -193,27 +225,43 @@ def load_predictor(
             inductor.freezing = True
         network = torch.compile(network)
     names: list[str] = []
-    temperature, thresholds, wants_features = 1.0, {}, features_only
+    calibrations: Calibrations = {}
+    wants_features = features_only
     if isinstance(config, InferConfig):
         names = list(checkpoint["class_names"])
-        fitted = float(checkpoint.get("temperature") or 1.0)
-        temperature = fitted if config.temperature is None else config.temperature
-        thresholds = _thresholds(checkpoint, names, config.threshold, fitted / temperature)
+        calibrations = _with_options(stored_calibrations(checkpoint), config)
         wants_features = config.embeddings
     record, sha256 = checkpoint["preprocessing"], sha256_file(path)
-    return Predictor(model, network, names, record, runtime, config, temperature, thresholds, sha256, wants_features)
+    fitted_on = checkpoint.get("fitted_on") or {}
+    return Predictor(model, network, names, record, runtime, config, calibrations, fitted_on, sha256, wants_features)
 
 
-def _thresholds(checkpoint: dict[str, Any], names: Sequence[str], threshold: float | None, stretch: float) -> dict[str, float]:
-    """Return the threshold of each class: the one that is given, else the checkpoint's, else 0.5.
+def _with_options(calibrations: Calibrations, config: InferConfig) -> Calibrations:
+    """Return calibrations with ``--temperature`` and ``--threshold`` applied.
 
-    The checkpoint's belong to probabilities of its own temperature; those of another have their logits stretched.
+    A temperature moves the thresholds of tiles along, so that the same tiles are found. The scores of images and breasts were
+    calibrated on other probabilities of tiles, so those calibrations no longer apply.
     """
-    if threshold is not None:
-        return dict.fromkeys(names, threshold)
-    fitted = dict(zip(names, checkpoint.get("thresholds") or (), strict=False))
-    moved = {name: float(expit(logit(t) * stretch)) for name, t in fitted.items() if t is not None}
-    return {name: moved.get(name, 0.5) for name in names}
+    if config.temperature is not None:
+        tile = calibrations[TILE][PROB]
+        at = [None if t is None else (logit(t) - tile.intercept[c]) / tile.slope[c] for c, t in enumerate(tile.thresholds)]
+        moved = [None if z is None else float(expit(z / config.temperature)) for z in at]
+        calibrations = {TILE: {PROB: Calibration.of_temperature(config.temperature, moved)}}
+    if config.threshold is not None:
+        calibrations = {
+            level: {score: replace(c, thresholds=(config.threshold,) * len(c.thresholds)) for score, c in scores.items()}
+            for level, scores in calibrations.items()
+        }
+    return calibrations
+
+
+def with_tiles_as_images(predictor: Predictor) -> Predictor:
+    """Return the predictor for tiles that come as image files: each is an image of one tile, with the tiles' thresholds."""
+    tile = predictor.calibrations[TILE][PROB]
+    identity = replace(tile, slope=np.ones_like(tile.slope), intercept=np.zeros_like(tile.intercept))
+    assert isinstance(predictor.config, InferConfig)
+    scores = dict.fromkeys((MAX, TOP.format(predictor.config.top_tiles), NOISY_OR), identity)
+    return replace(predictor, calibrations={TILE: predictor.calibrations[TILE], IMAGE: scores})
 
 
 def loader_options(predictor: Predictor) -> dict[str, Any]:
@@ -224,6 +272,7 @@ def loader_options(predictor: Predictor) -> dict[str, Any]:
         "tile_size": record["tile_size"],
         "mean": record["mean"],
         "std": record["std"],
+        "view_size": record.get("view_size"),
         "dtype": "float16" if runtime.precision == "fp16" else "float32",
         "device": "gpu" if runtime.device.type == "cuda" else "cpu",
         "num_threads": predictor.config.num_workers,

@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 from mammostream.common.errors import BadInput
 from mammostream.common.files import make_folder, whole_file, write_json, write_parquet
 from mammostream.common.progress import progress
-from mammostream.train.predict.aggregation import Groups
+from mammostream.train.levels.aggregation import MAX, Groups
+from mammostream.train.levels.calibration import IMAGE
+from mammostream.train.predict.breasts import Breasts
 from mammostream.train.predict.config import InferConfig
 from mammostream.train.predict.network import Predictor
 from mammostream.train.predict.stream import Part
@@ -42,6 +44,7 @@ class Totals:
     images: int = 0
     failed_images: int = 0
     first_reason: str = ""
+    without_breast: int = 0  # images in no breast, where a table of breasts was written
 
     def add(self, tiles: pd.DataFrame, images: pd.DataFrame | None) -> None:
         """Count the rows of a part."""
@@ -200,7 +203,7 @@ def merge_parts(
     """
     assert isinstance(predictor.config, InferConfig)
     names, top = predictor.class_names, predictor.config.top_tiles
-    breasts = Groups(["patient_id", "laterality"], names, top)
+    breasts = Breasts(predictor)
     totals = Totals()
     with ExitStack() as stack:
         write: tuple[Callable[[pd.DataFrame], None], ...] | None = None
@@ -215,11 +218,9 @@ def merge_parts(
             )
         answers = stack.enter_context(ImagesJson(output_json, facts)) if output_json is not None else None
         for tiles, its_images in _all_parts(parts, folder, before, names):
-            images = _image_rows(tiles, its_images, names, top)
+            images = _image_rows(tiles, its_images, predictor, top)
             totals.add(tiles, images)
-            if "laterality" in its_images:
-                sides = tiles.merge(its_images[["image_id", "laterality"]], on="image_id")
-                breasts.add(sides[(sides["patient_id"] != "") & sides["laterality"].isin(["L", "R"])])
+            breasts.add(tiles, images)
             if write is not None:
                 write[0](tiles)
                 write[1](images)
@@ -236,6 +237,7 @@ def merge_parts(
         path = output_dir / f"breast_predictions.{table_format}"
         with TableWriter(path, breast_schema(names, top), facts, "breasts") as writer:
             writer.write(table)
+        totals.without_breast = breasts.unknown
     return totals
 
 
@@ -260,15 +262,18 @@ def _all_parts(
         yield tile_schema(names).empty_table().to_pandas(), pd.DataFrame(before).assign(patient_id="", split="")
 
 
-def _image_rows(tiles: pd.DataFrame, images: pd.DataFrame, names: Sequence[str], top: int) -> pd.DataFrame:
+def _image_rows(tiles: pd.DataFrame, images: pd.DataFrame, predictor: Predictor, top: int) -> pd.DataFrame:
     """Return the image table of a part: scores where tiles could be read, else the first tile's reason."""
-    groups = Groups(["image_id"], names, top)
+    groups = Groups(["image_id"], predictor.class_names, top)
     groups.add(tiles)
     failed = tiles[tiles["reason"] != ""].groupby("image_id", sort=False)["reason"].agg(["size", "first"])
-    rows = images.merge(groups.table(), on="image_id", how="left").join(failed, on="image_id")
+    scores = groups.table(predictor.calibrations.get(IMAGE))
+    rows = images.merge(scores, on="image_id", how="left").join(failed, on="image_id")
     rows["tiles"], rows["failed_tiles"] = (rows[name].fillna(0).astype(int) for name in ("tiles", "size"))
     lost = (rows["tiles"] == 0) & (rows["reason"] == "") & rows["first"].notna()
     rows.loc[lost, "reason"] = rows.loc[lost, "first"]
+    if "seen" not in rows:
+        rows["seen"] = predictor.seen(rows["patient_id"], rows["image_id"])
     return rows.drop(columns=["size", "first"])
 
 
@@ -298,14 +303,16 @@ def image_answer(row: Mapping[str, Any], predictor: Predictor) -> dict[str, Any]
     """Return an image's row of the table as JSON has it."""
     if row["reason"]:
         return {"image": row["image_id"], "error": row["reason"]}
-    scores = {name: float(row[f"max:{name}"]) for name in predictor.class_names}
-    return {
+    scores = {name: float(row[f"{MAX}:{name}"]) for name in predictor.class_names}
+    thresholds = predictor.level_thresholds(IMAGE, MAX)
+    answer = {
         "image": row["image_id"],
         "tiles": int(row["tiles"]),
         "probabilities": scores,
         "top_prediction": max(scores, key=lambda name: scores[name]),
-        "positive": [name for name, score in scores.items() if score >= predictor.thresholds[name]],
+        "positive": [name for name, score in scores.items() if score >= thresholds[name]],
     }
+    return answer | ({"seen": row["seen"]} if row["seen"] else {})
 
 
 def _path(folder: Path, part: Part) -> Path:

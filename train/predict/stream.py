@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 
+from mammostream.shards.identity import film_of_tile, tile_stem
 from mammostream.shards.reading import Shard, ShardSet, check_same_pixels
 from mammostream.train.predict.network import Answer, Predictor, loader_options
 from mammostream.train.predict.readable_tiles import FileTiles, ShardTiles
@@ -152,6 +153,6 @@ def _predict_images(predictor: Predictor, paths: Sequence[Path]) -> Predicted:
         answers.append(predictor.answer(batch))
         rows += [place[key] for key in keys]
     reasons = [tiles.faults.get(name, "") for name in names]
-    table = pd.DataFrame({"key": [path.stem for path in paths], "image_id": names, "patient_id": "", "split": ""})
-    frame = predictor.frame(table, answers, reasons, rows)
-    return Predicted(frame, frame[["image_id", "patient_id", "split", "reason"]])
+    table = pd.DataFrame({"key": [tile_stem(name) for name in names], "image_id": names, "patient_id": "", "split": ""})
+    frame = predictor.frame(table.assign(film=[film_of_tile(name) or name for name in names]), answers, reasons, rows)
+    return Predicted(frame, frame[["image_id", "patient_id", "split", "seen", "reason"]])

@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from mammostream.common.files import whole_file
-from mammostream.train.predict.aggregation import PROBABILITY, TOP_TILES, score_columns
+from mammostream.train.levels.aggregation import PROBABILITY, TOP_TILES, score_columns
 
 METADATA_KEY = "mammostream"
 FEATURES = "features"
@@ -26,27 +26,31 @@ _SIDE = {"laterality": pa.string(), "view": pa.string()}
 def tile_schema(class_names: Sequence[str], feature_dim: int = 0) -> pa.Schema:
     """Return the columns of a tile table.
 
-    ``x``, ``y`` and ``size`` are in native pixels, null for tiles that came as image files; ``reason`` says why a tile has no
+    ``x``, ``y`` and ``size`` are in native pixels, null for tiles that came as image files; ``seen`` says what the model was
+    fitted on the tile's patient for (``trained``, ``validated``, ``pre-trained``, or empty); ``reason`` says why a tile has no
     probabilities, and is empty where it has; ``features`` are there where they were asked for.
     """
     fields = [(name, pa.string()) for name in ("key", "image_id", "patient_id", "split")]
     fields += [(name, pa.int32()) for name in ("x", "y", "size")]
     fields += [(PROBABILITY + name, pa.float32()) for name in class_names]
+    fields += [("seen", pa.string())] if class_names else []
     fields += [("reason", pa.string())]
     return pa.schema(fields + ([(FEATURES, pa.list_(pa.float32(), feature_dim))] if feature_dim else []))
 
 
 def image_schema(class_names: Sequence[str], top: int = TOP_TILES) -> pa.Schema:
-    """Return the columns of an image table; ``reason`` says why an image has no probabilities."""
+    """Return the columns of an image table; ``seen`` and ``reason`` are as in :func:`tile_schema`."""
     fields = [(name, pa.string()) for name in ("image_id", "patient_id", "split")]
     fields += [("tiles", pa.int64()), *_score_fields(class_names, top), *_SIDE.items()]
-    return pa.schema([*fields, ("failed_tiles", pa.int64()), ("reason", pa.string())])
+    return pa.schema([*fields, ("failed_tiles", pa.int64()), ("seen", pa.string()), ("reason", pa.string())])
 
 
 def breast_schema(class_names: Sequence[str], top: int = TOP_TILES) -> pa.Schema:
-    """Return the columns of a breast table."""
+    """Return the columns of a breast table: ``images`` it was predicted from, those that failed, and as in the others."""
     fields = [(name, pa.string()) for name in ("patient_id", "laterality")]
-    return pa.schema([*fields, ("tiles", pa.int64()), *_score_fields(class_names, top)])
+    counts = [(name, pa.int64()) for name in ("images", "failed_images")]
+    fields += [("tiles", pa.int64()), *_score_fields(class_names, top), *counts]
+    return pa.schema([*fields, ("seen", pa.string()), ("reason", pa.string())])
 
 
 def as_table(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:

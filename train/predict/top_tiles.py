@@ -20,7 +20,7 @@ from mammostream.preprocess.overview import fitted
 from mammostream.preprocess.tiling import Film
 from mammostream.shards.archive import escape_id
 from mammostream.shards.reading import ShardSet
-from mammostream.train.predict.aggregation import PROBABILITY
+from mammostream.train.levels.aggregation import PROBABILITY
 from mammostream.train.predict.films import FilmInput, PreparedFilms, film_tiles
 from mammostream.train.predict.gradcam import grad_cam
 from mammostream.train.predict.heat_maps import CAUTION
@@ -157,7 +157,7 @@ class FilmTiles:
                 raise film
             self._cut(film, film_tiles(film_input, film, self._predictor.preprocessing), set(missing["key"]))
         record = self._predictor.preprocessing
-        transform = create_inference_transform(mean=record["mean"], std=record["std"])
+        transform = create_inference_transform(record.get("view_size"), record["mean"], record["std"])
         return torch.stack([transform(self._pixels[key]) for key in rows["key"]])
 
     def _cut(self, film: Film, tiles: pd.DataFrame, wanted: Set[str]) -> None:

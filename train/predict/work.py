@@ -76,6 +76,7 @@ def work_on_images(
 ) -> Work:
     """Return the prediction of films, with their heat maps, or of tile images."""
     from mammostream.train.predict.films import draw_film_heat_maps, film_parts
+    from mammostream.train.predict.network import with_tiles_as_images
     from mammostream.train.predict.secondary_capture import check_sources, write_secondary_captures
     from mammostream.train.predict.stream import image_parts
     from mammostream.train.predict.top_tiles import FilmTiles, image_reader
@@ -84,6 +85,7 @@ def work_on_images(
     if secondary_capture:
         check_sources([film.path for film in films])
     if _are_tiles(images_are, films, predictor):
+        predictor = with_tiles_as_images(predictor)
         parts = image_parts(predictor, [film.path for film in films])
         return Work(predictor, parts, "tile", inputs, flag, runtime, image_reader(predictor))
     read = FilmTiles(predictor, films, sheet_tiles)
@@ -119,6 +121,7 @@ def summary(totals: Totals, unit: str, places: list[Path]) -> str:
     failed = {"image": totals.failed_images, "tile": totals.failed_tiles if unit == "tile" else 0}
     said = [f"{totals.tiles} tiles of {totals.images - totals.failed_images} images"]
     said += [f"{count} {name}s failed" for name, count in failed.items() if count]
+    said += [f"{totals.without_breast} images of unknown patient or side in no breast"] if totals.without_breast else []
     return ", ".join(said) + (f" -> {' and '.join(map(str, places))}" if places else "")
 
 
@@ -203,8 +206,10 @@ def record_of(predictor: Predictor, inputs: Any) -> dict[str, Any]:
 def facts_of(predictor: Predictor, record: dict[str, Any]) -> dict[str, Any]:
     """Return what is written next to the rows: by what they were made, and what turns them into decisions."""
     from mammostream.common.machine import versions
+    from mammostream.train.levels.calibration import plain
 
     decisions = {"class_names": predictor.class_names, "thresholds": predictor.thresholds}
+    decisions |= {"calibration": plain(predictor.calibrations)}
     return record | decisions | {"preprocessing": predictor.preprocessing, "versions": versions(_PACKAGES)}
 
 
@@ -337,13 +342,16 @@ class _Printer:
 
     def show(self, images: pd.DataFrame) -> None:
         """Print the images of a part."""
-        thresholds = self._predictor.thresholds
+        from mammostream.train.levels.aggregation import MAX
+        from mammostream.train.levels.calibration import IMAGE
+
+        thresholds = self._predictor.level_thresholds(IMAGE, MAX)
         for row in images.to_dict("records"):
             if row["reason"]:
                 click.echo(f"failed: {row['image_id']}: {row['reason']}", err=True)
                 continue
             self._number += 1
-            scores = sorted(((row[f"max:{name}"], name) for name in self._predictor.class_names), reverse=True)
+            scores = sorted(((row[f"{MAX}:{name}"], name) for name in self._predictor.class_names), reverse=True)
             click.echo(f"📸 Image {self._number}: {row['image_id']}")
             click.echo(f"🏆 Top prediction: {scores[0][1]} ({scores[0][0]:.3f})")
             click.echo("📊 All probabilities:")

@@ -70,10 +70,10 @@ def probe(
     paths = [Path(path) for path in checkpoints]
     found = [checkpoint_network(path, name, shards) for path, name in zip(paths, _short_names(paths), strict=True)]
     networks = [network for network, _ in found]
-    for arch in dict.fromkeys(arch for _, arch in found):
-        networks.append(random_network(arch))
+    for arch, view_size in dict.fromkeys((arch, network.view_size) for network, arch in found):
+        networks.append(random_network(arch, view_size))
         try:
-            networks.append(imagenet_network(arch, weights_file or "imagenet"))
+            networks.append(imagenet_network(arch, weights_file or "imagenet", view_size))
         except BadInput as error:
             if weights_file:
                 raise

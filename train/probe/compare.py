@@ -24,14 +24,14 @@ class OnlineProbe:
     The folds and the tiles are the same each time, so that the figures of two epochs can be compared.
     """
 
-    def __init__(self, probe_set: ProbeSet, runtime: Runtime, config: Any) -> None:
-        self._probe_set, self._runtime, self._config = probe_set, runtime, config
+    def __init__(self, probe_set: ProbeSet, runtime: Runtime, config: Any, view_size: int | None = None) -> None:
+        self._probe_set, self._runtime, self._config, self._view_size = probe_set, runtime, config, view_size
         self._folds = make_folds(probe_set, seed=0)
 
     def __call__(self, backbone: nn.Module) -> dict[str, dict[str, float | None]]:
         """Return AUCs by probe, then by class or ``mean``; None if undefined."""
         probe_set = self._probe_set
-        features = extract_features(backbone, probe_set, self._runtime, self._config)
+        features = extract_features(backbone, probe_set, self._runtime, self._config, view_size=self._view_size)
         found = {}
         for probe in PROBES:
             scores, _ = score_tiles(features, probe_set, self._folds, probe)

@@ -17,7 +17,7 @@ from mammostream.dali_pipelines import LabelledLoader
 from mammostream.models.backbones import build_backbone, encode
 from mammostream.models.checkpoints import load_checkpoint, restore_byol, restore_classifier
 from mammostream.models.tensors import place
-from mammostream.shards.reading import ShardSet, check_same_pixels
+from mammostream.shards.reading import ShardSet, check_same_pixels, view_size_of
 from mammostream.train.probe.config import ProbeConfig
 from mammostream.train.probe.labelled import ProbeSet
 from mammostream.train.run.runtime import Runtime
@@ -37,6 +37,8 @@ class Network:
         Maps a seed to a string that identifies the weights, for the cache.
     mean, std
         The input normalisation that it expects.
+    view_size
+        Edge in pixels that tiles are resized to before it sees them; None for their own size.
     """
 
     name: str
@@ -44,11 +46,18 @@ class Network:
     identity: Callable[[int], str]
     mean: float = MEAN
     std: float = STD
+    view_size: int | None = None
 
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, probe_set: ProbeSet, runtime: Runtime, config: Any, mean: float = MEAN, std: float = STD
+    backbone: nn.Module,
+    probe_set: ProbeSet,
+    runtime: Runtime,
+    config: Any,
+    mean: float = MEAN,
+    std: float = STD,
+    view_size: int | None = None,
 ) -> np.ndarray:
     """Return the features (N, D) float32 of the labelled tiles, through the pipeline that inference uses.
 
@@ -64,6 +73,7 @@ def extract_features(
         tiles.source,
         batch_size=config.batch_size,
         tile_size=probe_set.shards.preprocessing["tile_size"],
+        view_size=view_size,
         mean=mean,
         std=std,
         device="gpu" if runtime.device.type == "cuda" else "cpu",
@@ -98,13 +108,14 @@ def cached_features(
         "shards": probe_set.shards.sha256,  # it holds the hash of each tar
         "tiles": sha256_json(probe_set.tiles.numbers.tolist()),
         "normalisation": [network.mean, network.std],
+        **({"view_size": network.view_size} if network.view_size else {}),
         "runtime": str(runtime),
     }
     path = folder / f"features_{sha256_json(what)[:16]}.npy"
     if path.is_file():
         return np.load(path)
     backbone = place(network.build(seed), runtime.device)
-    features = extract_features(backbone, probe_set, runtime, config, network.mean, network.std)
+    features = extract_features(backbone, probe_set, runtime, config, network.mean, network.std, network.view_size)
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, features)
     return features
@@ -124,10 +135,11 @@ def checkpoint_network(path: Path, name: str, shards: ShardSet) -> tuple[Network
     restore = restore_byol if checkpoint["kind"] == "byol" else restore_classifier
     backbone = restore(checkpoint, path).backbone
     digest = sha256_file(path)
-    return Network(name, lambda _: backbone, lambda _: digest, record["mean"], record["std"]), checkpoint["arch"]
+    size = view_size_of(record, shards.preprocessing["tile_size"])
+    return Network(name, lambda _: backbone, lambda _: digest, record["mean"], record["std"], size), checkpoint["arch"]
 
 
-def random_network(arch: str) -> Network:
+def random_network(arch: str, view_size: int | None = None) -> Network:
     """Return a backbone with random weights, different for each seed."""
 
     def build(seed: int) -> nn.Module:
@@ -135,10 +147,13 @@ def random_network(arch: str) -> Network:
             torch.manual_seed(seed)
             return build_backbone(arch)
 
-    return Network(f"random {arch}", build, lambda seed: f"random {arch} {seed} torch {torch.__version__}")
+    identity = f"random {arch}"
+    return Network(
+        identity + _at(view_size), build, lambda seed: f"{identity} {seed} torch {torch.__version__}", view_size=view_size
+    )
 
 
-def imagenet_network(arch: str, weights: str | Path = "imagenet") -> Network:
+def imagenet_network(arch: str, weights: str | Path = "imagenet", view_size: int | None = None) -> Network:
     """Return a backbone with ImageNet weights, from torchvision or from a file.
 
     Raises
@@ -148,4 +163,8 @@ def imagenet_network(arch: str, weights: str | Path = "imagenet") -> Network:
     """
     backbone = build_backbone(arch, weights)
     identity = f"imagenet {arch}" if str(weights) == "imagenet" else sha256_file(Path(weights))
-    return Network(f"ImageNet {arch}", lambda _: backbone, lambda _: identity)
+    return Network(f"ImageNet {arch}" + _at(view_size), lambda _: backbone, lambda _: identity, view_size=view_size)
+
+
+def _at(view_size: int | None) -> str:
+    return f" at {view_size} px" if view_size else ""

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import lazy_loader
@@ -17,7 +17,16 @@ import torch
 from mammostream.common.errors import BadInput, nearest
 from mammostream.common.files import read_csv
 from mammostream.common.progress import progress
-from mammostream.shards.identity import clean_ids, clean_patients, film_of_tile, key_of_path, lookalikes
+from mammostream.shards.identity import (
+    clean_ids,
+    clean_patients,
+    clean_sides,
+    film_of_tile,
+    key_of_path,
+    known_breast,
+    lookalikes,
+    subject_hashes,
+)
 from mammostream.shards.reading import Shard, ShardSet
 
 imagecodecs = lazy_loader.load("imagecodecs")  # labels of shards need it not
@@ -37,11 +46,14 @@ class LabelledTiles:
     numbers
         (N,) int64 tile numbers, ascending: of the shards, or positions in the list of paths.
     labels
-        (N, C) float32 in the order of `numbers`: 1, 0, or NaN where the label is missing.
+        (N, C) float32 in the order of `numbers`: 1, 0, or NaN where the label is missing; validation keeps tiles without any
+        label, since they decide whether an image's label is missing.
     keys, groups, patients
         (N,) each tile's key, its film (for intervals over films), and its patient (empty where nobody tells).
     contents
         (N,) a hash of each tile's pixels.
+    breasts
+        (N,) patient and side of each tile; "" if one is unknown.
     """
 
     source: TileSource
@@ -51,13 +63,31 @@ class LabelledTiles:
     groups: np.ndarray
     patients: np.ndarray
     contents: np.ndarray
+    breasts: np.ndarray
+
+    def of_labelled_units(self) -> LabelledTiles:
+        """Return the tiles with a label, and those without one whose film or breast has tiles with one."""
+        labelled = ~np.isnan(self.labels).all(1)
+        kept = labelled | np.isin(self.groups, self.groups[labelled])
+        kept |= (self.breasts != "") & np.isin(self.breasts, self.breasts[labelled])
+        rows = {f.name: getattr(self, f.name)[kept] for f in fields(self) if f.name not in ("source", "numbers")}
+        if isinstance(self.source[0], Path):  # then a number is a position in the list
+            source = [path for path, keep in zip(self.source, kept, strict=True) if keep]
+            return LabelledTiles(source, np.arange(len(source)), **rows)  # type: ignore[arg-type]
+        return LabelledTiles(self.source, self.numbers[kept], **rows)
+
+    def subjects(self) -> list[str]:
+        """Return the hashes of all patients, and of the films of unknown patients, sorted."""
+        return np.unique(subject_hashes(self.patients, self.groups)).tolist()
 
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the row of each tile number, on the numbers' device."""
         return torch.searchsorted(torch.as_tensor(self.numbers, device=numbers.device), numbers)
 
 
-def read_labels(path: Path, class_names: Sequence[str], max_samples: int | None = None) -> pd.DataFrame:
+def read_labels(
+    path: Path, class_names: Sequence[str], max_samples: int | None = None, keep_unlabelled: bool = False
+) -> pd.DataFrame:
     """Read a CSV of ``tile_path`` and one column a class.
 
     Parameters
@@ -68,12 +98,13 @@ def read_labels(path: Path, class_names: Sequence[str], max_samples: int | None 
         The columns to use.
     max_samples
         Keep only the first so many rows.
+    keep_unlabelled
+        Keep rows without any label, unless `max_samples` is given.
 
     Returns
     -------
     pandas.DataFrame
-        ``tile_path``, the classes as float32 (1, 0, NaN), and ``image_id`` and ``patient_id`` where the CSV has them. Rows
-        without any label are dropped.
+        ``tile_path``, the classes as float32 (1, 0, NaN), and ``image_id`` and ``patient_id`` where the CSV has them.
 
     Raises
     ------
@@ -105,8 +136,10 @@ def read_labels(path: Path, class_names: Sequence[str], max_samples: int | None 
         raise BadInput(f"labels CSV {path} line {twice.index[0] + 2}: tile '{twice['tile_path'].iloc[0]}' occurs twice")
     described = [name for name in _IDENTITY if name in frame.columns and name not in class_names]
     frame = frame[["tile_path", *class_names, *described]].astype(dict.fromkeys(class_names, np.float32))
-    frame = frame[frame[list(class_names)].notna().any(axis=1)].head(max_samples).reset_index(drop=True)
-    if frame.empty:
+    labelled = frame[list(class_names)].notna().any(axis=1)
+    if not (keep_unlabelled and max_samples is None):
+        frame = frame[labelled].head(max_samples).reset_index(drop=True)
+    if not labelled.any():
         raise BadInput(f"labels CSV {path} has no row with a label of: {', '.join(class_names)}")
     return frame
 
@@ -132,15 +165,18 @@ def join_shards(frame: pd.DataFrame, shards: ShardSet, what: str) -> LabelledTil
     # Where the CSV names films and patients too, the shards know better.
     joined = keyed.drop(columns=list(_IDENTITY), errors="ignore").merge(tiles[columns], on="key").sort_values("tile")
     source = [shard for split in joined["split"].unique() for shard in shards.shards(split)]
+    patients = clean_patients(joined["patient_id"]).to_numpy(str)
+    sides = shards.images().drop_duplicates("image_id").set_index("image_id")["laterality"].reindex(joined["image_id"])
     return LabelledTiles(
         source,
         joined["tile"].to_numpy(np.int64, copy=True),
         joined[_classes(frame)].to_numpy(np.float32, copy=True),
         joined["key"].to_numpy(str),
         joined["image_id"].to_numpy(str),
-        clean_patients(joined["patient_id"]).to_numpy(str),
+        patients,
         # 32 bits alone would meet by chance among many tiles; of the encoded bytes there are 32 more.
         contents=np.array([f"{a:08x}{b:08x}" for a, b in zip(joined["crc32"], joined["payload_crc32"], strict=True)]),
+        breasts=known_breast(patients, clean_sides(sides).to_numpy(str)),
     )
 
 
@@ -176,7 +212,8 @@ def join_folder(frame: pd.DataFrame, tiles_dir: Path, what: str, patient_regex: 
         contents = list(progress(threads.map(_content, paths), "comparing tiles", "tile", len(paths)))
     labels = frame[_classes(frame)].to_numpy(np.float32, copy=True)
     identity = films.to_numpy(str), patients.to_numpy(str)
-    return LabelledTiles(paths, np.arange(len(paths)), labels, names, *identity, np.array(contents))
+    unknown = np.full(len(paths), "")
+    return LabelledTiles(paths, np.arange(len(paths)), labels, names, *identity, np.array(contents), unknown)
 
 
 def find_leakage(train: LabelledTiles, val: LabelledTiles) -> dict[str, list[str]]:

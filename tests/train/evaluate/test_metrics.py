@@ -5,7 +5,6 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import (
@@ -18,12 +17,8 @@ from sklearn.metrics import (
 
 from mammostream.train.evaluate.metrics import (
     CALIBRATION_BINS,
-    TEMPERATURES,
-    calibrate,
     classification_metrics,
     evaluate_predictions,
-    fit_temperature,
-    fit_thresholds,
     reliability,
 )
 
@@ -205,96 +200,6 @@ def test_bootstrap_of_groups_is_wider_than_of_rows():
     assert low < roc_auc_score(labels[known], probabilities[known]) < high
     assert high - low > 2 * (narrow[1] - narrow[0])
     assert interval(group.astype(str)) == [low, high]
-
-
-# ---------------------------------------------------------------- thresholds and temperature
-
-
-@settings(max_examples=25)
-@given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 12))
-def test_no_threshold_is_better_balanced_than_the_fitted_one(seed, n, levels):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, (n, 1)).astype(float)
-    probabilities = (rng.integers(0, levels, (n, 1)) + labels) / levels  # up to 1, with ties
-    labels[rng.random((n, 1)) < 0.1] = np.nan
-    (threshold,) = fit_thresholds(labels, probabilities)
-    known = ~np.isnan(labels[:, 0])
-    y, p = labels[known, 0], probabilities[known, 0]
-    if len(set(y)) < 2:
-        assert threshold is None
-        return
-    scores = {t: balanced_accuracy_score(y, p >= t) for t in (*set(p), 2.0)}
-    best = max(scores.values())
-    if best <= 0.5:
-        assert threshold is None
-        return
-    assert balanced_accuracy_score(y, p >= threshold) == pytest.approx(best)
-    assert np.abs(p - threshold).min() > 0  # not on a probability, which rounding could move
-    assert not (p >= threshold).all()
-    higher = [t for t, score in scores.items() if score > best - 1e-9]
-    assert (p >= threshold).sum() == (p >= max(higher)).sum()
-
-
-def test_thresholds_are_fitted_class_by_class():
-    labels = np.array([[0, 0, 1, np.nan], [0, 1, 1, np.nan], [1, 1, 1, np.nan]], float)
-    probabilities = np.array([[0.1, 0.6, 0.9, 0.5], [0.2, 0.8, 0.9, 0.5], [0.3, 0.9, 0.9, 0.5]])
-    assert fit_thresholds(labels, probabilities) == [pytest.approx(0.25), pytest.approx(0.7), None, None]
-    probabilities[0, 0] = np.nan
-    assert fit_thresholds(labels, probabilities)[0] is None
-    with pytest.raises(ValueError, match="probabilities"):
-        fit_thresholds(labels, probabilities[:, :2])
-
-
-@settings(max_examples=25)
-@given(st.integers(0, 2**32 - 1), st.floats(0.2, 5), st.integers(1, 100))
-def test_temperature_has_the_lowest_log_loss(seed, true_temperature, n):
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 3, (n, 2))
-    labels = (rng.random((n, 2)) < 1 / (1 + np.exp(-logits / true_temperature))).astype(float)
-    labels[rng.random((n, 2)) < 0.1] = np.nan
-    fitted = fit_temperature(labels, logits)
-    known = ~np.isnan(labels)
-    y, z = labels[known], logits[known]
-    if len(set(y)) < 2:
-        assert fitted == 1
-        return
-
-    def loss(t):
-        return np.mean(np.logaddexp(0, z / t) - y * z / t)
-
-    assert TEMPERATURES[0] <= fitted <= TEMPERATURES[1]
-    assert loss(fitted) <= min(loss(t) for t in np.geomspace(*TEMPERATURES, 1000)) + 1e-9
-
-
-def test_temperature_without_two_values_changes_nothing():
-    assert fit_temperature(np.ones((3, 2)), np.ones((3, 2))) == 1
-    assert fit_temperature(np.full((3, 1), np.nan), np.ones((3, 1))) == 1
-    assert fit_temperature(np.array([[0.0, 1.0]]), np.array([[np.nan, 2.0]])) == 1
-    assert fit_temperature(np.array([[0.0, 1.0]]), np.array([[-3.0, 3.0]])) == TEMPERATURES[0]
-    assert fit_temperature(np.array([[0.0, 1.0]]), np.array([[3.0, -3.0]])) == TEMPERATURES[1]
-    with pytest.raises(ValueError, match="logits"):
-        fit_temperature(np.ones((3, 2)), np.ones((3, 1)))
-
-
-def test_temperature_of_many_rows_is_the_true_one():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 4, (20_000, 1))
-    labels = (rng.random((20_000, 1)) < 1 / (1 + np.exp(-logits / 2.5))).astype(float)
-    fitted = fit_temperature(labels, logits)
-    assert fitted == pytest.approx(2.5, rel=0.05)
-    before, after = (classification_metrics(labels, calibrate(logits, t), ["a"])["per_class"]["a"] for t in (1, fitted))
-    assert after["ece"] < 0.02 < before["ece"]
-    assert after["brier"] < before["brier"]
-    assert after["auc"] == pytest.approx(before["auc"])
-
-
-def test_calibration_divides_logits():
-    logits = np.array([[0.0, 2.0], [-800.0, 800.0]], np.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        probabilities = calibrate(logits, 2)
-    assert probabilities == pytest.approx(np.array([[0.5, 1 / (1 + np.exp(-1))], [0, 1]]))
-    assert calibrate(logits, 1)[0] == pytest.approx(torch.sigmoid(torch.tensor(logits[0])).numpy())
 
 
 def test_reliability_bins_hold_every_row_once():

@@ -89,7 +89,9 @@ def test_a_fitted_temperature_is_in_the_probabilities(sharp_classifier, run_cli,
     logits, probabilities = session(tmp_path / "model.onnx").run(None, {"tiles": real_tiles.numpy()})
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits / 2.5)), atol=1e-5)
     facts = session(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
-    assert (json.loads(facts["temperature"]), json.loads(facts["thresholds"])) == (2.5, [0.3, None])
+    assert json.loads(facts["thresholds"]) == [0.3, None]
+    tile = json.loads(facts["calibration"])["tile"]["prob"]
+    assert (tile["slope"], tile["intercept"], tile["thresholds"]) == ([0.4, 0.4], [0, 0], [0.3, None])
 
 
 def test_a_file_that_differs_from_torch_is_not_written(mammostream, sharp_classifier, tmp_path):

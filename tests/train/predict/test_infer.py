@@ -18,7 +18,7 @@ from mammostream.models.checkpoints import load_checkpoint, save_checkpoint
 from mammostream.shards import open_shards
 from mammostream.shards.archive import read_index
 from mammostream.shards.codecs import decode
-from mammostream.train.predict.aggregation import Groups, aggregate
+from mammostream.train.levels.aggregation import Groups, aggregate
 
 
 def table(folder, name="predictions"):

@@ -20,7 +20,7 @@ from mammostream.common.errors import BadInput
 from mammostream.models.backbones import build_backbone
 from mammostream.models.checkpoints import load_checkpoint, save_checkpoint
 from mammostream.shards import open_shards
-from mammostream.train.predict.aggregation import PROBABILITY, aggregate
+from mammostream.train.levels.aggregation import PROBABILITY, aggregate
 from mammostream.train.probe.compare import OnlineProbe
 from mammostream.train.probe.config import ProbeConfig
 from mammostream.train.probe.features import extract_features, random_network
