@@ -30,7 +30,7 @@ def _score(ctx: click.Context, param: click.Parameter, value: str) -> str:
     help="CSV or Parquet of tile_path, image_id, or patient_id and laterality, and one 0/1 column a class; empty = no label.",
 )
 @click.option("--output-dir", type=FILE, help="Folder for metrics.json and the plots.")
-@click.option("--model-path", type=FILE, help="The classifier that predicted, for its fitted thresholds.")
+@click.option("--model-path", type=FILE, help="The classifier that predicted, for its thresholds and calibrations.")
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
@@ -63,16 +63,23 @@ def evaluate(
 ) -> None:
     """Compare predictions with labels: AUC, AP, balanced accuracy, sensitivity at 90 % specificity, Brier score, ECE.
 
-    Tiles, images or breasts, as both files name them; 95 % intervals over patients. Rows without a counterpart and rows that
-    occur twice are counted. Writes metrics.json, roc.png, precision_recall.png and reliability.png.
+    Tiles, images or breasts, as both files name them; 95 % intervals over patients. A breast or image with several rows of
+    labels is positive if one is. What is not judged is counted by class and reason; more than 5 % of a class, and patients that
+    the model was fitted on, are warned of first. Writes metrics.json, roc.png, precision_recall.png and reliability.png.
     """
+    from mammostream.train.evaluate.doubts import warnings
     from mammostream.train.evaluate.evaluate import choose_thresholds, table_lines
     from mammostream.train.evaluate.evaluate import evaluate as run
-    from mammostream.train.evaluate.matching import match_labels, read_predictions
+    from mammostream.train.evaluate.matching import match_labels
+    from mammostream.train.evaluate.reading import read_predictions, with_model
 
     predictions = read_predictions(predictions_path, score)
+    if model_path is not None:
+        predictions = with_model(predictions, model_path)
     matched = match_labels(predictions, labels_path, patient_column, score)
-    thresholds, source = choose_thresholds(predictions, matched.class_names, threshold, model_path)
+    thresholds, source = choose_thresholds(predictions, matched.class_names, matched.level, threshold)
+    for warning in warnings(matched):
+        click.echo(warning)
     for note in matched.notes:
         click.echo(note, err=True)
     metrics = run(matched, thresholds, bootstrap, output_dir)

@@ -6,38 +6,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mammostream.common.errors import BadInput
-from mammostream.common.files import sha256_file, write_json
-from mammostream.train.evaluate.matching import Matched, Predictions
+from mammostream.common.files import write_json
+from mammostream.train.evaluate.doubts import seen_counts, warnings
+from mammostream.train.evaluate.matching import Matched
 from mammostream.train.evaluate.metrics import evaluate_predictions
 from mammostream.train.evaluate.pictures import draw_precision_recall, draw_reliability, draw_roc
+from mammostream.train.evaluate.reading import Predictions
+from mammostream.train.levels.calibration import PROB, TILE
 
 
 def choose_thresholds(
-    predictions: Predictions, class_names: Sequence[str], threshold: float | None, model_path: Path | None
+    predictions: Predictions, class_names: Sequence[str], level: str, threshold: float | None = None
 ) -> tuple[list[float | None], str]:
     """Return one threshold per class (None where none was fitted) and where they come from, in words.
 
-    The one that is given wins, then those of the model's checkpoint, then those that the predictions record, else 0.5.
+    The one that is given wins, then those of the level and score that the model or the predictions record, else 0.5. Thresholds
+    of tiles do not hold for images and breasts: of many tiles, the highest is above them in almost any image.
 
-    Raises
-    ------
-    BadInput
-        The model is not the one that predicted, or is not a classifier.
+    Parameters
+    ----------
+    predictions
+        See :func:`mammostream.train.evaluate.reading.read_predictions` and
+        :func:`mammostream.train.evaluate.reading.with_model`.
+    class_names
+        The classes that are judged.
+    level
+        What is judged: ``tile``, ``image`` or ``breast``.
+    threshold
+        One for all classes.
     """
     if threshold is not None:
         return [threshold] * len(class_names), "--threshold"
-    if model_path is not None:
-        if predictions.model_sha256 not in (None, sha256_file(model_path)):
-            raise BadInput(f"the predictions are not of {model_path}: its hash is another; give the model that predicted")
-        from mammostream.models.checkpoints import load_checkpoint  # needs torch, which nothing else here does
-
-        checkpoint = load_checkpoint(model_path, "classifier")
-        fitted = dict(zip(checkpoint["class_names"], checkpoint.get("thresholds") or (), strict=False))
-        return [fitted.get(name) for name in class_names], str(model_path)
-    if predictions.thresholds:
-        return [predictions.thresholds.get(name) for name in class_names], "the predictions"
-    return [None] * len(class_names), "none fitted: 0.5"
+    found = predictions.calibration(level, PROB if level == TILE else predictions.score, class_names)
+    if found is not None:
+        return list(found.thresholds), predictions.source
+    if predictions.threshold is not None:
+        return [predictions.threshold] * len(class_names), predictions.source
+    if predictions.tile_thresholds and level == TILE:
+        return [predictions.tile_thresholds.get(name) for name in class_names], predictions.source
+    recorded = predictions.calibrations or predictions.tile_thresholds
+    why = f"; {predictions.source} has thresholds of tiles only, which do not hold for {level}s" if recorded else ""
+    return [None] * len(class_names), f"none fitted: 0.5{why}"
 
 
 def evaluate(
@@ -50,11 +59,14 @@ def evaluate(
     Returns
     -------
     dict
-        See :func:`mammostream.train.evaluate.metrics.evaluate_predictions`; with ``level`` and ``counts`` of `matched`.
+        See :func:`mammostream.train.evaluate.metrics.evaluate_predictions`; with ``level``, ``counts`` and ``warnings`` of
+        `matched`, ``left_out`` in each class, and ``seen``, the rows and patients that the model was fitted on.
     """
     data = matched.labels, matched.probabilities, matched.class_names
     metrics = evaluate_predictions(*data, matched.patients, thresholds, bootstrap)
-    metrics |= {"level": matched.level, "counts": matched.counts}
+    for name, figures in metrics["per_class"].items():
+        figures["left_out"] = matched.left_out[name]
+    metrics |= {"level": matched.level, "counts": matched.counts, "warnings": warnings(matched), "seen": seen_counts(matched)}
     if output_dir is not None:
         write_json(output_dir / "metrics.json", metrics)
         draw_roc(*data, output_dir / "roc.png")
@@ -73,15 +85,20 @@ def table_lines(metrics: Mapping[str, Any]) -> list[str]:
         "Brier": ("brier", "brier"),
         "ECE": ("ece", "ece"),
     }
-    rows = [["class", *columns, "threshold", "positive"]]
+    rows = [["class", *columns, "threshold", "positive", "left out"]]
     for name, figures in metrics["per_class"].items():
         cells = [_cell(figures, figure) for figure, _ in columns.values()]
         known = figures["positives"] + figures["negatives"]
-        rows.append([name, *cells, f"{figures['threshold']:.3f}", f"{figures['positives']} of {known}"])
-    rows.append(["mean", *(_cell(metrics, mean) if mean else "" for _, mean in columns.values()), "", ""])
+        rows.append([name, *cells, f"{figures['threshold']:.3f}", f"{figures['positives']} of {known}", _left_out(figures)])
+    rows.append(["mean", *(_cell(metrics, mean) if mean else "" for _, mean in columns.values()), "", "", ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [*lines, f"exact match {_cell(metrics, 'exact_match')}"]
+
+
+def _left_out(figures: Mapping[str, Any]) -> str:
+    positives, negatives = (sum(figures["left_out"][kind].values()) for kind in ("positives", "negatives"))
+    return f"{positives} pos., {negatives} neg." if positives or negatives else "0"
 
 
 def _cell(figures: Mapping[str, Any], name: str) -> str:

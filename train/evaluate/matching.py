@@ -1,75 +1,46 @@
-"""Predictions and labels read from tables and joined row by row; what does not match is counted."""
+"""Predictions joined to labels row by row; what is left out is counted by class, by label and by reason."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
-from mammostream.common.errors import BadInput, first_line
-from mammostream.common.files import read_csv, read_parquet
-from mammostream.preprocess.reading import IMAGE_SUFFIXES
-from mammostream.shards.manifest import LABEL_PREFIX
-from mammostream.train.levels.aggregation import PROBABILITY, aggregate
-
-_IDENTITY = ("key", "image_id", "patient_id", "laterality")
-
-_BREAST = ["patient_id", "laterality"]
-
-_ENDINGS = (*IMAGE_SUFFIXES, ".jpg", ".jpeg")
+from mammostream.common.errors import BadInput
+from mammostream.shards.identity import (
+    ENDINGS,
+    clean_ids,
+    clean_patients,
+    clean_sides,
+    film_of_tile,
+    key_of_path,
+    known_breast,
+)
+from mammostream.train.evaluate.reading import BREAST_COLUMNS, HINT, Predictions, read_label_table
+from mammostream.train.levels.aggregation import PROBABILITY, TOP_TILES, aggregate
+from mammostream.train.levels.calibration import BREAST, IMAGE, TILE
+from mammostream.train.levels.labels import labels_of_units
 
 UNMATCHED = ("labels_without_prediction", "predictions_without_label")
+FAILED, CONFLICTING, ABSENT = "failed prediction", "conflicting predictions", "no prediction"
 
 NOTES = {
     "labels_without_name": "{} rows of the labels name nothing: left out",
     "predictions_without_name": "{} rows of the predictions name nothing: left out",
-    "rows_without_label": "{} rows of the labels have no label at all: left out",
+    "rows_without_label": "{} rows of the labels have no label at all",
     "failed_predictions": "{} rows of the predictions have no probability: left out",
-    "repeated_labels": "{} labels stand there again with the same content: counted once",
-    "conflicting_labels": "{} names stand in the labels with different content: left out",
-    "repeated_predictions": "{} predictions stand there again with the same content: counted once",
-    "conflicting_predictions": "{} names stand in the predictions with different content: left out",
+    "repeated_labels": "{} labels are repeated with the same content: counted once",
+    "combined_labels": "{} names have rows of labels that differ: positive if one is, negative if all are, missing otherwise",
+    "repeated_predictions": "{} predictions are repeated with the same content: counted once",
+    "conflicting_predictions": "{} names have predictions with different content: left out",
     "labels_without_prediction": "{} labels have no prediction (the first: {})",
     "predictions_without_label": "{} predictions have no label (the first: {})",
     "unknown_patients": "the patients of {} rows are unknown: each of their images counts as its own patient",
 }
-_POSITION = re.compile(r"_y\d+_x\d+$")
-
-_HINT = "give a predictions.parquet, image_predictions.parquet or breast_predictions.parquet, or a JSON, that 'infer' wrote"
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a predictions file says.
-
-    Attributes
-    ----------
-    table
-        Identities as text ("" where missing) and a column ``prob:<class>`` a class.
-    level
-        What a row is: ``tile``, ``image`` or ``breast``.
-    thresholds
-        Class -> the threshold that the file records; a class may be missing.
-    model_sha256
-        Hash of the model that predicted, where the file records it.
-    """
-
-    table: pd.DataFrame
-    level: str
-    thresholds: dict[str, float]
-    model_sha256: str | None
-
-    @property
-    def class_names(self) -> list[str]:
-        """The predicted classes."""
-        return [c.removeprefix(PROBABILITY) for c in self.table.columns if c.startswith(PROBABILITY)]
 
 
 @dataclass(frozen=True)
@@ -84,10 +55,14 @@ class Matched:
         C names.
     patients
         (N,) patient of each row; the image where the patient is unknown.
+    seen
+        (N,) what the model was fitted on each row's patient for, "" for nothing; None if nothing is known.
     level
         What a row is: ``tile``, ``image`` or ``breast``.
     counts
         What matched and what did not, by name.
+    left_out
+        Class -> ``positives`` and ``negatives`` -> reason -> number of labels that are not judged.
     notes
         The same for people, a line each, where it is not 0.
     """
@@ -96,51 +71,11 @@ class Matched:
     probabilities: np.ndarray
     class_names: list[str]
     patients: np.ndarray
+    seen: np.ndarray | None
     level: str
     counts: dict[str, int]
+    left_out: dict[str, dict[str, dict[str, int]]]
     notes: list[str]
-
-
-def read_predictions(path: Path, score: str = "max") -> Predictions:
-    """Read predictions of tiles, images or breasts from Parquet, CSV or JSON.
-
-    Parameters
-    ----------
-    path
-        A table with ``prob:<class>`` (tiles) or ``max:<class>``, ``top3:<class>`` and ``noisy_or:<class>`` (images and
-        breasts), or a JSON with the probabilities of each tile or image.
-    score
-        Which to take of images and breasts: ``max``, ``noisy_or``, or ``top3`` and the like.
-
-    Raises
-    ------
-    BadInput
-        No such file, no identities or probabilities in it, or values that are no probabilities.
-    """
-    facts: dict[str, Any] = {}
-    if path.suffix == ".json":
-        frame, facts = _read_json(path)
-    elif path.suffix == ".csv":
-        frame = read_csv(path, "predictions")
-    else:
-        frame = read_parquet(path, "predictions", _HINT)
-        facts = json.loads((pq.read_schema(path).metadata or {}).get(b"mammostream", b"{}"))
-    prefix = next((p for p in (PROBABILITY, f"{score}:") if any(str(c).startswith(p) for c in frame.columns)), None)
-    level = "tile" if "key" in frame else "image" if "image_id" in frame else "breast" if {*_BREAST} <= {*frame} else None
-    if prefix is None or level is None:
-        have = ", ".join(map(str, frame.columns))
-        raise BadInput(f"predictions {path} name no probabilities of tiles, images or breasts (columns: {have}); {_HINT}")
-    scores = {c: PROBABILITY + c.removeprefix(prefix) for c in frame.columns if c.startswith(prefix)}
-    identities = [c for c in _IDENTITY if c in frame]
-    table = frame[[*identities, *scores]].rename(columns=scores)
-    for name in identities:
-        table[name] = _text(table[name])
-    for name in scores.values():
-        table[name] = pd.to_numeric(table[name], errors="coerce").astype(np.float64)
-        wrong = table.loc[~(table[name].between(0, 1) | table[name].isna()), name]
-        if len(wrong):
-            raise BadInput(f"predictions {path}, column '{name}': {wrong.iloc[0]:g} is not a probability between 0 and 1")
-    return Predictions(table, level, _recorded_thresholds(facts, scores.values()), facts.get("model_sha256"))
 
 
 def match_labels(
@@ -150,13 +85,14 @@ def match_labels(
 
     Rows join by ``tile_path`` (its file name without ending is a tile's key; a folder decides between tiles of one name), else
     by ``image_id``, else by ``patient_id`` and ``laterality``, whichever both have. Tiles are gathered by image where the
-    labels are of images. Classes are columns of their name, or ``label:<name>`` as in a manifest. A row that stands there
-    twice with the same content counts once; with different content, not at all.
+    labels are of images, and labels of tiles by image where the predictions are of images. Classes are columns of their name,
+    or ``label:<name>`` as in a manifest. Rows of labels with one name, such as the two views of a breast, are combined:
+    positive if one is positive, negative if all are, missing otherwise. Nothing is left out because of its label.
 
     Parameters
     ----------
     predictions
-        What :func:`read_predictions` gave.
+        What :func:`mammostream.train.evaluate.reading.read_predictions` gave.
     labels_path
         CSV, or Parquet such as a manifest, of 1, 0 and empty cells.
     patient_column
@@ -169,45 +105,36 @@ def match_labels(
     BadInput
         No such file, no common class, a label that is not 0, 1 or empty, or no row that matches.
     """
-    labels, class_names = _read_label_table(labels_path, predictions.class_names)
-    table, level = predictions.table, predictions.level
-    if "tile_path" in labels and level != "breast":
-        label_names, names = _tile_names(_text(labels["tile_path"]), table)
-    elif "image_id" in labels and "image_id" in table:
-        if level == "tile":
-            table, level = _gather_images(table, score), "image"
-        label_names, names = _text(labels["image_id"]), table["image_id"]
-    elif {*_BREAST} <= {*labels} and level == "breast":
-        label_names, names = (_breast_names(_text(f["patient_id"]), _text(f["laterality"])) for f in (labels, table))
-    else:
-        raise BadInput(
-            f"labels {labels_path} do not name {level}s, as the predictions do: give tile_path for tiles, image_id for images, "
-            f"patient_id and laterality for breasts; their columns are: {', '.join(map(str, labels.columns))}"
-        )
+    labels, class_names = read_label_table(labels_path, predictions.class_names)
+    table, level, label_names, names = _names(predictions, labels, labels_path, score)
     labels, table = labels.assign(_join=label_names), table.assign(_join=names)
+    labels["_patient"] = clean_patients(labels[patient_column]) if patient_column in labels else ""
 
     counts: dict[str, int] = {}
     scores = [PROBABILITY + name for name in class_names]
     labels, counts["labels_without_name"] = _keep(labels, labels["_join"] != "")
     table, counts["predictions_without_name"] = _keep(table, table["_join"] != "")
-    labels, counts["rows_without_label"] = _keep(labels, labels[class_names].notna().any(axis=1))
+    labels, rows = _combined(labels, class_names)
+    counts |= rows
+    failed = table.loc[table[scores].isna().any(axis=1), "_join"]
     table, counts["failed_predictions"] = _keep(table, table[scores].notna().all(axis=1))
-    labels, counts["repeated_labels"], counts["conflicting_labels"] = _once(labels, class_names)
-    table, counts["repeated_predictions"], counts["conflicting_predictions"] = _once(table, scores)
+    table, counts["repeated_predictions"], conflicting = _once(table, scores)
+    counts["conflicting_predictions"] = len(conflicting)
     unpredicted, unlabelled = ~labels["_join"].isin(table["_join"]), ~table["_join"].isin(labels["_join"])
     counts["labels_without_prediction"], counts["predictions_without_label"] = int(unpredicted.sum()), int(unlabelled.sum())
     if unlabelled.all():
         named = " and ".join(repr(n.iloc[0]) if len(n) else "nothing" for n in (label_names, names))
         why = "".join(f"; {NOTES[name].format(n)}" for name, n in counts.items() if n and name not in UNMATCHED)
         raise BadInput(
-            f"no label of {labels_path} belongs to a prediction (the first of each: {named}){why}; {_HINT} for these {level}s"
+            f"no label of {labels_path} belongs to a prediction (the first of each: {named}){why}; {HINT} for these {level}s"
         )
-    labels = labels.assign(_patient=_text(labels[patient_column]) if patient_column in labels else "")
     joined = table.merge(labels[["_join", "_patient", *class_names]], on="_join")
     counts["matched"] = len(joined)
     patients, counts["unknown_patients"] = _patients(joined)
+    lost = labels[unpredicted]
+    reasons = np.select([lost["_join"].isin(failed), lost["_join"].isin(conflicting)], [FAILED, CONFLICTING], ABSENT)
     examples = {
-        "labels_without_prediction": labels["_join"][unpredicted].head(1).tolist(),
+        "labels_without_prediction": lost["_join"].head(1).tolist(),
         "predictions_without_label": table["_join"][unlabelled].head(1).tolist(),
     }
     return Matched(
@@ -215,69 +142,44 @@ def match_labels(
         joined[scores].to_numpy(np.float64),
         class_names,
         patients,
+        joined["seen"].to_numpy(str) if "seen" in joined else None,
         level,
         counts,
+        {name: _lost(lost[name], reasons) for name in class_names},
         [NOTES[name].format(n, *examples.get(name, ())) for name, n in counts.items() if n and name != "matched"],
     )
 
 
-def _recorded_thresholds(facts: Mapping[str, Any], columns: Iterable[str]) -> dict[str, float]:
-    """Return the thresholds by class that a file records: one for all, a list next to ``class_names``, or by class."""
-    if "threshold" in facts:
-        return {column.removeprefix(PROBABILITY): facts["threshold"] for column in columns}
-    thresholds = facts.get("thresholds") or {}
-    if not isinstance(thresholds, Mapping):
-        thresholds = dict(zip(facts.get("class_names", ()), thresholds, strict=False))
-    return {name: threshold for name, threshold in thresholds.items() if threshold is not None}
-
-
-def _read_json(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Read a JSON that ``infer`` writes, of tiles, images or breasts, or the list of images that the guide's script writes."""
-    if not path.is_file():
-        raise BadInput(f"predictions {path} does not exist; {_HINT}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        facts = value if isinstance(value, dict) else {}
-        records = next(facts[name] for name in ("tiles", "images", "breasts") if name in facts) if facts else value
-        rows = [_json_row(record) for record in records]
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise BadInput(f"predictions {path} cannot be read as JSON of images ({first_line(error)}); {_HINT}") from error
-    return pd.DataFrame(rows), facts
-
-
-def _json_row(record: Mapping[str, Any]) -> dict[str, Any]:
-    scores = record.get("probabilities", record.get("predictions", {}))
-    names = [c for c in _IDENTITY if c in record] or ["image" if "image" in record else "image_path"]
-    row = {name if name in _IDENTITY else "image_id": record[name] for name in names}
-    columns = {name: value for name, value in record.items() if ":" in name}  # max:<class> and so on
-    return row | columns | {PROBABILITY + name: p for name, p in scores.items()}
-
-
-def _read_label_table(path: Path, predicted: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
-    """Return the labels with the predicted classes as float columns of their plain names, and those classes."""
-    if path.suffix == ".parquet":
-        frame = read_parquet(path, "labels", "give a CSV or Parquet with a 0/1 column a class")
-    else:
-        frame = read_csv(path, "labels CSV")
-    found = {name: next((c for c in (name, LABEL_PREFIX + name) if c in frame.columns), None) for name in predicted}
-    class_names = [name for name, column in found.items() if column is not None]
-    if not class_names:
-        have = ", ".join(map(str, frame.columns))
-        raise BadInput(f"labels {path} have none of the predicted classes ({', '.join(predicted)}); their columns are: {have}")
-    for name in class_names:
-        values = pd.to_numeric(frame[found[name]], errors="coerce")
-        wrong = frame.index[~(values.isin([0, 1]) | frame[found[name]].isna())]
-        if len(wrong):
-            cell = str(frame.loc[wrong[0], found[name]])
-            raise BadInput(
-                f"labels {path} line {wrong[0] + 2}, column '{found[name]}': {cell!r} is not 0, 1 or empty; correct it"
-            )
-        frame[name] = values.astype(np.float64)
-    return frame, class_names
+def _names(
+    predictions: Predictions, labels: pd.DataFrame, path: Path, score: str
+) -> tuple[pd.DataFrame, str, pd.Series, pd.Series]:
+    """Return the predictions at the labels' level, that level, and what labels and predictions join by."""
+    table, level = predictions.table, predictions.level
+    if "tile_path" in labels and level != BREAST:
+        label_names, names = _tile_names(clean_ids(labels["tile_path"]), table)
+        if level == IMAGE and not label_names.isin(names).any():
+            films = [film_of_tile(path) or "" for path in clean_ids(labels["tile_path"])]
+            named = clean_ids(labels["image_id"]) if "image_id" in labels else pd.Series("", labels.index)
+            label_names, names = named.where(named != "", films), table["image_id"]
+        return table, level, label_names, names
+    if "image_id" in labels and "image_id" in table:
+        if level == TILE:
+            table, level = _gather_images(predictions, score), IMAGE
+        return table, level, clean_ids(labels["image_id"]), table["image_id"]
+    if {*BREAST_COLUMNS} <= {*labels} and level == BREAST:
+        sides = pd.Series(
+            known_breast(clean_patients(labels["patient_id"]).to_numpy(str), clean_sides(labels["laterality"]).to_numpy(str)),
+            labels.index,
+        )
+        return table, level, sides, pd.Series(known_breast(*(table[c].to_numpy(str) for c in BREAST_COLUMNS)), table.index)
+    raise BadInput(
+        f"labels {path} do not name {level}s, as the predictions do: give tile_path for tiles, image_id for images, "
+        f"patient_id and laterality for breasts; their columns are: {', '.join(map(str, labels.columns))}"
+    )
 
 
 def _tile_names(tile_paths: pd.Series, table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Return what labels' paths and tiles join by: the file name without ending; with folders where those names repeat."""
+    """Return what labels' paths and tiles join by: the file name as a key; with folders where those names repeat."""
     names = table["key"] if "key" in table else table["image_id"]
     depth = 1
     if (
@@ -289,22 +191,23 @@ def _tile_names(tile_paths: pd.Series, table: pd.DataFrame) -> tuple[pd.Series, 
     return tile_paths.map(lambda p: _tail(p, depth)), names.map(lambda n: _tail(n, depth))
 
 
-def _breast_names(patients: pd.Series, sides: pd.Series) -> pd.Series:
-    return (patients + " " + sides).where((patients != "") & (sides != ""), "")
-
-
 def _tail(path: str, parts: int) -> str:
-    """Return the last parts of a path, without an image's ending."""
-    ending = next((suffix for suffix in _ENDINGS if path.lower().endswith(suffix)), "")
-    return "/".join(path[: len(path) - len(ending)].split("/")[-parts:])
+    """Return the last parts of a path as a key, without an image's ending; "" for no path."""
+    return key_of_path("/".join(path.split("/")[-parts:])) if path else ""
 
 
-def _gather_images(table: pd.DataFrame, score: str) -> pd.DataFrame:
-    by = [c for c in ("image_id", "patient_id") if c in table]
-    scores = [c.removeprefix(PROBABILITY) for c in table.columns if c.startswith(PROBABILITY)]
+def _gather_images(predictions: Predictions, score: str) -> pd.DataFrame:
+    """Return the tiles' scores by image, calibrated if there is a calibration of images."""
+    table = predictions.table
+    by = [c for c in ("image_id", "patient_id", "seen") if c in table]
+    names = predictions.class_names
     top = re.fullmatch(r"top(\d+)", score)
-    images = aggregate(table, by, int(top[1])) if top else aggregate(table, by)
-    return images[[*by, *(f"{score}:{c}" for c in scores)]].rename(columns={f"{score}:{c}": PROBABILITY + c for c in scores})
+    calibration = predictions.calibration(IMAGE, score, names)
+    images = aggregate(table, by, int(top[1]) if top else TOP_TILES, {score: calibration} if calibration else None)
+    images = images[[*by, *(f"{score}:{c}" for c in names)]].rename(columns={f"{score}:{c}": PROBABILITY + c for c in names})
+    # Images none of whose tiles could be read are failed predictions, not images that nobody predicted.
+    lost = table[~table["image_id"].isin(images["image_id"])].drop_duplicates("image_id")[by]
+    return pd.concat([images, lost], ignore_index=True)
 
 
 def _patients(joined: pd.DataFrame) -> tuple[np.ndarray, int]:
@@ -313,9 +216,9 @@ def _patients(joined: pd.DataFrame) -> tuple[np.ndarray, int]:
     patients = patients.where(patients != "", joined["_patient"])
     unknown = patients == ""
     # Tiles of a folder have their own path for an image; those of one film differ in their position.
-    images = joined["_join"].str.replace(_POSITION, "", regex=True)
+    images = joined["_join"].map(lambda name: film_of_tile(name) or name)
     if "image_id" in joined and "key" in joined:
-        whole = ~joined["image_id"].map(lambda i: i.lower().endswith(_ENDINGS))
+        whole = ~joined["image_id"].map(lambda i: i.lower().endswith(ENDINGS))
         images = images.where(~whole, joined["image_id"])
     return ("patient:" + patients).where(~unknown, "image:" + images).to_numpy(str), int(unknown.sum())
 
@@ -324,13 +227,32 @@ def _keep(frame: pd.DataFrame, kept: pd.Series) -> tuple[pd.DataFrame, int]:
     return frame[kept], int((~kept).sum())
 
 
-def _once(frame: pd.DataFrame, values: list[str]) -> tuple[pd.DataFrame, int, int]:
-    """Return one row a name, how many repeated another, and how many names were dropped for contradicting themselves."""
+def _combined(labels: pd.DataFrame, class_names: Sequence[str]) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Return one row per name with a label, and how many rows had none, repeated another or were combined with others."""
+    empty = int(labels[class_names].isna().all(axis=1).sum())
+    distinct = labels.drop_duplicates(["_join", *class_names])
+    repeated = len(labels) - len(distinct)
+    combined = int(distinct.loc[distinct["_join"].duplicated(), "_join"].nunique())
+    names, first, units = np.unique(labels["_join"].to_numpy(str), return_index=True, return_inverse=True)
+    values = labels_of_units(labels[class_names].to_numpy(np.float64), units)
+    frame = pd.DataFrame(values, columns=list(class_names)).assign(_join=names, _patient=labels["_patient"].to_numpy()[first])
+    frame = frame.iloc[np.argsort(first)].reset_index(drop=True)  # in the order of the file
+    kept = frame[class_names].notna().any(axis=1)
+    return frame[kept], {"rows_without_label": empty, "repeated_labels": repeated, "combined_labels": combined}
+
+
+def _once(frame: pd.DataFrame, values: list[str]) -> tuple[pd.DataFrame, int, set[str]]:
+    """Return one row per name, how many repeated another, and the names that were left out for contradicting themselves."""
     distinct = frame.drop_duplicates(["_join", *values])
     contradicting = distinct["_join"].duplicated(keep=False)
-    dropped = distinct.loc[contradicting, "_join"].nunique()
-    return distinct[~contradicting], len(frame) - len(distinct), dropped
+    return distinct[~contradicting], len(frame) - len(distinct), set(distinct.loc[contradicting, "_join"])
 
 
-def _text(values: pd.Series) -> pd.Series:
-    return values.astype(object).where(values.notna(), "").astype(str)
+def _lost(labels: pd.Series, reasons: np.ndarray) -> dict[str, dict[str, int]]:
+    """Return how many positive and negative labels are not judged, by reason."""
+    return {
+        kind: {
+            str(r): int(n) for r, n in zip(*np.unique(reasons[(labels == value).to_numpy()], return_counts=True), strict=True)
+        }
+        for kind, value in (("positives", 1), ("negatives", 0))
+    }

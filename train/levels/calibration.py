@@ -51,6 +51,13 @@ class Calibration:
         """Return the probabilities (N, C), float64, of logits (N, C)."""
         return expit(self.slope * np.asarray(logits, np.float64) + self.intercept)
 
+    def take(self, classes: Sequence[int]) -> Calibration:
+        """Return the calibration of some of the classes, in this order."""
+        rows = list(classes)
+        pick = ((getattr(self, name) or (0,) * len(self.fits)) for name in ("thresholds", "fits", "positives", "negatives"))
+        lists: list[Any] = [tuple(values[row] for row in rows) for values in pick]
+        return Calibration(self.slope[rows], self.intercept[rows], *lists)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain lists, for checkpoints and JSON."""
         lists = {name: list(getattr(self, name)) for name in ("thresholds", "fits", "positives", "negatives")}

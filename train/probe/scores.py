@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from mammostream.train.levels.labels import labels_of_units
 from mammostream.train.probe.labelled import Fold, ProbeSet, draw_share
 
 SHARES = (0.01, 0.1, 1.0)
@@ -107,15 +108,18 @@ def score_tiles(
 def gather(
     labels: np.ndarray, scores: np.ndarray, units: np.ndarray, patients: np.ndarray, folds: np.ndarray, top: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Aggregate tiles by image or breast: the mean of its `top` highest scores; positive if one of its tiles is.
+    """Aggregate tiles by image or breast: the mean of its `top` highest scores, and the label that its tiles' labels give.
 
-    Tiles without a unit, a label or a score are left out. Returns labels, scores, patients and folds of the units.
+    See :func:`mammostream.train.levels.labels.labels_of_units`. Tiles without a unit or a score are left out, and units without
+    a label. Returns labels, scores, patients and folds of the units.
     """
-    kept = (units != "") & ~np.isnan(labels) & ~np.isnan(scores)
-    frame = pd.DataFrame({"unit": units, "label": labels, "score": scores, "patient": patients, "fold": folds})[kept]
-    groups = frame.groupby("unit")
+    kept = (units != "") & ~np.isnan(scores)
+    frame = pd.DataFrame({"unit": units, "score": scores, "patient": patients, "fold": folds})[kept]
+    names, numbers = np.unique(units[kept], return_inverse=True)
     highest = frame.sort_values("score", ascending=False, kind="stable").groupby("unit").head(top)
-    table = groups[["label", "patient", "fold"]].max().assign(score=highest.groupby("unit")["score"].mean())
+    table = frame.groupby("unit")[["patient", "fold"]].max().assign(score=highest.groupby("unit")["score"].mean())
+    table["label"] = pd.Series(labels_of_units(labels[kept, None], numbers)[:, 0] if len(names) else [], names, dtype=float)
+    table = table[table["label"].notna()]
     return tuple(table[name].to_numpy() for name in ("label", "score", "patient", "fold"))
 
 

@@ -13,9 +13,12 @@ import pytest
 from mammostream.common.errors import BadInput
 from mammostream.common.files import sha256_file
 from mammostream.models.checkpoints import load_checkpoint, save_checkpoint
+from mammostream.train.evaluate.doubts import warnings
 from mammostream.train.evaluate.evaluate import choose_thresholds
-from mammostream.train.evaluate.matching import match_labels, read_predictions
+from mammostream.train.evaluate.matching import match_labels
 from mammostream.train.evaluate.metrics import evaluate_predictions
+from mammostream.train.evaluate.reading import read_predictions, with_model
+from mammostream.train.levels.calibration import Calibration, plain
 from mammostream.train.report.report import write_report
 
 MASS, CALC = "prob:mass", "prob:calc"
@@ -86,7 +89,7 @@ def test_evaluation_gives_the_figures_of_the_trainings_own_validation(finetuned,
     wanted = json.loads((finetuned.finetuned / "metrics.json").read_text())
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     for name in finetuned.classes:
-        for figure in wanted["per_class"][name].keys() - {"intervals"}:
+        for figure in wanted["per_class"][name].keys() - {"intervals", "calibration"}:
             assert metrics["per_class"][name][figure] == pytest.approx(wanted["per_class"][name][figure], abs=1e-4), figure
     for figure in ("mean_auc", "mean_ap", "exact_match", "brier", "ece"):
         assert metrics[figure] == pytest.approx(wanted[figure], abs=1e-4), figure
@@ -151,18 +154,26 @@ def test_what_does_not_match_is_counted_and_said(files):
         "rows_without_label": 1,
         "failed_predictions": 1,
         "repeated_labels": 1,
-        "conflicting_labels": 1,
+        "combined_labels": 1,
         "repeated_predictions": 1,
         "conflicting_predictions": 1,
         "labels_without_prediction": 3,  # the failed one, the contradictory one, the one elsewhere
-        "predictions_without_label": 3,  # of the contradictory label, of the empty one, of the one renamed
-        "matched": 5,
+        "predictions_without_label": 2,  # of the empty label, of the one renamed
+        "matched": 6,
         "unknown_patients": 0,
     }
-    keep = [1, 3, 7, 8, 9]
+    keep = [1, 3, 4, 7, 8, 9]
+    labels.loc[4, "mass"] = 1  # in one of its two rows
     assert_rows(matched, labels.loc[keep, ["mass", "calc"]], tiles.loc[keep, [MASS, CALC]])
     assert len(matched.notes) == 10
     assert any("3 labels have no prediction (the first: film0_y0_x0)" in note for note in matched.notes)
+    lost = {"failed prediction": 0, "conflicting predictions": 2, "no prediction": 6}
+    for name in ("mass", "calc"):
+        found = matched.left_out[name]
+        for reason, row in lost.items():
+            value = "positives" if labels.loc[row, name] == 1 else "negatives"
+            assert found[value][reason] == 1
+        assert sum(sum(reasons.values()) for reasons in found.values()) == 3
 
 
 def test_one_row_and_degenerate_classes_are_undefined_not_guessed(files, mammostream, tmp_path):
@@ -274,7 +285,7 @@ def test_json_of_images(ours, files):
     assert_rows(matched, [[0], [0], [1]], [[0], [0.25], [0.5]])
     assert matched.counts["labels_without_prediction"] == 1
     assert set(matched.patients) == {"patient:a", "patient:b"}
-    assert choose_thresholds(read_predictions(paths[0]), ["mass"], None, None)[0] == [0.3 if ours else None]
+    assert choose_thresholds(read_predictions(paths[0]), ["mass"], "image")[0] == [0.3 if ours else None]
 
 
 def test_tile_images_join_by_name_and_by_folder_where_names_repeat(files):
@@ -308,23 +319,149 @@ def test_patients_come_from_the_predictions_the_labels_or_are_unknown(files):
 
 def test_thresholds_are_given_or_the_models_or_the_files_or_half(files, finetuned, tmp_path):
     tiles, labels = make_tiles()
-    plain = read_predictions(files(tiles, labels)[0])
-    assert choose_thresholds(plain, ["mass", "calc"], None, None)[0] == [None, None]
-    for recorded in ({"mass": 0.4, "calc": None}, [0.4, None]):
+    bare = read_predictions(files(tiles, labels)[0])
+    assert choose_thresholds(bare, ["mass", "calc"], "tile") == ([None, None], "none fitted: 0.5")
+    for recorded in ({"mass": 0.4, "calc": None}, [0.4, None]):  # by earlier versions
         path, _ = files(tiles, labels, "own.parquet", {"thresholds": recorded, "class_names": ["mass", "calc"]})
         own = read_predictions(path)
-        assert choose_thresholds(own, ["calc", "mass"], None, None) == ([None, 0.4], "the predictions")
-        assert choose_thresholds(own, ["calc", "mass"], 0.7, None)[0] == [0.7, 0.7]
+        assert choose_thresholds(own, ["calc", "mass"], "tile") == ([None, 0.4], "the predictions")
+        assert choose_thresholds(own, ["calc", "mass"], "tile", 0.7)[0] == [0.7, 0.7]
+        chosen, why = choose_thresholds(own, ["calc", "mass"], "image")
+        assert chosen == [None, None]
+        assert "has thresholds of tiles only, which do not hold for images" in why
 
     checkpoint = load_checkpoint(finetuned.finetuned / "final_classification_model.pth", "classifier")
     model = tmp_path / "model.pth"
-    save_checkpoint(model, checkpoint | {"class_names": ["calc", "mass"], "thresholds": [0.2, None]})
-    assert choose_thresholds(own, ["mass", "calc"], None, model)[0] == [None, 0.2]
+    checkpoint |= {"class_names": ["calc", "mass"], "thresholds": [0.2, None], "calibration": None}
+    save_checkpoint(model, checkpoint)
+    assert choose_thresholds(with_model(own, model), ["mass", "calc"], "tile")[0] == [None, 0.2]
     of_it, _ = files(tiles, labels, "of_it.parquet", {"model_sha256": sha256_file(model)})
-    assert choose_thresholds(read_predictions(of_it), ["calc"], None, model)[0] == [0.2]
+    assert choose_thresholds(with_model(read_predictions(of_it), model), ["calc"], "tile")[0] == [0.2]
     other, _ = files(tiles, labels, "other.parquet", {"model_sha256": "0" * 64})
     with pytest.raises(BadInput, match="the predictions are not of"):
-        choose_thresholds(read_predictions(other), ["calc"], None, model)
+        with_model(read_predictions(other), model)
+
+
+def levels_of(**thresholds):
+    """Calibrations that leave probabilities as they are at tiles, and halve the odds of images."""
+    identity, half = np.zeros(2), np.full(2, np.log(0.5))
+    counts = ((9, 9), (9, 9))
+    one = Calibration(np.ones(2), identity, (0.3, 0.4), ("fitted",) * 2, *counts)
+    image = Calibration(np.ones(2), half, thresholds.get("image", (0.6, 0.7)), ("fitted",) * 2, *counts)
+    return {"tile": {"prob": one}, "image": {"max": image, "top3": image}, "breast": {"max": image}}
+
+
+def test_each_level_has_its_own_thresholds_and_probabilities(files):
+    tiles, _ = make_tiles()
+    facts = {"calibration": plain(levels_of()), "class_names": ["calc", "mass"], "thresholds": {"calc": 0.3, "mass": 0.4}}
+    labels = pd.DataFrame({"image_id": [f"film{i}" for i in range(4)], "mass": [0, 1, 0, 1]})
+    path, labels_path = files(tiles, labels, facts=facts)
+    predictions = read_predictions(path)
+    assert choose_thresholds(predictions, ["mass", "calc"], "tile") == ([0.4, 0.3], "the predictions")
+    assert choose_thresholds(predictions, ["mass", "calc"], "image")[0] == [0.7, 0.6]
+    assert choose_thresholds(predictions, ["mass"], "breast")[0] == [0.7]
+    matched = match_labels(predictions, labels_path)
+    best = tiles.groupby("image_id")[MASS].max()
+    assert_rows(matched, labels[["mass"]], (best / (2 - best)).to_numpy()[:, None])  # odds halved
+    nothing = read_predictions(path, "noisy_or")
+    assert choose_thresholds(nothing, ["mass"], "image")[0] == [None]
+
+
+# ---------------------------------------------------------------- who is counted
+
+
+def test_a_breast_is_positive_where_one_view_is(files):
+    """Of breasts whose two views disagree, all were left out once: 34 of 83 positives, and an AUC of 0.967 for 0.831."""
+    rng = np.random.default_rng(0)
+    breasts = pd.DataFrame({"patient_id": np.repeat(np.arange(100), 2), "laterality": ["L", "R"] * 100})
+    positive = rng.random(200) < 0.4
+    both = positive & (rng.random(200) < 0.6)
+    views = pd.concat([breasts.assign(view="CC", mass=positive.astype(int)), breasts.assign(view="MLO", mass=both.astype(int))])
+    score = np.clip(0.3 * positive + 0.3 * both + 0.5 * rng.random(200), 0, 1)  # one view alone is harder to see
+    paths = files(breasts.assign(**{"max:mass": score}), views)
+    matched = match(paths)
+    assert len(matched.labels) == 200
+    assert matched.labels.sum() == positive.sum()
+    assert matched.counts["combined_labels"] == (positive & ~both).sum() > 20
+    assert matched.left_out == {"mass": {"positives": {}, "negatives": {}}}
+    assert warnings(matched) == []
+    found = evaluate_predictions(matched.labels, matched.probabilities, ["mass"], matched.patients, bootstrap=0)
+    agree = ~(positive & ~both)
+    flattered = evaluate_predictions(positive[agree, None].astype(float), score[agree, None], ["mass"], np.arange(agree.sum()))
+    assert found["per_class"]["mass"]["auc"] < flattered["per_class"]["mass"]["auc"] - 0.02
+
+
+def test_a_missing_view_leaves_a_breast_unlabelled_unless_the_other_is_positive(files):
+    predictions = pd.DataFrame({"patient_id": ["1", "1"], "laterality": ["L", "R"], "max:mass": [0.1, 0.8]})
+    labels = pd.DataFrame({"patient_id": ["1"] * 4, "laterality": ["left", "left", "R", "R"], "mass": [0, None, 1, None]})
+    matched = match(files(predictions, labels))
+    assert_rows(matched, [[1]], [[0.8]])
+
+
+def test_what_is_left_out_is_warned_of_by_class_and_reason(files, mammostream, tmp_path):
+    tiles, labels = make_tiles(40)
+    labels["mass"] = ([1] * 10 + [0] * 30)[: len(labels)]
+    tiles.loc[[0, 1], [MASS, CALC]] = np.nan  # two positives cannot be read
+    paths = files(tiles.drop(index=30), labels)
+    outcome = mammostream(f"evaluate --predictions {paths[0]} --labels {paths[1]} --output-dir {tmp_path}/out")
+    first = outcome.out.splitlines()[0]
+    assert first.startswith("warning: mass: 2 of 10 positive and 1 of 30 negative tiles are not judged (")
+    assert "2 failed prediction" in first
+    assert "1 no prediction" in first
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["warnings"][0] == first
+    assert metrics["per_class"]["mass"]["left_out"] == {
+        "positives": {"failed prediction": 2},
+        "negatives": {"no prediction": 1},
+    }
+    assert any("2 pos., 1 neg." in line for line in outcome.out.splitlines() if line.startswith("mass"))
+    few = files(tiles[2:], labels[10:])
+    outcome = mammostream(f"evaluate --predictions {few[0]} --labels {few[1]}")
+    assert outcome.out.startswith("warning: 8 of 38 predicted tiles have no label and are not judged")
+
+
+def test_images_whose_tiles_all_failed_are_failed_predictions(files):
+    tiles, _ = make_tiles()
+    tiles.loc[tiles["image_id"] == "film2", [MASS, CALC]] = np.nan
+    labels = pd.DataFrame({"image_id": [f"film{i}" for i in range(4)], "mass": [0, 1, 1, 1]})
+    matched = match(files(tiles, labels))
+    assert matched.left_out["mass"] == {"positives": {"failed prediction": 1}, "negatives": {}}
+
+
+def test_labels_of_tiles_give_those_of_predicted_images(files):
+    images = pd.DataFrame({"image_id": ["1.2.840", "b", "c"], "max:mass": [0.1, 0.8, 0.3]})
+    labels = pd.DataFrame(
+        {
+            "tile_path": ["1%2E2%2E840_y0_x0", "1.2.840_y0_x64.png", "b_y0_x0", "b_y0_x64", "c_y0_x0", "c_y0_x64"],
+            "mass": [0, 0, 0, 1, 0, None],
+        }
+    )
+    matched = match(files(images, labels))
+    assert matched.level == "image"
+    assert_rows(matched, [[0], [1]], [[0.1], [0.8]])  # one tile of c might be positive
+
+
+def test_ids_that_are_spelled_otherwise_join(files):
+    predictions = pd.DataFrame({"patient_id": ["10006", "P2"], "laterality": ["L", "R"], "max:mass": [0.1, 0.8]})
+    labels = pd.DataFrame({"patient_id": ["10006.0", " P2"], "laterality": ["LEFT", "right"], "mass": [0, 1]})
+    assert_rows(match(files(predictions, labels)), [[0], [1]], [[0.1], [0.8]])
+
+
+def test_patients_that_the_model_knows_are_warned_of(files, mammostream, tmp_path):
+    tiles, labels = make_tiles()
+    tiles["seen"] = np.where(tiles["patient_id"] == "P0", "trained", "validated")
+    paths = files(tiles, labels)
+    outcome = mammostream(f"evaluate --predictions {paths[0]} --labels {paths[1]} --output-dir {tmp_path}/out")
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith(
+        "warning: the model was trained on 1 of these 2 patients (12 of 24 tiles): the figures are flattered"
+    )
+    assert lines[1].startswith("warning: the model was chosen and calibrated on 1 of these 2 patients (12 of 24 tiles)")
+    seen = json.loads((tmp_path / "out/metrics.json").read_text())["seen"]
+    assert seen["trained"] == seen["validated"] == {"rows": 12, "patients": 1}
+    assert seen["pre-trained"] == {"rows": 0, "patients": 0}
+    tiles["seen"] = "pre-trained"
+    assert warnings(match(files(tiles, labels))) == []
 
 
 def test_the_threshold_decides_balanced_accuracy_and_exact_match(files, mammostream, tmp_path):
