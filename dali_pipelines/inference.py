@@ -49,13 +49,18 @@ def create_inference_transform(
 
     def transform(image: Image.Image | np.ndarray) -> torch.Tensor:
         tile = torch.from_numpy(_grey(_to_array(image)))[None]
-        if tile_size is not None and tile.shape[1:] != (tile_size, tile_size):
-            tile = torch.nn.functional.interpolate(
-                tile[None], size=(tile_size, tile_size), mode="bilinear", antialias=True, align_corners=False
-            )[0]
+        if tile_size is not None:
+            tile = resize(tile[None], tile_size)[0]
         return tile * scale + shift
 
     return transform
+
+
+def resize(tiles: torch.Tensor, size: int) -> torch.Tensor:
+    """Return tiles (N, 1, H, W) as (N, 1, size, size), by a bilinear filter with antialiasing; of that size, as they are."""
+    if tiles.shape[2:] == (size, size):
+        return tiles
+    return torch.nn.functional.interpolate(tiles, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _to_array(image: Any) -> np.ndarray:

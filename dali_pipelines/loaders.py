@@ -23,6 +23,7 @@ import torch
 from mammostream.common.buckets import lost_connection
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import sha256_json
+from mammostream.dali_pipelines.inference import resize
 from mammostream.dali_pipelines.intensity import ImageFormat
 from mammostream.dali_pipelines.loader_config import LoaderConfig
 from mammostream.dali_pipelines.pipelines import evaluation_pipeline, view_pipeline
@@ -369,3 +370,9 @@ class LabelledLoader(_Loader):
         config = LoaderConfig.of(config, options)
         views = () if view is None else (view,)
         super().__init__(source, config, views=views, tiles=tiles, shuffle=shuffle, drop_tail=False)
+        self._size = config.size
+
+    def _next(self) -> tuple[torch.Tensor, ...]:
+        tiles, numbers = super()._next()
+        # A view is drawn at its size; tiles as they are get it by the filter that single tiles in memory get it by.
+        return resize(tiles, self._size), numbers

@@ -73,8 +73,6 @@ def view_pipeline(
 def evaluation_pipeline(
     source: ShardSource | FileSource, *, tile_size: int, form: ImageFormat, device: str, reader: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """Return the tile, decoded, resized to the format's size and normalised with nothing random, and its labels."""
+    """Return the tile, decoded and normalised with nothing random, and its labels."""
     tile, labels = read_tiles(source, tile_size, device, **reader)
-    if form.size != tile_size:
-        tile = fn.resize(tile, size=[form.size, form.size], antialias=True)
     return normalise(tile, form), *labels

@@ -110,6 +110,8 @@ def finetune(
             write_yaml(output_dir / "config.yaml", resolved(ctx))
             _print_seeds(summary)
         else:
+            for line in runs[config.seed]["weak_calibrations"]:
+                click.echo(line, err=True)
             for name, figures in runs[config.seed]["per_class"].items():
                 click.echo(f"{name}: {auc_line(figures, runs[config.seed])}")
         click.echo(f"epoch {max(run['epoch'] for run in runs.values())} of {config.epochs}; checkpoints -> {output_dir}")

@@ -13,7 +13,8 @@ from mammostream.dali_pipelines import LabelledLoader
 from mammostream.models.classifier import MammogramClassifier
 from mammostream.train.classify.step import TrainingState
 from mammostream.train.evaluate.metrics import classification_metrics, evaluate_predictions
-from mammostream.train.levels.calibration import PROB, TILE, Calibrations
+from mammostream.train.levels.aggregation import MAX
+from mammostream.train.levels.calibration import BREAST, IMAGE, PROB, TILE, Calibrations, doubts
 from mammostream.train.levels.fitting import Judged, TileLogits, cross_fitted, fit_levels, judge
 from mammostream.train.run.labels import LabelledTiles
 from mammostream.train.run.runtime import Runtime
@@ -98,6 +99,13 @@ def with_intervals(found: Validation, tiles: LabelledTiles, class_names: Sequenc
             figures["cross_fitted"] = _cross_fitted_figures(crossed[level, score], class_names) | {"folds": folds}
         levels.setdefault(level, {})[score] = figures
     metrics = levels.pop(TILE)[PROB]
+    weak = {TILE: PROB, IMAGE: MAX, BREAST: MAX}
+    metrics["weak_calibrations"] = [
+        line
+        for level, score in weak.items()
+        if level in found.calibrations
+        for line in doubts(found.calibrations[level][score], class_names, level)
+    ]
     counts = {"films": len(np.unique(tiles.groups)), "patients": len(known), "levels": levels}
     return metrics | counts | {"intervals_over": "patients" if by_patient else "films"}
 

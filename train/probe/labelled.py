@@ -79,11 +79,12 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max
         As :func:`mammostream.train.run.labels.read_labels` and :func:`mammostream.train.run.labels.join_shards`; no 0/1 column;
         fewer than two patients; a patient in two splits.
     """
-    frame = read_labels(path, class_names or _label_columns(path))
+    # Tiles without a label decide whether an image's or breast's label is missing.
+    frame = read_labels(path, class_names or _label_columns(path), keep_unlabelled=max_tiles is None)
     if max_tiles is not None and len(frame) > max_tiles:
         frame = frame.iloc[np.sort(np.random.default_rng(0).permutation(len(frame))[:max_tiles])].reset_index(drop=True)
     names = [name for name in frame.columns if name not in _IDENTITY]
-    tiles = join_shards(frame, shards, f"labels CSV {path}")
+    tiles = join_shards(frame, shards, f"labels CSV {path}").of_labelled_units()
     rows = shards.tiles().set_index("tile").loc[tiles.numbers]
     sides = shards.images().drop_duplicates("image_id").set_index("image_id")["laterality"]
     sides = sides.reindex(tiles.groups).fillna("").to_numpy(str)
