@@ -117,8 +117,8 @@ def build_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> O
     from mammostream.train.probe.compare import OnlineProbe
     from mammostream.train.probe.labelled import read_probe_set
 
-    probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards, config.probe_tiles)
-    return OnlineProbe(probe_set, runtime, config)
+    probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards)
+    return OnlineProbe(probe_set, runtime, config, config.probe_tiles)
 
 
 def pair_flops(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> int | None:

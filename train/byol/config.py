@@ -88,8 +88,9 @@ class PretrainConfig(TrainingConfig):
     )
     probe_csv: str | None = option(
         None,
-        "CSV of tile_path and 0/1 columns: every few epochs a linear and a nearest-neighbour probe learn from frozen features, "
-        "no patient on both sides; the linear probe's AUC then decides which epoch is best.",
+        "CSV of tile_path and 0/1 columns: every few epochs a linear and a nearest-neighbour probe of frozen features learn "
+        "from the split train and score val, or cross-validate by patient where only one of them has labels; the linear "
+        "probe's AUC then decides which epoch is best. Labels of the split test are not used.",
     )
     probe_every: int = option(5, "Epochs between two probes; the last epoch is probed, too.")
     probe_class_names: tuple[str, ...] = option((), "Columns to probe; default: all that hold only 0, 1 and empty.")

@@ -80,6 +80,8 @@ def pretrain(
         state = build_state(config, runtime, len(loader))
         bad_steps = BadSteps(output_dir / "bad_batches.jsonl", config.max_bad_steps, runtime)
         monitor, probe = build_monitor(shards, config, state), build_probe(shards, config, runtime)
+        if probe is not None:
+            state.chosen["online probe"] = probe.about
         run = Run(shards, output_dir, config, runtime, loader, state, bad_steps, signals, monitor, probe)
         if resume is not None:
             run.restore(resume)
