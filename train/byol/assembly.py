@@ -105,7 +105,8 @@ def build_monitor(shards: ShardSet, config: PretrainConfig, state: TrainingState
     """Return the monitor of the views, which knows the breast ratio of each tile."""
     tiles = shards.tiles("train").sort_values("tile")
     warmup = int(state.lrs.argmax())
-    return Monitor(collapse_alarm(config.proj_dim, warmup), tiles["tile"].to_numpy(), tiles["breast_ratio"].to_numpy())
+    alarm = collapse_alarm(config.proj_dim, warmup, config.batch_size)
+    return Monitor(alarm, tiles["tile"].to_numpy(), tiles["breast_ratio"].to_numpy())
 
 
 def build_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> OnlineProbe | None:

@@ -1,13 +1,15 @@
 """Watching a pre-training without labels: what tells learning from collapse, and an alarm for the latter.
 
 BYOL's loss falls when the network collapses, that is when it gives every tile the same answer. So other things are watched:
-the spread of the projections, the number of directions they use, and whether a tile's two views find each other.
+the spread of the projections and of the features, the number of directions that the features use, and whether a tile's two
+views find each other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -28,6 +30,14 @@ READ_EVERY = 10
 """Steps between two readings: reading waits for the device."""
 WINDOW = 5
 """Readings over whose median the alarm judges: single batches are noisy."""
+RETRIEVAL_WINDOW = 20
+"""The same for the view retrieval, the noisiest measure: it counts hits among few tiles."""
+FIRST_READINGS = 10
+"""Readings from the start of the run whose median is the view retrieval's first value."""
+POOL_ROWS = 512
+"""Features of at most so many tiles, of the last batches, are pooled for a reading."""
+NOISE = 1e-4
+"""A direction with a smaller share of the features' energy is noise: tiles differ there by less than 1 % of their length."""
 
 
 def z_std(projections: Tensor) -> Tensor:
@@ -45,25 +55,53 @@ def z_std(projections: Tensor) -> Tensor:
     return F.normalize(projections.float(), dim=1).std(0, correction=0).mean()
 
 
-def effective_rank(features: Tensor) -> Tensor:
-    """Return the effective rank: the exponential of the entropy of the singular values (Roy and Vetterli 2007).
+def energy_shares(batches: Sequence[Tensor]) -> Tensor:
+    """Return how the differences between tiles are spread over directions, as shares of the features' energy.
 
-    About how many directions the rows use: 1 when all are multiples of one vector, at most min(N, d). Computed as RankMe does
-    (Garrido et al. 2023, arXiv:2210.02885). NaN where a feature is not finite, so that watching a diverged run does not end
-    it. A scalar float32 tensor; computing it waits for the GPU.
+    A direction's share is its squared singular value, of the centred features, divided by the sum of squares of the features as
+    they are. So the shares do not depend on the scale; they sum to 0 where all features are equal and to 1 where their mean is
+    0. Each batch is centred by itself: the network moves between two batches, and a moving point is not a direction. Batches
+    that are not finite are left out. Waits for the device.
 
     Parameters
     ----------
-    features
-        (N, d); N well above d for an estimate that the number of rows does not limit.
+    batches
+        Features (N, D) each.
+
+    Returns
+    -------
+    Tensor
+        float64, ascending, on the device: one share for each row or dimension, whichever are fewer; NaN without a finite batch.
     """
-    features = features.float()
-    if not features.isfinite().all():
-        return features.new_tensor(float("nan"))
-    epsilon = 1e-7  # the paper's
-    singular = torch.linalg.svdvals(features)
-    p = singular / (singular.sum() + epsilon) + epsilon
-    return torch.exp(-(p * p.log()).sum())
+    finite = [batch.double() for batch in batches if batch.isfinite().all()]
+    if not finite:
+        return torch.full((1,), math.nan)
+    energy = torch.cat(finite).square().sum()
+    centred = torch.cat([batch - batch.mean(0) for batch in finite])
+    # Squared singular values; much cheaper than the singular values, and double precision makes up for squaring.
+    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    return torch.linalg.eigvalsh(gram).clamp(min=0) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+
+
+def effective_rank(shares: Tensor) -> Tensor:
+    """Return the effective rank: the exponential of the entropy of the singular values (Roy and Vetterli 2007).
+
+    About how many directions the features use. RankMe (Garrido et al. 2023, arXiv:2210.02885) takes the features as they are.
+    Here they are centred, see :func:`energy_shares`, and directions below :data:`NOISE` are left out. Otherwise features that
+    are one vector plus noise would have a high rank: each of the hundreds of directions of the noise has a singular value.
+
+    0 where the shares sum to less than :data:`NOISE`, as in a collapse to a point; 1 where the features lie on a line; never
+    more than the number of directions above :data:`NOISE`. A scalar tensor, NaN where a share is.
+
+    Parameters
+    ----------
+    shares
+        See :func:`energy_shares`.
+    """
+    singular = shares.sqrt() * (shares >= NOISE)
+    p = singular / singular.sum()
+    rank = torch.exp(-torch.special.xlogy(p, p).sum())
+    return torch.where((shares < NOISE).all(), torch.zeros_like(rank), rank)
 
 
 def retrieval_accuracy(one: Tensor, other: Tensor) -> Tensor:
@@ -111,23 +149,53 @@ class Sign:
     """Values below it are a sign of collapse."""
     healthy: str
     meaning: str
+    window: int = WINDOW
+    """Readings over whose median it is judged."""
+
+    def judge(self, first: Sequence[float]) -> tuple[float, str]:
+        """Return the limit and what is healthy, given the run's first :data:`FIRST_READINGS` readings, or those there are."""
+        return self.limit, self.healthy
+
+
+@dataclass(frozen=True)
+class FallSign(Sign):
+    """A measure between 0 and 1 that counts hits among tiles, and by which collapse shows when it falls.
+
+    Below `limit` it is a sign of collapse in any case.
+    """
+
+    tiles: int = 1
+    """Tiles in a batch."""
+
+    def judge(self, first: Sequence[float]) -> tuple[float, str]:
+        """Return the limit: 3/4 of the median of the first readings, or less where so few tiles cannot tell it from noise.
+
+        A reading is of ``tiles * READ_EVERY`` hits or misses; the noise of the two medians' difference follows from that (a
+        median's is 1.25 times a mean's). A fall of less than 4 standard deviations could be noise.
+        """
+        if len(first) < FIRST_READINGS:
+            return self.limit, self.healthy
+        start = median(first)
+        noise = 1.25 * math.sqrt(start * (1 - start) / (self.tiles * READ_EVERY) * (1 / FIRST_READINGS + 1 / self.window))
+        return max(self.limit, min(0.75 * start, start - 4 * noise)), f"{self.healthy}, here {start:.4g}"
 
 
 class CollapseAlarm:
-    """Rings while the median of a measure over the last :data:`WINDOW` readings is below its limit.
+    """Rings while the median of a measure over its last readings (:attr:`Sign.window`) is below its limit.
 
     Parameters
     ----------
     signs
         What to watch.
     first_step
-        Readings of earlier steps do not count: while the learning rate rises, the measures swing.
+        Readings of earlier steps are not judged: while the learning rate rises, the measures swing.
     """
 
     def __init__(self, signs: Sequence[Sign], first_step: int = 0) -> None:
         self._signs = signs
         self._first_step = first_step
         self._readings: dict[str, list[tuple[int, float]]] = {sign.measure: [] for sign in signs}
+        self._first: dict[str, list[float]] = {sign.measure: [] for sign in signs}  # those of the warm-up, too
         self.since: dict[str, int] = {}
         """Measure -> the first step of those below the limit, while it rings."""
 
@@ -136,45 +204,68 @@ class CollapseAlarm:
         lines = []
         for sign in self._signs:
             value = values.get(sign.measure, math.nan)
-            if step <= self._first_step or not math.isfinite(value):
+            if not math.isfinite(value):
                 continue
-            readings = [*self._readings[sign.measure], (step, value)][-WINDOW:]
+            first = self._first[sign.measure]
+            if len(first) < FIRST_READINGS:
+                first.append(value)
+            if step <= self._first_step:
+                continue
+            readings = [*self._readings[sign.measure], (step, value)][-sign.window :]
             self._readings[sign.measure] = readings
             middle = median(v for _, v in readings)
-            if len(readings) < WINDOW or middle >= sign.limit:
+            limit, healthy = sign.judge(first)
+            if len(readings) < sign.window or middle >= limit:
                 self.since.pop(sign.measure, None)
             elif sign.measure not in self.since:
-                self.since[sign.measure] = next(s for s, v in readings if v < sign.limit)
+                self.since[sign.measure] = next(s for s, v in readings if v < limit)
                 lines.append(
-                    f"collapse: {sign.measure} is {middle:.4g} (median of the last {WINDOW * READ_EVERY} steps, below "
-                    f"{sign.limit:.4g} since step {self.since[sign.measure]}); healthy is {sign.healthy}: {sign.meaning}"
+                    f"collapse: {sign.measure} is {middle:.4g} (median of the last {sign.window * READ_EVERY} steps, below "
+                    f"{limit:.4g} since step {self.since[sign.measure]}); healthy is {healthy}: {sign.meaning}"
                 )
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the readings in the window and what rings, as plain types."""
+        """Return the readings in the window, the first ones and what rings, as plain types."""
         readings = {name: [list(reading) for reading in readings] for name, readings in self._readings.items()}
-        return {"readings": readings, "since": dict(self.since)}
+        first = {name: list(values) for name, values in self._first.items()}
+        return {"readings": readings, "first": first, "since": dict(self.since)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Go on where :meth:`state_dict` was taken; the first readings that an old checkpoint lacks are those that follow."""
         self._readings |= {name: [tuple(reading) for reading in readings] for name, readings in state["readings"].items()}
+        self._first |= {name: list(values) for name, values in state.get("first", {}).items()}
         self.since = dict(state["since"])
 
 
-def collapse_alarm(dimension: int, first_step: int) -> CollapseAlarm:
-    """Return the alarm of a pre-training whose projections have so many dimensions, and whose warm-up ends after a step.
+def collapse_alarm(dimension: int, first_step: int, tiles: int) -> CollapseAlarm:
+    """Return the alarm of a pre-training.
 
-    Two signs. ``z_std`` below half of ``1 / sqrt(d)``: the length of the mean of unit vectors is about
-    ``sqrt(1 - d z_std ** 2)``, so that two tiles' projections then have a cosine above 3/4 on average. An effective rank of
-    the features below 2: they all but lie on one line. On real films (benchmarks/pretrain_films.py) runs that learn stay
-    well above both, and runs made to collapse fall below.
+    DOC
+
+    Parameters
+    ----------
+    dimension
+        Of the projections.
+    first_step
+        The end of the warm-up.
+    tiles
+        In a batch.
     """
     spread = dimension**-0.5
     return CollapseAlarm(
         [
             Sign("z_std", spread / 2, f"about {spread:.4g} (1 / sqrt({dimension}))", "all tiles look alike to the network"),
-            Sign("effective_rank", 2.0, "well above 2", "the features of all tiles lie on one line"),
+            Sign("feature_spread", 0.01, "above 0.1", "the features of all tiles are nearly equal"),
+            Sign("effective_rank", 1.5, "well above 2", "the features of all tiles lie on one line"),
+            FallSign(
+                "view_retrieval",
+                1.1 / tiles,
+                f"well above chance ({1 / tiles:.4g}) and not far below its first value",
+                "the two views of a tile find each other less and less",
+                RETRIEVAL_WINDOW,
+                tiles,
+            ),
         ],
         first_step,
     )
@@ -196,6 +287,7 @@ class Monitor:
     def __init__(self, alarm: CollapseAlarm, tiles: np.ndarray, breast_ratios: np.ndarray) -> None:
         self.alarm = alarm
         self._tiles, self._ratios = tiles, breast_ratios
+        self._pool: deque[Tensor] = deque()  # features (N, D) of the last batches, on the device
         self._on_device: list[Tensor] = []  # (measures,) a step, not read yet
         self._ratios_seen: list[float] = []  # the same steps'
         self._steps: list[dict[str, float]] = []  # read, not reported yet
@@ -208,37 +300,42 @@ class Monitor:
         values = (norm, z_std(one), retrieval_accuracy(one, other))
         self._on_device.append(torch.stack([value.detach().float() for value in values]))
         self._ratios_seen.append(float(self._ratios[np.searchsorted(self._tiles, numbers.numpy())].mean()))
+        # A copy, since CUDA graphs overwrite their outputs; of no more steps than lie between two readings.
+        self._pool.append(output.features[:POOL_ROWS].detach().clone())
+        while len(self._pool) > READ_EVERY or (len(self._pool) > 1 and sum(map(len, self._pool)) > POOL_ROWS):
+            self._pool.popleft()
 
-    def read(self, step: int, features: Tensor) -> tuple[dict[str, float], list[str]]:
-        """Return the means since the last reading, with the effective rank of `features` (N, D), and the alarm's new lines.
+    def read(self, step: int) -> tuple[dict[str, float], list[str]]:
+        """Return the means since the last reading, with the measures of the pooled features, and the alarm's new lines.
 
         This is the one wait for the device in :data:`READ_EVERY` steps.
         """
         self._drain()
         means = {name: _mean([s[name] for s in self._steps]) for name in (self._steps[0] if self._steps else ())}
-        means["effective_rank"] = float(effective_rank(features))
+        means |= self._feature_measures()
         self._steps = []
         lines = self.alarm.feed(step, means)
         self._rang |= bool(self.alarm.since)
         return means, lines
 
-    def end_epoch(self, features: Tensor) -> tuple[dict[str, float], bool]:
-        """Return the means over the epoch, the effective rank of `features`, and whether the alarm rang in the epoch.
+    def end_epoch(self) -> tuple[dict[str, float], bool]:
+        """Return the means over the epoch, the measures of the pooled features, and whether the alarm rang in the epoch.
 
         The next epoch starts again.
         """
         self._drain()
         means = {name: total / count for name, (total, count) in self._epoch.items()}
-        means["effective_rank"] = float(effective_rank(features))
+        means |= self._feature_measures()
         rang, self._epoch, self._rang = self._rang, {}, bool(self.alarm.since)
         return means, rang
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to report the same, as plain types; waits for the device."""
+        """Return what a resumed run needs to report the same, as plain types and tensors; waits for the device."""
         self._drain()
         steps = [dict(step) for step in self._steps]
         epoch = {name: list(sums) for name, sums in self._epoch.items()}
-        return {"alarm": self.alarm.state_dict(), "steps": steps, "epoch": epoch, "rang": self._rang}
+        pool = [batch.cpu() for batch in self._pool]
+        return {"alarm": self.alarm.state_dict(), "steps": steps, "epoch": epoch, "rang": self._rang, "pool": pool}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
@@ -247,6 +344,12 @@ class Monitor:
         self._steps = [dict(step) for step in state["steps"]]
         self._epoch = {name: list(sums) for name, sums in state["epoch"].items()}
         self._rang = state["rang"]
+        self._pool = deque(state.get("pool", []))  # version 0.1.0 pooled nothing
+
+    def _feature_measures(self) -> dict[str, float]:
+        """Return the measures of the pooled features; waits for the device."""
+        shares = energy_shares([batch.to(self._pool[-1].device) for batch in self._pool])  # resumed ones lie on the host
+        return {"effective_rank": float(effective_rank(shares)), "feature_spread": float(shares.sum())}
 
     def _drain(self) -> None:
         """Bring what lies on the device to the host, in one transfer."""

@@ -141,7 +141,7 @@ def _after_step(run: Run, output: BYOLOutput, clock: Clock, bar: Any) -> None:
         log_step(run, output, epoch + 1, clock, bar)
     stop = run.signals.exit_code(run.runtime, state.step)
     if place + 1 == run.steps_per_epoch or state.step == state.steps:
-        record_epoch(run, output, epoch + 1, place + 1, clock)
+        record_epoch(run, epoch + 1, place + 1, clock)
         run.save(_names_after_epoch(run, epoch + 1, place + 1))
     elif stop or (config.save_every_steps and state.step % config.save_every_steps == 0):
         run.save(["last"], unless_bad=not stop)
