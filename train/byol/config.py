@@ -83,7 +83,8 @@ class PretrainConfig(TrainingConfig):
     )
     on_collapse: str = option(
         "warn",
-        "What to do where all tiles begin to look alike to the network: warn, or save and stop with exit code 2.",
+        "What to do where tiles begin to look alike to the network, or their views find each other much less often than at the "
+        "start: warn, or save and stop with exit code 2.",
         choices=("warn", "stop"),
     )
     probe_csv: str | None = option(

@@ -29,11 +29,11 @@ ADVICE = (
 READ_EVERY = 10
 """Steps between two readings: reading waits for the device."""
 WINDOW = 5
-"""Readings over whose median the alarm judges: single batches are noisy."""
+"""Readings over whose average the alarm judges: single batches are noisy."""
 RETRIEVAL_WINDOW = 20
 """The same for the view retrieval, the noisiest measure: it counts hits among few tiles."""
 FIRST_READINGS = 10
-"""Readings from the start of the run whose median is the view retrieval's first value."""
+"""Readings from the start of the run, those of the warm-up too, that tell the view retrieval's first value."""
 POOL_ROWS = 512
 """Features of at most so many tiles, of the last batches, are pooled for a reading."""
 NOISE = 1e-4
@@ -150,7 +150,9 @@ class Sign:
     healthy: str
     meaning: str
     window: int = WINDOW
-    """Readings over whose median it is judged."""
+    """Readings over whose average it is judged."""
+    average: str = "median"
+    """``median``, or ``mean``, which is less noisy where no reading can be far off."""
 
     def judge(self, first: Sequence[float]) -> tuple[float, str]:
         """Return the limit and what is healthy, given the run's first :data:`FIRST_READINGS` readings, or those there are."""
@@ -168,20 +170,23 @@ class FallSign(Sign):
     """Tiles in a batch."""
 
     def judge(self, first: Sequence[float]) -> tuple[float, str]:
-        """Return the limit: 3/4 of the median of the first readings, or less where so few tiles cannot tell it from noise.
+        """Return the limit: 3/4 of the first value, or less where so few tiles cannot tell it from noise.
 
-        A reading is of ``tiles * READ_EVERY`` hits or misses; the noise of the two medians' difference follows from that (a
-        median's is 1.25 times a mean's). A fall of less than 4 standard deviations could be noise.
+        The first value is the mean of the first readings, of as many as give the highest limit. A reading counts the hits among
+        ``tiles * READ_EVERY``, which gives the difference of two means a binomial standard deviation; a fall by less than 4 of
+        them may be noise. With large batches a single reading tells what the network could do before it collapsed.
         """
-        if len(first) < FIRST_READINGS:
-            return self.limit, self.healthy
-        start = median(first)
-        noise = 1.25 * math.sqrt(start * (1 - start) / (self.tiles * READ_EVERY) * (1 / FIRST_READINGS + 1 / self.window))
-        return max(self.limit, min(0.75 * start, start - 4 * noise)), f"{self.healthy}, here {start:.4g}"
+        limit, start = self.limit, math.nan
+        for count in range(1, len(first) + 1):
+            mean = fmean(first[:count])
+            noise = math.sqrt(mean * (1 - mean) / (self.tiles * READ_EVERY) * (1 / count + 1 / self.window))
+            if (lower := min(0.75 * mean, mean - 4 * noise)) > limit:
+                limit, start = lower, mean
+        return limit, self.healthy if math.isnan(start) else f"{self.healthy}, {start:.4g}"
 
 
 class CollapseAlarm:
-    """Rings while the median of a measure over its last readings (:attr:`Sign.window`) is below its limit.
+    """Rings while the average of a measure over its last readings (:attr:`Sign.window`) is below its limit.
 
     Parameters
     ----------
@@ -213,15 +218,16 @@ class CollapseAlarm:
                 continue
             readings = [*self._readings[sign.measure], (step, value)][-sign.window :]
             self._readings[sign.measure] = readings
-            middle = median(v for _, v in readings)
+            middle = (fmean if sign.average == "mean" else median)([v for _, v in readings])
             limit, healthy = sign.judge(first)
+            steps = sign.window * READ_EVERY
             if len(readings) < sign.window or middle >= limit:
                 self.since.pop(sign.measure, None)
             elif sign.measure not in self.since:
                 self.since[sign.measure] = next(s for s, v in readings if v < limit)
                 lines.append(
-                    f"collapse: {sign.measure} is {middle:.4g} (median of the last {sign.window * READ_EVERY} steps, below "
-                    f"{limit:.4g} since step {self.since[sign.measure]}); healthy is {healthy}: {sign.meaning}"
+                    f"collapse: {sign.measure} is {middle:.4g} ({sign.average} of the last {steps} steps, below {limit:.4g} "
+                    f"since step {self.since[sign.measure]}); healthy is {healthy}: {sign.meaning}"
                 )
         return lines
 
@@ -264,6 +270,7 @@ def collapse_alarm(dimension: int, first_step: int, tiles: int) -> CollapseAlarm
                 f"well above chance ({1 / tiles:.4g}) and not far below its first value",
                 "the two views of a tile find each other less and less",
                 RETRIEVAL_WINDOW,
+                "mean",
                 tiles,
             ),
         ],

@@ -210,6 +210,13 @@ def test_retrieval_that_falls_rings_and_its_noise_does_not(tiles, monkeypatch):
             assert any(feed(alarm, readings, name="view_retrieval"))
 
 
+def test_large_batches_tell_a_collapse_within_the_first_readings(monkeypatch):
+    monkeypatch.setattr("mammostream.train.byol.monitoring.READ_EVERY", 10)
+    for seed in range(10):
+        alarm = collapse_alarm(128, first_step=100, tiles=256)
+        assert any(feed(alarm, noisy_retrieval(seed, 256, (0.089, 2), (0.058, 50)), name="view_retrieval"))
+
+
 def test_retrieval_at_chance_from_the_start_rings():
     alarm = collapse_alarm(128, first_step=0, tiles=32)
     lines = [line for found in feed(alarm, noisy_retrieval(0, 32, (1 / 32, 60)), name="view_retrieval") for line in found]
@@ -225,8 +232,8 @@ def test_the_first_readings_are_those_of_the_warm_up_and_survive_a_resumed_run(m
     lines = feed(whole, falling, name="view_retrieval")
     ((at, line),) = [(i, found[0]) for i, found in enumerate(lines) if found]
     assert at == 29 + RETRIEVAL_WINDOW  # the first reading that counts is of step 310
-    assert "(median of the last 200 steps, below 0.1" in line
-    assert "not far below its first value, here 0.2" in line
+    assert "(mean of the last 200 steps, below 0.1" in line
+    assert "not far below its first value, 0.2" in line
     cut = collapse_alarm(128, first_step=300, tiles=32)
     feed(cut, falling[:20], name="view_retrieval")
     resumed = collapse_alarm(128, first_step=300, tiles=32)
