@@ -7,7 +7,6 @@ views find each other.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mammostream.models.byol import BYOLOutput, MammogramBYOL
+from mammostream.models.byol import BYOLOutput
+from mammostream.train.byol.measures import effective_rank, energy_shares, retrieval_accuracy, z_std
 
 ADVICE = (
     "lower --lr, raise --momentum towards 0.996 or the --batch-size, and look at views.png: views that differ too much, or too "
@@ -36,108 +35,6 @@ FIRST_READINGS = 10
 """Readings from the start of the run, those of the warm-up too, that tell the view retrieval's first value."""
 POOL_ROWS = 512
 """Features of at most so many tiles, of the last batches, are pooled for a reading."""
-NOISE = 1e-4
-"""A direction with a smaller share of the features' energy is noise: tiles differ there by less than 1 % of their length."""
-
-
-def z_std(projections: Tensor) -> Tensor:
-    """Return the mean over dimensions of the standard deviation of l2-normalised rows (Chen and He 2021, SimSiam).
-
-    Near 0 says that the rows have collapsed to one point, which the loss does not show; healthy rows, spread over
-    the sphere, have about ``1 / sqrt(d)``. A scalar float32 tensor on the same device: reading it is the caller's
-    choice, since that waits for the GPU.
-
-    Parameters
-    ----------
-    projections
-        (N, d), N of at least 2.
-    """
-    return F.normalize(projections.float(), dim=1).std(0, correction=0).mean()
-
-
-def energy_shares(batches: Sequence[Tensor]) -> Tensor:
-    """Return how the differences between tiles are spread over directions, as shares of the features' energy.
-
-    A direction's share is its squared singular value, of the centred features, divided by the sum of squares of the features as
-    they are. So the shares do not depend on the scale; they sum to 0 where all features are equal and to 1 where their mean is
-    0. Each batch is centred by itself: the network moves between two batches, and a moving point is not a direction. Batches
-    that are not finite are left out. Waits for the device.
-
-    Parameters
-    ----------
-    batches
-        Features (N, D) each.
-
-    Returns
-    -------
-    Tensor
-        float64, ascending, on the device: one share for each row or dimension, whichever are fewer; NaN without a finite batch.
-    """
-    finite = [batch.double() for batch in batches if batch.isfinite().all()]
-    if not finite:
-        return torch.full((1,), math.nan)
-    energy = torch.cat(finite).square().sum()
-    centred = torch.cat([batch - batch.mean(0) for batch in finite])
-    # Squared singular values; much cheaper than the singular values, and double precision makes up for squaring.
-    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
-    return torch.linalg.eigvalsh(gram).clamp(min=0) / energy.clamp(min=torch.finfo(energy.dtype).tiny)
-
-
-def effective_rank(shares: Tensor) -> Tensor:
-    """Return the effective rank: the exponential of the entropy of the singular values (Roy and Vetterli 2007).
-
-    About how many directions the features use. RankMe (Garrido et al. 2023, arXiv:2210.02885) takes the features as they are.
-    Here they are centred, see :func:`energy_shares`, and directions below :data:`NOISE` are left out. Otherwise features that
-    are one vector plus noise would have a high rank: each of the hundreds of directions of the noise has a singular value.
-
-    0 where the shares sum to less than :data:`NOISE`, as in a collapse to a point; 1 where the features lie on a line; never
-    more than the number of directions above :data:`NOISE`. A scalar tensor, NaN where a share is.
-
-    Parameters
-    ----------
-    shares
-        See :func:`energy_shares`.
-    """
-    singular = shares.sqrt() * (shares >= NOISE)
-    p = singular / singular.sum()
-    rank = torch.exp(-torch.special.xlogy(p, p).sum())
-    return torch.where((shares < NOISE).all(), torch.zeros_like(rank), rank)
-
-
-def retrieval_accuracy(one: Tensor, other: Tensor) -> Tensor:
-    """Return the share of rows of `one` whose nearest row of `other`, by cosine, is the row of the same number.
-
-    Chance is 1 / N, also where all rows are equal. A scalar float32 tensor on the same device.
-
-    Parameters
-    ----------
-    one, other
-        (N, d) projections of the two views; row i of both shows the same tile.
-    """
-    similarity = F.normalize(one.float(), dim=1) @ F.normalize(other.float(), dim=1).T
-    return (similarity.argmax(1) == torch.arange(len(one), device=one.device)).float().mean()
-
-
-@torch.no_grad()
-def target_distance(model: MammogramBYOL) -> Tensor:
-    """Return how far the target's parameters are from the online network's, as a share of the latter's length.
-
-    A scalar tensor on the device. The nearer the momentum is to 1, the further the target lags behind; at 0 it is a copy.
-    """
-    target: list[Tensor] = [*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()]
-    online: list[Tensor] = [*model.backbone.parameters(), *model.projection_head.parameters()]
-    apart = torch.stack(torch._foreach_norm(list(torch._foreach_sub(target, online)))).norm()
-    return apart / torch.stack(torch._foreach_norm(online)).norm()
-
-
-def device_figures(device: torch.device) -> dict[str, float]:
-    """Return the GPU's peak memory so far in GiB and its utilisation in percent, where there is one that tells."""
-    if device.type != "cuda":
-        return {}
-    figures = {"gpu_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    with contextlib.suppress(Exception):  # NVML or its Python package is missing, or a container may not ask
-        figures["gpu_utilisation_percent"] = float(torch.cuda.utilization(device))
-    return figures
 
 
 @dataclass(frozen=True)
@@ -245,9 +142,37 @@ class CollapseAlarm:
 
 
 def collapse_alarm(dimension: int, first_step: int, tiles: int) -> CollapseAlarm:
-    """Return the alarm of a pre-training.
+    """Return the alarm of a pre-training, with four signs.
 
-    DOC
+    - ``z_std`` below half of ``1 / sqrt(d)``: the length of the mean of unit vectors is about ``sqrt(1 - d z_std ** 2)``, so
+      that two tiles' projections then have a cosine above 3/4 on average.
+    - ``feature_spread``, the sum of :func:`mammostream.train.byol.measures.energy_shares`, below 0.01: a tile's features differ
+      from the mean by less than a tenth of their length.
+    - ``effective_rank`` below 1.5: the features all but lie on one line (1), or in one point (0).
+    - ``view_retrieval`` well below its first value, or no more than chance, see :class:`FallSign`.
+
+    What was seen with ResNet-18 on tiles of 8 films (benchmarks/results/2026-11-27-collapse-alarm.md), d = 128, batches of 32
+    (chance: 0.031), medians over the last 50 steps, retrieval as a mean over the first 100 and the last 200:
+
+    ======================================  =====  ======  ====  ==============  ==============
+    run                                     z_std  spread  rank  retrieval       alarm
+    ======================================  =====  ======  ====  ==============  ==============
+    healthy                                 0.076  0.69    19.3  0.093 -> 0.125  silent
+    no predictor                            0.019  0.77    13.5  0.102 -> 0.129  z_std, step 80
+    no predictor, momentum 0                0.001  0.81    6.5   0.087 -> 0.079  z_std, step 70
+    learning rate 1                         0.033  0.48    3.1   0.062 -> 0.077  z_std, step 70
+    learning rate 0.1                       0.048  0.55    3.6   0.071 -> 0.086  silent
+    views with almost nothing in common     0.067  0.84    3.8   0.043 -> 0.048  z_std, step 70
+    ======================================  =====  ======  ====  ==============  ==============
+
+    So in short runs it is the projector that collapses, not the features behind a ResNet's batch norms, and ``z_std`` tells.
+    The two signs of the features are for a collapse that reaches them. The rank's limit is low because a healthy ConvNeXt had a
+    rank of 4.6 within 82 steps, and an untrained one has 2.5 on enlarged tiles. In the last two runs the retrieval fell within
+    20 steps, from 0.10 and 0.06: with batches of 32, too little was read before to tell that from noise.
+
+    The retrieval's noise, simulated as binomial for batches of 32 to 256 and first values of 1.5 to 6 times chance: of runs of
+    10000 steps that stay at their first value, at most 0.4 % ring; after a fall to 55 %, at least 95 % ring within 200 steps.
+    Real readings vary no more than that: 0.5 to 1.3 times the binomial variance.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import PretrainLoader
 from mammostream.models.byol import BYOLOutput
 from mammostream.train.byol.flops import mfu
-from mammostream.train.byol.monitoring import device_figures, target_distance
+from mammostream.train.byol.measures import device_figures, target_distance
 from mammostream.train.byol.run import Run
 
 

@@ -20,9 +20,16 @@ from mammostream.models.checkpoints import load_checkpoint
 from mammostream.shards import open_shards
 from mammostream.train.byol.config import PretrainConfig
 from mammostream.train.byol.flops import flops_per_pair
+from mammostream.train.byol.measures import (
+    NOISE,
+    effective_rank,
+    energy_shares,
+    retrieval_accuracy,
+    target_distance,
+    z_std,
+)
 from mammostream.train.byol.monitoring import (
     FIRST_READINGS,
-    NOISE,
     POOL_ROWS,
     RETRIEVAL_WINDOW,
     WINDOW,
@@ -30,11 +37,6 @@ from mammostream.train.byol.monitoring import (
     Monitor,
     Sign,
     collapse_alarm,
-    effective_rank,
-    energy_shares,
-    retrieval_accuracy,
-    target_distance,
-    z_std,
 )
 from mammostream.train.byol.pretrain import pretrain
 from mammostream.train.run.charts import read_metrics
