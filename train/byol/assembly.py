@@ -105,7 +105,8 @@ def build_monitor(shards: ShardSet, config: PretrainConfig, state: TrainingState
     """Return the monitor of the views, which knows the breast ratio of each tile."""
     tiles = shards.tiles("train").sort_values("tile")
     warmup = int(state.lrs.argmax())
-    return Monitor(collapse_alarm(config.proj_dim, warmup), tiles["tile"].to_numpy(), tiles["breast_ratio"].to_numpy())
+    alarm = collapse_alarm(config.proj_dim, warmup, config.batch_size)
+    return Monitor(alarm, tiles["tile"].to_numpy(), tiles["breast_ratio"].to_numpy())
 
 
 def build_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> OnlineProbe | None:
@@ -117,8 +118,8 @@ def build_probe(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> O
     from mammostream.train.probe.compare import OnlineProbe
     from mammostream.train.probe.labelled import read_probe_set
 
-    probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards, config.probe_tiles)
-    return OnlineProbe(probe_set, runtime, config, config.view_size)
+    probe_set = read_probe_set(Path(config.probe_csv), config.probe_class_names, shards)
+    return OnlineProbe(probe_set, runtime, config, config.probe_tiles, config.view_size)
 
 
 def pair_flops(shards: ShardSet, config: PretrainConfig, runtime: Runtime) -> int | None:

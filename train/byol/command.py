@@ -24,10 +24,10 @@ def pretrain(ctx: click.Context, /, shards_dir: Path, output_dir: Path, resume: 
     """Pre-train a backbone by BYOL: two views of each tile, no labels.
 
     Writes mammogram_byol_last.pth after each epoch, _best, _epoch_010 and so on, and _final; metrics.jsonl with loss, z_std,
-    effective rank, view retrieval and more; views.png and curves.png. A collapse triggers a warning with its evidence. The best
-    epoch is that of the highest online probe where it runs, else of the lowest loss without a collapse alarm. SIGTERM, SIGUSR1
-    and Ctrl-C save after the current step; the exit code is then 75 (Ctrl-C: 130), and --resume auto continues as if nothing
-    had happened. Several processes: torchrun --nproc-per-node N -m mammostream pretrain ...
+    feature spread, effective rank, view retrieval and more; views.png and curves.png. A collapse triggers a warning with its
+    evidence. The best epoch is that of the highest online probe where it runs, else of the lowest loss without a collapse
+    alarm. SIGTERM, SIGUSR1 and Ctrl-C save after the current step; the exit code is then 75 (Ctrl-C: 130), and --resume auto
+    continues as if nothing had happened. Several processes: torchrun --nproc-per-node N -m mammostream pretrain ...
     """
     from mammostream.shards.reading import open_shards
 

@@ -83,13 +83,15 @@ class PretrainConfig(TrainingConfig):
     )
     on_collapse: str = option(
         "warn",
-        "What to do where all tiles begin to look alike to the network: warn, or save and stop with exit code 2.",
+        "What to do where tiles begin to look alike to the network, or their views find each other much less often than at the "
+        "start: warn, or save and stop with exit code 2.",
         choices=("warn", "stop"),
     )
     probe_csv: str | None = option(
         None,
-        "CSV of tile_path and 0/1 columns: every few epochs a linear and a nearest-neighbour probe learn from frozen features, "
-        "no patient on both sides; the linear probe's AUC then decides which epoch is best.",
+        "CSV of tile_path and 0/1 columns: every few epochs a linear and a nearest-neighbour probe of frozen features learn "
+        "from the split train and score val, or cross-validate by patient where only one of them has labels; the linear "
+        "probe's AUC then decides which epoch is best. Labels of the split test are not used.",
     )
     probe_every: int = option(5, "Epochs between two probes; the last epoch is probed, too.")
     probe_class_names: tuple[str, ...] = option((), "Columns to probe; default: all that hold only 0, 1 and empty.")

@@ -80,6 +80,8 @@ def pretrain(
         state = build_state(config, runtime, len(loader))
         bad_steps = BadSteps(output_dir / "bad_batches.jsonl", config.max_bad_steps, runtime)
         monitor, probe = build_monitor(shards, config, state), build_probe(shards, config, runtime)
+        if probe is not None:
+            state.chosen["online probe"] = probe.about
         run = Run(shards, output_dir, config, runtime, loader, state, bad_steps, signals, monitor, probe)
         if resume is not None:
             run.restore(resume)
@@ -139,7 +141,7 @@ def _after_step(run: Run, output: BYOLOutput, clock: Clock, bar: Any) -> None:
         log_step(run, output, epoch + 1, clock, bar)
     stop = run.signals.exit_code(run.runtime, state.step)
     if place + 1 == run.steps_per_epoch or state.step == state.steps:
-        record_epoch(run, output, epoch + 1, place + 1, clock)
+        record_epoch(run, epoch + 1, place + 1, clock)
         run.save(_names_after_epoch(run, epoch + 1, place + 1))
     elif stop or (config.save_every_steps and state.step % config.save_every_steps == 0):
         run.save(["last"], unless_bad=not stop)

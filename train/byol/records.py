@@ -13,7 +13,7 @@ from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import PretrainLoader
 from mammostream.models.byol import BYOLOutput
 from mammostream.train.byol.flops import mfu
-from mammostream.train.byol.monitoring import device_figures, target_distance
+from mammostream.train.byol.measures import device_figures, target_distance
 from mammostream.train.byol.run import Run
 
 
@@ -25,7 +25,7 @@ def log_step(run: Run, output: BYOLOutput, epoch: int, clock: Clock, bar: Any) -
         return
     step, model = run.state.step, run.state.model
     lr, momentum = float(run.state.lrs[step - 1]), float(run.state.momenta[step - 1])
-    measures, alarms = run.monitor.read(step, output.features)
+    measures, alarms = run.monitor.read(step)
     figures = {"loss": loss} | measures | {"lr": lr, "momentum": momentum}
     figures |= {"target_distance": float(target_distance(model)), "collapse": int(bool(run.monitor.alarm.since))}
     figures |= {"bad_steps": run.bad_steps.total, "epoch": epoch} | device_figures(run.runtime.device)
@@ -38,13 +38,11 @@ def log_step(run: Run, output: BYOLOutput, epoch: int, clock: Clock, bar: Any) -
     )
 
 
-def record_epoch(run: Run, output: BYOLOutput, epoch: int, steps: int, clock: Clock) -> None:
+def record_epoch(run: Run, epoch: int, steps: int, clock: Clock) -> None:
     """Put together and log the metrics of an epoch, in the main process, and start the next epoch's sums in all of them.
 
     Parameters
     ----------
-    output
-        Of the epoch's last step.
     epoch
         Its number, from 1.
     steps
@@ -69,7 +67,7 @@ def record_epoch(run: Run, output: BYOLOutput, epoch: int, steps: int, clock: Cl
     run.state.sums.zero_()
     if run.tracker is None:
         return
-    measures, collapsed = run.monitor.end_epoch(output.features)
+    measures, collapsed = run.monitor.end_epoch()
     step = run.state.step
     run.metrics = {
         "loss": loss / good,

@@ -13,7 +13,7 @@ from torch import nn
 from mammostream.common.progress import progress
 from mammostream.train.probe.config import ProbeConfig
 from mammostream.train.probe.features import Network, cached_features, extract_features
-from mammostream.train.probe.labelled import ProbeSet, make_folds
+from mammostream.train.probe.labelled import CHOOSING, ProbeSet, describe_folds, for_choosing, make_folds
 from mammostream.train.probe.scores import LEVELS, PROBES, SHARES, level_pairs, point_estimate, score_tiles, summary
 from mammostream.train.run.runtime import Runtime
 
@@ -21,12 +21,46 @@ from mammostream.train.run.runtime import Runtime
 class OnlineProbe:
     """Probes a network while it trains: linear and kNN AUC over tiles, for each class and their mean.
 
-    The folds and the tiles are the same each time, so that the figures of two epochs can be compared.
+    Its figures choose the best checkpoint, so it neither fits on nor scores tiles of the split ``test``: it fits on ``train``
+    and scores ``val``, or cross-validates over the patients of the one that has labels. The folds and the tiles are the same
+    each time, so that the figures of two epochs can be compared.
+
+    Parameters
+    ----------
+    probe_set
+        Labelled tiles of any splits.
+    runtime
+        Device and precision.
+    config
+        ``batch_size`` and ``num_workers``.
+    max_tiles
+        Use only this many of the tiles that are not of the split ``test``.
+    view_size
+        Edge in pixels that tiles are resized to before the network sees them; None for their own size.
+
+    Raises
+    ------
+    BadInput
+        See :func:`mammostream.train.probe.labelled.for_choosing`.
     """
 
-    def __init__(self, probe_set: ProbeSet, runtime: Runtime, config: Any, view_size: int | None = None) -> None:
-        self._probe_set, self._runtime, self._config, self._view_size = probe_set, runtime, config, view_size
-        self._folds = make_folds(probe_set, seed=0)
+    def __init__(
+        self,
+        probe_set: ProbeSet,
+        runtime: Runtime,
+        config: Any,
+        max_tiles: int | None = None,
+        view_size: int | None = None,
+    ) -> None:
+        self._probe_set, self._runtime, self._config = for_choosing(probe_set, max_tiles), runtime, config
+        self._view_size = view_size
+        self._folds = make_folds(self._probe_set, seed=0)
+        labelled = ~np.isnan(probe_set.tiles.labels).all(1)
+        left_out = int((labelled & ~np.isin(probe_set.splits, CHOOSING)).sum())
+        self.about = describe_folds(self._probe_set, self._folds)
+        """On which splits it is fitted and scored, and how many labelled tiles it must not use, in words."""
+        if left_out:
+            self.about += f" ({left_out} labelled tiles of test are left out)"
 
     def __call__(self, backbone: nn.Module) -> dict[str, dict[str, float | None]]:
         """Return AUCs by probe, then by class or ``mean``; None if undefined."""
@@ -63,7 +97,8 @@ def compare(
     dict
         ``rows``: one dict per figure with ``network, probe, level, class, share, drawn_by, auc`` (mean over seeds), ``sd`` over
         seeds, ``low`` and ``high`` (95 % interval over patients of that mean), ``aucs`` (by seed), ``patients, positives,
-        negatives`` that are scored; None if undefined. ``folds``, ``notes``: what a reader must know.
+        negatives`` that are scored; None if undefined. ``folds``: on which splits the probes were fitted and scored. ``notes``:
+        what else a reader must know.
     """
     rows = []
     folds = {seed: make_folds(probe_set, seed) for seed in config.seed_numbers}
@@ -83,10 +118,7 @@ def compare(
                     for c, name in enumerate(probe_set.class_names):
                         pairs = [level_pairs(probe_set, folds[s], t, c, level, config.score) for s, (t, _) in by_seed.items()]
                         rows.append(about | {"level": level, "class": name} | summary(pairs, config.bootstrap))
-    if len(folds[config.seed_numbers[0]]) > 1:
-        how = f"{len(folds[config.seed_numbers[0]])}-fold cross-validation by patient"
-    else:
-        how = "trained on the train split, scored on another"
+    how = describe_folds(probe_set, folds[config.seed_numbers[0]])
     return {"rows": rows, "folds": how, "notes": probe_set.notes, "seeds": list(config.seed_numbers)}
 
 

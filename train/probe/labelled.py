@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,14 @@ import pandas as pd
 from mammostream.common.errors import BadInput
 from mammostream.common.files import read_csv
 from mammostream.shards.identity import spelling
+from mammostream.shards.manifest import SPLITS
 from mammostream.shards.reading import ShardSet
 from mammostream.train.run.labels import LabelledTiles, join_shards, read_labels
 
 FEW_PATIENTS = 10  # with fewer, intervals say little
 FOLDS = 5
+CHOOSING = ("train", "val")
+"""Splits whose labels may decide which checkpoint is the best."""
 
 _IDENTITY = ("tile_path", "image_id", "patient_id")
 
@@ -50,6 +53,16 @@ class ProbeSet:
     splits: np.ndarray
     notes: list[str]
 
+    def subset(self, rows: np.ndarray) -> ProbeSet:
+        """Return the probe set of some of its rows, ascending; the patients are numbered anew."""
+        splits = self.splits[rows]
+        tiles = replace(
+            self.tiles.take(rows), source=[shard for split in pd.unique(splits) for shard in self.shards.shards(split)]
+        )
+        units = {level: unit[rows] for level, unit in self.units.items()}
+        patients = np.unique(self.patients[rows], return_inverse=True)[1]
+        return replace(self, tiles=tiles, units=units, patients=patients, splits=splits)
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -59,7 +72,7 @@ class Fold:
     score: np.ndarray
 
 
-def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max_tiles: int | None = None) -> ProbeSet:
+def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet) -> ProbeSet:
     """Read a labels CSV and join it to the tiles of shards.
 
     Parameters
@@ -70,8 +83,6 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max
         The columns to use; if empty, all that hold only 0, 1 and empty cells.
     shards
         The tiles.
-    max_tiles
-        Use only this many tiles, the same ones each time.
 
     Raises
     ------
@@ -80,9 +91,7 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet, max
         fewer than two patients; a patient in two splits.
     """
     # Tiles without a label decide whether an image's or breast's label is missing.
-    frame = read_labels(path, class_names or _label_columns(path), keep_unlabelled=max_tiles is None)
-    if max_tiles is not None and len(frame) > max_tiles:
-        frame = frame.iloc[np.sort(np.random.default_rng(0).permutation(len(frame))[:max_tiles])].reset_index(drop=True)
+    frame = read_labels(path, class_names or _label_columns(path), keep_unlabelled=True)
     names = [name for name in frame.columns if name not in _IDENTITY]
     tiles = join_shards(frame, shards, f"labels CSV {path}").of_labelled_units()
     rows = shards.tiles().set_index("tile").loc[tiles.numbers]
@@ -126,11 +135,46 @@ def _check_splits(probe_set: ProbeSet, path: Path) -> None:
         )
 
 
+def for_choosing(probe_set: ProbeSet, max_tiles: int | None = None) -> ProbeSet:
+    """Return the part of a probe set that may decide which checkpoint is the best: no tile of the split ``test``.
+
+    Whoever chooses a checkpoint by the test split can no longer report its figures on that split: they are the best of several.
+
+    Parameters
+    ----------
+    max_tiles
+        Use only this many of the tiles that are left, the same ones each time.
+
+    Raises
+    ------
+    BadInput
+        All labelled tiles are of the split ``test``, or the others are all of one patient.
+    """
+    labelled = ~np.isnan(probe_set.tiles.labels).all(1)
+    rows = np.flatnonzero(labelled & np.isin(probe_set.splits, CHOOSING))
+    others = labelled.sum() - len(rows)
+    if not len(rows):
+        raise BadInput(
+            f"--probe-csv: all {others} labelled tiles are of the split 'test', which must not decide which epoch is best; "
+            "label tiles of 'train' or 'val', or leave out --probe-csv"
+        )
+    if max_tiles is not None and len(rows) > max_tiles:
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:max_tiles])
+    found = probe_set.subset(rows)
+    if found.patients.max() == 0:
+        raise BadInput(
+            f"--probe-csv: the {len(rows)} labelled tiles of {_enumerated(found.splits)} are of one patient; the probe needs "
+            "two patients, one to fit on and one to score (tiles of the split 'test' do not count)"
+        )
+    return found
+
+
 def make_folds(probe_set: ProbeSet, seed: int) -> list[Fold]:
     """Return the folds: rows to fit on and rows to score.
 
     If ``train`` and ``val`` (or ``test`` if ``val`` has none) both have tiles: fit on ``train``, score the other.
-    Otherwise cross-validation over up to :data:`FOLDS` groups of patients, assigned at random by `seed`.
+    Otherwise cross-validation over up to :data:`FOLDS` groups of patients, assigned at random by `seed`. What chooses a
+    checkpoint gives it the set that :func:`for_choosing` returns: there, ``test`` has no tiles.
     """
     train = probe_set.splits == "train"
     for split in ("val", "test"):
@@ -141,6 +185,19 @@ def make_folds(probe_set: ProbeSet, seed: int) -> list[Fold]:
     group = np.random.default_rng(seed).permutation(count) % min(FOLDS, count)
     of_row = group[probe_set.patients]
     return [Fold(np.flatnonzero(of_row != g), np.flatnonzero(of_row == g)) for g in range(group.max() + 1)]
+
+
+def describe_folds(probe_set: ProbeSet, folds: Sequence[Fold]) -> str:
+    """Return in words on which splits the probe is fitted and scored."""
+    if len(folds) == 1:
+        fit, score = (_enumerated(probe_set.splits[rows]) for rows in (folds[0].fit, folds[0].score))
+        return f"fitted on {fit}, scored on {score}"
+    return f"{len(folds)}-fold cross-validation by patient over the labelled tiles of {_enumerated(probe_set.splits)}"
+
+
+def _enumerated(splits: np.ndarray) -> str:
+    """Return the names of the splits that occur, in the order train, val, test."""
+    return " and ".join(split for split in SPLITS if split in splits)
 
 
 def draw_share(

@@ -70,11 +70,15 @@ class LabelledTiles:
         labelled = ~np.isnan(self.labels).all(1)
         kept = labelled | np.isin(self.groups, self.groups[labelled])
         kept |= (self.breasts != "") & np.isin(self.breasts, self.breasts[labelled])
-        rows = {f.name: getattr(self, f.name)[kept] for f in fields(self) if f.name not in ("source", "numbers")}
-        if isinstance(self.source[0], Path):  # then a number is a position in the list
-            source = [path for path, keep in zip(self.source, kept, strict=True) if keep]
-            return LabelledTiles(source, np.arange(len(source)), **rows)  # type: ignore[arg-type]
-        return LabelledTiles(self.source, self.numbers[kept], **rows)
+        return self.take(np.flatnonzero(kept))
+
+    def take(self, rows: np.ndarray) -> LabelledTiles:
+        """Return some of the tiles, by their ascending row numbers."""
+        columns = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("source", "numbers")}
+        if self.source and isinstance(self.source[0], Path):  # then a number is a position in the list
+            paths = [self.source[row] for row in rows]
+            return LabelledTiles(paths, np.arange(len(rows)), **columns)
+        return LabelledTiles(self.source, self.numbers[rows], **columns)
 
     def subjects(self) -> list[str]:
         """Return the hashes of all patients, and of the films of unknown patients, sorted."""

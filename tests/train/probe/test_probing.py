@@ -24,8 +24,17 @@ from mammostream.train.levels.aggregation import PROBABILITY, aggregate
 from mammostream.train.probe.compare import OnlineProbe
 from mammostream.train.probe.config import ProbeConfig
 from mammostream.train.probe.features import extract_features, random_network
-from mammostream.train.probe.labelled import Fold, ProbeSet, draw_share, make_folds, read_probe_set
+from mammostream.train.probe.labelled import (
+    Fold,
+    ProbeSet,
+    describe_folds,
+    draw_share,
+    for_choosing,
+    make_folds,
+    read_probe_set,
+)
 from mammostream.train.probe.scores import LEVELS, PROBES, SHARES, auc_of, count_pairs, gather, knn_scores, score_tiles
+from mammostream.train.run.labels import LabelledTiles
 from mammostream.train.run.runtime import resolve_runtime
 
 CPU = ProbeConfig(device="cpu", num_workers=2)
@@ -38,10 +47,11 @@ def probe_set(patients, labels, splits="train"):
     names = np.array([f"P{p}" for p in patients])
     keys = np.array([f"tile{i}" for i in range(len(patients))])
     units = {"tile": keys, "image": names, "breast": np.full(len(patients), "")}
-    tiles = SimpleNamespace(labels=labels, patients=names, keys=keys)
+    tiles = LabelledTiles([], np.arange(len(patients)), labels, keys, names, names, keys, np.full(len(keys), ""))
     numbers = np.unique(patients, return_inverse=True)[1]
     classes = [f"c{c}" for c in range(labels.shape[1])]
-    return ProbeSet(None, tiles, classes, units, numbers, np.full(len(patients), splits), [])
+    shards = SimpleNamespace(shards=lambda split: [split])
+    return ProbeSet(shards, tiles, classes, units, numbers, np.full(len(patients), splits), [])
 
 
 # ---------------------------------------------------------------- patients
@@ -66,6 +76,105 @@ def test_the_splits_decide_where_both_sides_have_labels():
     (fold,) = make_folds(probe_set([0, 1], np.zeros(2), np.array(["train", "test"])), 0)
     assert fold.score.tolist() == [1]
     assert len(make_folds(probe_set([0, 1], np.zeros(2), "val"), 0)) == 2
+
+
+SPLIT_SETS = st.lists(st.sampled_from(["train", "val", "test"]), min_size=2, max_size=12)
+
+
+@given(SPLIT_SETS, st.integers(1, 4))
+def test_what_chooses_a_checkpoint_sees_nothing_of_the_test_split(split_of_patient, tiles):
+    patients = np.repeat(np.arange(len(split_of_patient)), tiles)
+    found = probe_set(patients, patients % 2, np.repeat(split_of_patient, tiles))
+    allowed = {patient for patient, split in enumerate(split_of_patient) if split != "test"}
+    if len(allowed) < 2:
+        with pytest.raises(BadInput, match="--probe-csv: "):
+            for_choosing(found)
+        return
+    chosen = for_choosing(found)
+    assert {int(name[1:]) for name in chosen.tiles.patients} == allowed
+    assert chosen.tiles.keys.tolist() == [f"tile{i}" for i in np.flatnonzero(np.isin(patients, list(allowed)))]
+    assert sorted(set(chosen.tiles.source)) == sorted({split_of_patient[patient] for patient in allowed})
+    folds = make_folds(chosen, 0)
+    assert all(len(fold.fit) and len(fold.score) for fold in folds)
+    if {"train", "val"} <= set(split_of_patient):
+        (fold,) = folds
+        assert set(chosen.splits[fold.fit]) == {"train"}
+        assert set(chosen.splits[fold.score]) == {"val"}
+    else:
+        assert sorted(np.concatenate([fold.score for fold in folds])) == list(range(len(chosen.splits)))
+
+
+def online_probe(splits, monkeypatch):
+    """An online probe of 3 tiles a patient, and the rows of its probe set that it fits on and scores, as tiles' keys."""
+    patients = np.repeat(np.arange(len(splits)), 3)
+    found = probe_set(patients, np.tile([0, 1, 0], len(splits)), np.repeat(splits, 3))
+    used = {"fit": set(), "score": set(), "extracted": set()}
+
+    def features(backbone, probe_set, *_):
+        used["extracted"] |= set(probe_set.tiles.keys)
+        return np.random.default_rng(0).normal(size=(len(probe_set.tiles.keys), 4))
+
+    def score(features, probe_set, folds, probe):
+        for fold in folds:
+            used["fit"] |= set(probe_set.tiles.keys[fold.fit])
+            used["score"] |= set(probe_set.tiles.keys[fold.score])
+        return score_tiles(features, probe_set, folds, probe)
+
+    monkeypatch.setattr("mammostream.train.probe.compare.extract_features", features)
+    monkeypatch.setattr("mammostream.train.probe.compare.score_tiles", score)
+    online = OnlineProbe(found, resolve_runtime(CPU), CPU)
+    online(None)
+    return online, used
+
+
+@pytest.mark.parametrize(
+    ("splits", "fit", "score", "about"),
+    [
+        (
+            ["train", "train", "val", "test"],
+            {0, 1},
+            {2},
+            "fitted on train, scored on val (3 labelled tiles of test are left out)",
+        ),
+        (
+            ["train", "train", "test", "test"],
+            {0, 1},
+            {0, 1},
+            "2-fold cross-validation by patient over the labelled tiles of train (6 labelled tiles of test are left out)",
+        ),
+        (
+            ["val", "test", "val", "val"],
+            {0, 2, 3},
+            {0, 2, 3},
+            "3-fold cross-validation by patient over the labelled tiles of val (3 labelled tiles of test are left out)",
+        ),
+        (["train", "val"], {0}, {1}, "fitted on train, scored on val"),
+    ],
+)
+def test_the_online_probe_neither_fits_on_nor_scores_the_test_split(splits, fit, score, about, monkeypatch):
+    online, used = online_probe(splits, monkeypatch)
+    assert used["fit"] == {f"tile{3 * p + i}" for p in fit for i in range(3)}
+    assert used["score"] == {f"tile{3 * p + i}" for p in score for i in range(3)}
+    assert used["extracted"] == used["fit"] | used["score"]
+    assert online.about == about
+
+
+def test_labels_of_the_test_split_alone_allow_no_online_probe(monkeypatch):
+    with pytest.raises(BadInput, match="--probe-csv: all 6 labelled tiles are of the split 'test'.*label tiles of 'train' or"):
+        online_probe(["test", "test"], monkeypatch)
+    with pytest.raises(BadInput, match="--probe-csv: the 3 labelled tiles of train are of one patient; the probe needs two"):
+        online_probe(["train", "test"], monkeypatch)
+
+
+def test_a_probe_says_which_splits_it_was_fitted_on_and_scored_on():
+    def words(*splits):
+        found = probe_set(range(len(splits)), np.zeros(len(splits)), np.array(splits))
+        return describe_folds(found, make_folds(found, 0))
+
+    assert words("train", "val", "test") == "fitted on train, scored on val"
+    assert words("train", "test") == "fitted on train, scored on test"
+    assert words("test", "val", "val") == "3-fold cross-validation by patient over the labelled tiles of val and test"
+    assert words("train", "train") == "2-fold cross-validation by patient over the labelled tiles of train"
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.integers(1, 30), st.sampled_from(SHARES))
@@ -190,10 +299,10 @@ def test_labels_are_the_columns_of_zeros_and_ones(road, labels_csv):
     assert sorted(set(found.splits)) == ["train", "val"]
     assert set(found.units["breast"]) == {f"{p} L" for p in set(found.tiles.patients)}
     assert any("2 patients only" in note for note in found.notes)
-    few = read_probe_set(labels_csv, ["bright"], open_shards(road.shards), max_tiles=20)
-    again = read_probe_set(labels_csv, ["bright"], open_shards(road.shards), max_tiles=20)
+    few, again = (for_choosing(found, max_tiles=20) for _ in range(2))
     assert len(few.tiles.numbers) == 20
     assert few.tiles.numbers.tolist() == again.tiles.numbers.tolist()
+    assert (np.diff(few.tiles.numbers) > 0).all()
 
 
 def test_labels_that_allow_no_probe_are_named(road, labels_csv, tmp_path):
@@ -288,6 +397,7 @@ def test_the_command_sets_networks_side_by_side(probed):
     picture = imagecodecs.png_decode((probed / "out/probe.png").read_bytes())
     assert picture[..., :3].std() > 10
     assert any("2 patients only" in note for note in result["notes"])
+    assert result["folds"] == "fitted on train, scored on val"
 
 
 def test_features_are_computed_once(probed, pretrained, labels_csv, mammostream, monkeypatch):
