@@ -110,7 +110,7 @@ def online_probe(splits, monkeypatch):
     found = probe_set(patients, np.tile([0, 1, 0], len(splits)), np.repeat(splits, 3))
     used = {"fit": set(), "score": set(), "extracted": set()}
 
-    def features(backbone, probe_set, *_):
+    def features(backbone, probe_set, *_, **__):
         used["extracted"] |= set(probe_set.tiles.keys)
         return np.random.default_rng(0).normal(size=(len(probe_set.tiles.keys), 4))
 
