@@ -59,24 +59,44 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     return backbone
 
 
-def one_channel(x: Tensor) -> Tensor:
-    """Reduce (N, 3, H, W) to (N, 1, H, W) by the channels' mean; (N, 1, H, W) passes through.
+def with_input_channels(backbone: nn.Module) -> nn.Module:
+    """Note on a backbone how many channels it takes, as ``input_channels``, and return it.
 
-    Exact for grey images stored as RGB and normalised alike in each channel (by :mod:`mammostream.common.normalisation`).
+    Those of its first convolution; 1 if it has none. It is noted once, since looking for it in each step would cost time.
+    """
+    if not isinstance(getattr(backbone, "input_channels", None), int):
+        first = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+        backbone.input_channels = 1 if first is None else first.in_channels  # type: ignore[assignment]  # not a module
+    return backbone
+
+
+def to_channels(x: Tensor, channels: int) -> Tensor:
+    """Return tiles (N, C, H, W) with as many channels as a backbone takes.
+
+    One channel is repeated; three are reduced to their mean if the backbone takes one, which is exact for grey images stored as
+    RGB and normalised alike in each channel (by :mod:`mammostream.common.normalisation`).
 
     Raises
     ------
     BadInput
-        Another number of dimensions or channels.
+        Another number of dimensions, or channels that fit neither way.
     """
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise BadInput(f"the model takes tiles of shape (N, 1, H, W) or (N, 3, H, W), not {tuple(x.shape)}")
-    return x if x.shape[1] == 1 else x.mean(1, keepdim=True)
+    if x.ndim == 4 and x.shape[1] == channels:
+        return x
+    if x.ndim == 4 and x.shape[1] == 1:
+        return x.expand(-1, channels, -1, -1)
+    if x.ndim == 4 and (x.shape[1], channels) == (3, 1):
+        return x.mean(1, keepdim=True)
+    other = 3 if channels == 1 else 1
+    raise BadInput(f"the model takes tiles of shape (N, {channels}, H, W) or (N, {other}, H, W), not {tuple(x.shape)}")
 
 
 def encode(backbone: nn.Module, x: Tensor) -> Tensor:
-    """Return the backbone's features as (N, dim) for (N, 1, H, W) or (N, 3, H, W); (N, dim, 1, 1) is flattened."""
-    return backbone(one_channel(x)).flatten(1)
+    """Return the backbone's features as (N, dim) for (N, 1, H, W) or (N, 3, H, W); (N, dim, 1, 1) is flattened.
+
+    The tiles get the channels that :func:`with_input_channels` noted on the backbone; without a note it takes one.
+    """
+    return backbone(to_channels(x, getattr(backbone, "input_channels", 1))).flatten(1)
 
 
 def feature_dim(backbone: nn.Module, given: int | None = None) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mammostream.common.errors import BadInput
-from mammostream.models.backbones import encode, feature_dim
+from mammostream.models.backbones import encode, feature_dim, with_input_channels
 from mammostream.models.classifier import build_classification_head
 
 
@@ -68,7 +68,8 @@ class MammogramBYOL(nn.Module):
     Parameters
     ----------
     backbone
-        Maps (N, 1, H, W) to (N, D), see :func:`mammostream.models.backbones.build_backbone`.
+        Maps (N, 1, H, W), or (N, 3, H, W), to (N, D) or (N, D, 1, 1); see
+        :func:`mammostream.models.backbones.build_backbone`. Tiles get as many channels as its first convolution takes.
     input_dim
         D; None takes the backbone's ``num_features``.
     hidden_dim
@@ -99,7 +100,7 @@ class MammogramBYOL(nn.Module):
         super().__init__()
         self.input_dim = feature_dim(backbone, input_dim)
         self.concat_views = concat_views
-        self.backbone = backbone
+        self.backbone = with_input_channels(backbone)
         self.projection_head = build_mlp(self.input_dim, hidden_dim, proj_dim)
         self.prediction_head = build_mlp(proj_dim, hidden_dim, proj_dim)
         self.classification_head = build_classification_head(self.input_dim, num_classes)
@@ -157,11 +158,11 @@ class MammogramBYOL(nn.Module):
         torch._foreach_lerp_(targets, onlines, 1 - momentum)
 
     def get_features(self, x: Tensor) -> Tensor:
-        """Return features (N, D) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
+        """Return features (N, D) of normalised tiles (N, 1, H, W) or (N, 3, H, W), whichever the backbone takes."""
         return encode(self.backbone, x)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Return logits (N, classes) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
+        """Return logits (N, classes) of normalised tiles (N, 1, H, W) or (N, 3, H, W), whichever the backbone takes."""
         return self.classification_head(self.get_features(x))
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from mammostream.models.backbones import encode
+from mammostream.models.backbones import encode, with_input_channels
 
 
 class Pretrained(Protocol):
@@ -37,14 +37,14 @@ class MammogramClassifier(nn.Module):
     Parameters
     ----------
     backbone
-        Maps (N, 1, H, W) to (N, dim).
+        Maps (N, 1, H, W), or (N, 3, H, W), to (N, dim); tiles get as many channels as its first convolution takes.
     classification_head
         Maps (N, dim) to (N, classes), see :func:`build_classification_head`.
     """
 
     def __init__(self, backbone: nn.Module, classification_head: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = with_input_channels(backbone)
         self.classification_head = classification_head
 
     @classmethod
@@ -53,11 +53,11 @@ class MammogramClassifier(nn.Module):
         return cls(byol.backbone, build_classification_head(byol.input_dim, num_classes, dropout))
 
     def get_features(self, x: Tensor) -> Tensor:
-        """Return features (N, dim) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
+        """Return features (N, dim) of normalised tiles (N, 1, H, W) or (N, 3, H, W), whichever the backbone takes."""
         return encode(self.backbone, x)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Return logits (N, classes) of normalised tiles (N, 1, H, W); (N, 3, H, W) is reduced to one channel."""
+        """Return logits (N, classes) of normalised tiles (N, 1, H, W) or (N, 3, H, W), whichever the backbone takes."""
         return self.classification_head(self.get_features(x))
 
     forward = classify

@@ -1,15 +1,17 @@
 """Backbones: shapes, weights, and the exactness of folding three channels into one."""
 
+import copy
 import urllib.error
 
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from mammostream.common.errors import BadInput
 from mammostream.common.normalisation import MEAN, STD
 from mammostream.models.architectures import ARCHITECTURES
-from mammostream.models.backbones import build_backbone, feature_dim, one_channel
+from mammostream.models.backbones import build_backbone, feature_dim, to_channels, with_input_channels
 from mammostream.models.byol import MammogramBYOL
 from mammostream.models.checkpoints import save_checkpoint
 from mammostream.models.conversion import IMAGENET_MEAN, IMAGENET_STD, fold_first_convolution
@@ -168,13 +170,22 @@ def test_weights_that_cannot_be_used_name_the_reason(tmp_path):
         build_backbone("resnet18", tmp_path / "r34.pth")
 
 
-def test_three_channels_are_averaged_and_others_refused():
-    x = torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(one_channel(x), x.mean(1, keepdim=True))
-    assert one_channel(x[:, :1]).data_ptr() == x.data_ptr()
-    for bad in (x[0], x[:, :2]):
-        with pytest.raises(BadInput, match=r"\(N, 1, H, W\) or \(N, 3, H, W\)"):
-            one_channel(bad)
+def test_tiles_get_the_channels_that_the_backbone_takes():
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(to_channels(x, 1), x.mean(1, keepdim=True))
+    assert to_channels(x, 3).data_ptr() == to_channels(x[:, :1], 1).data_ptr() == x.data_ptr()
+    torch.testing.assert_close(to_channels(x[:, :1], 3), x[:, :1].repeat(1, 3, 1, 1))
+    for bad, channels in ((x[0], 1), (x[:, :2], 1), (x[:, :2], 3), (x, 4)):
+        with pytest.raises(BadInput, match="the model takes tiles of shape"):
+            to_channels(bad, channels)
+
+
+def test_a_backbone_takes_what_its_first_convolution_takes():
+    three = nn.Sequential(nn.Identity(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)))
+    assert with_input_channels(three).input_channels == 3
+    assert copy.deepcopy(three).input_channels == 3
+    assert with_input_channels(build_backbone("resnet18")).input_channels == 1
+    assert with_input_channels(nn.Flatten()).input_channels == 1
 
 
 def test_feature_dim_is_inferred_given_or_refused():

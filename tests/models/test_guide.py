@@ -10,7 +10,7 @@ from torch import nn
 from mammostream.common.normalisation import MEAN, STD
 from mammostream.models.backbones import build_backbone
 from mammostream.models.byol import MammogramBYOL
-from mammostream.models.checkpoints import save_checkpoint
+from mammostream.models.checkpoints import load_byol, save_checkpoint
 from mammostream.models.classifier import MammogramClassifier, build_classification_head
 
 # "Programmatic Usage" of the classification guide. Its imports were:
@@ -140,3 +140,50 @@ def test_the_pretraining_guides_example(image, channels):
     with torch.no_grad():
         torch.testing.assert_close(given["features"], byol.get_features((image - MEAN) / STD), rtol=1e-4, atol=1e-5)
     assert given["predictions"].shape == (1, 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_pretraining_guides_example_with_the_guides_own_backbone(image, channels):
+    """Three channels, numbered children: what both guides build."""
+
+    def build():
+        return nn.Sequential(*list(torchvision.models.resnet18(weights=None).children())[:-1])
+
+    torch.manual_seed(0)
+    byol = MammogramBYOL(build(), 512, 24, 12)
+    byol(*torch.randn(2, 4, 1, 64, 64)).loss.backward()  # it trains on one-channel tiles
+    byol.update_target(0.9)
+    byol.eval()
+    torch.save({"model_state_dict": byol.state_dict()}, "mammogram_byol_best.pth")
+    given = {
+        "torch": torch,
+        "MammogramBYOL": MammogramBYOL,
+        "backbone": build().eval(),
+        "INPUT_DIM": 512,
+        "HIDDEN_DIM": 24,
+        "PROJ_DIM": 12,
+        "image_tensor": ((image - 0.5) / 0.5).expand(-1, channels, -1, -1),
+    }
+    exec(compile(PRETRAINING_GUIDE, "guide", "exec"), given)
+    with torch.no_grad():
+        expected = byol.backbone(((image - 0.5) / 0.5).expand(-1, 3, -1, -1)).flatten(1)
+    torch.testing.assert_close(given["features"].detach(), expected, rtol=1e-4, atol=1e-5)
+    assert given["predictions"].shape == (1, 2)
+    # Colours are kept, not averaged.
+    coloured = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(byol.get_features(coloured), byol.backbone(coloured).flatten(1))
+        classifier = MammogramClassifier.from_byol(byol, 5).eval()
+        assert classifier(coloured).shape == classifier(coloured[:, :1]).shape == (2, 5)
+    # The commands read it as well: folded to one channel, for this package's normalisation.
+    loaded = load_byol("mammogram_byol_best.pth")
+    with torch.no_grad():
+        found = loaded.get_features((image - MEAN) / STD)
+    assert torch.nn.functional.cosine_similarity(found, expected).item() > 0.99
+
+
+def test_the_guides_resnet50():
+    backbone = nn.Sequential(*list(torchvision.models.resnet50(weights=None).children())[:-1])
+    byol = MammogramBYOL(backbone, 2048, 64, 32).eval()
+    with torch.no_grad():
+        assert byol.get_features(torch.randn(1, 1, 64, 64)).shape == (1, 2048)
