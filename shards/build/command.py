@@ -234,14 +234,24 @@ def pack(
 @shards_argument
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Tiles of this split only.")
 @output_option("Folder for the tiles as <key>.png, and for tiles.csv, which names them.")
+@click.option(
+    "--bits",
+    type=click.Choice(["8", "16"]),
+    help="Bits per pixel of the PNG files; default: as stored. Many programs cannot read 16: PIL's convert('RGB') turns such "
+    "tiles white. 8 rounds 16-bit tiles to 256 grey levels.",
+)
 @workers_option
-def unpack(directory: Path, split: str | None, output_dir: Path, workers: int | None) -> None:
-    """Write the tiles of shards as PNG files, without loss, for tools that read no shards; 'pack' does the reverse."""
+def unpack(directory: Path, split: str | None, output_dir: Path, bits: str | None, workers: int | None) -> None:
+    """Write the tiles of shards as PNG files for tools that read no shards; 'pack' does the reverse.
+
+    Nothing is lost unless --bits 8 is given for tiles of 16 bits.
+    """
     from mammostream.shards.build.launch import Launcher
     from mammostream.shards.build.pack import TILES_CSV, unpack_shards
     from mammostream.shards.reading import open_shards
 
-    count = unpack_shards(open_shards(directory), output_dir, split, Launcher.of(LaunchConfig(workers)))
+    shards, launcher = open_shards(directory), Launcher.of(LaunchConfig(workers))
+    count = unpack_shards(shards, output_dir, split, launcher, int(bits) if bits else None)
     click.echo(f"{count} tiles -> {output_dir}, named in {output_dir / TILES_CSV}")
 
 

@@ -246,7 +246,9 @@ def write_packed_csvs(csvs: Sequence[Path], tiles: pd.DataFrame, packed: pd.Data
     return written
 
 
-def unpack_shards(shards: ShardSet, output_dir: Path, split: str | None = None, launcher: Launcher = ALONE) -> int:
+def unpack_shards(
+    shards: ShardSet, output_dir: Path, split: str | None = None, launcher: Launcher = ALONE, bits: int | None = None
+) -> int:
     """Write the tiles of a shard directory as ``<key>.png``, a CSV that names them, and how they were made.
 
     Parameters
@@ -259,6 +261,9 @@ def unpack_shards(shards: ShardSet, output_dir: Path, split: str | None = None, 
         This split's tiles only.
     launcher
         Who unpacks; a shard at a time.
+    bits
+        8 writes 16-bit tiles with 8 bits, for programs that cannot read more: 65535 becomes 255, with rounding. None keeps the
+        stored depth.
 
     Returns
     -------
@@ -268,9 +273,13 @@ def unpack_shards(shards: ShardSet, output_dir: Path, split: str | None = None, 
     Raises
     ------
     BadInput
-        A tile is damaged, or the folder cannot be written.
+        A tile is damaged, the folder cannot be written, or 8-bit tiles are asked for with 16 bits.
     """
-    unpack = partial(_unpack_shard, folder=shards.folder, codec=shards.codec, output_dir=output_dir)
+    stored = shards.meta["bits"]
+    bits = stored if bits is None else bits
+    if bits > stored:
+        raise BadInput(f"{shards.directory} holds tiles of {stored} bits, which have no more to give; leave out --bits {bits}")
+    unpack = partial(_unpack_shard, folder=shards.folder, codec=shards.codec, output_dir=output_dir, bits=bits)
     tiles = shards.tiles(split)
     its_shards = shards.shards(split)
     make_folder(output_dir)
@@ -279,12 +288,13 @@ def unpack_shards(shards: ShardSet, output_dir: Path, split: str | None = None, 
             bar.update(count)
     table = tiles[["key", "image_id", "patient_id", "split", "x", "y", "size"]].rename(columns={"key": "tile_path"})
     table["tile_path"] += ".png"
-    write_json(output_dir / PREPROCESSING_JSON, {k: v for k, v in shards.preprocessing.items() if k != "shard_config_hash"})
+    record = {k: v for k, v in shards.preprocessing.items() if k != "shard_config_hash"}
+    write_json(output_dir / PREPROCESSING_JSON, record | {"bits": bits})
     write_text(output_dir / TILES_CSV, table.to_csv(index=False))
     return len(tiles)
 
 
-def _unpack_shard(shard: Shard, folder: Path, codec: str, output_dir: Path) -> int:
+def _unpack_shard(shard: Shard, folder: Path, codec: str, output_dir: Path, bits: int) -> int:
     index = read_index(shard.index)
     check_index(shard.tar, index)
     tiles, _, _ = read_shard_table((folder / shard.tar.name).with_suffix(".parquet"))
@@ -301,6 +311,8 @@ def _unpack_shard(shard: Shard, folder: Path, codec: str, output_dir: Path) -> i
             if fault:
                 mend = f"see 'mammostream shards verify {shard.tar.parent} --quarantine'"
                 raise BadInput(f"tile {sample_key(sample)} of {shard.tar} is damaged ({fault}); {mend}")
+            if bits < 8 * pixels.itemsize:
+                pixels = np.rint(pixels / 257).astype(np.uint8)
             with whole_file(output_dir / f"{sample_key(sample)}.png", sync=False) as temporary:
                 temporary.write_bytes(imagecodecs.png_encode(pixels, level=1))
     return len(index)

@@ -46,6 +46,28 @@ def test_unpacked_tiles_are_the_shards_pixels(built, unpacked):
             assert pixel_crc32(np.asarray(image).astype(np.uint16)) == crc
 
 
+def test_tiles_of_8_bits_are_what_other_programs_can_read(built, unpacked, tmp_path):
+    """PIL's convert('RGB'), as in the guide, clips 16-bit tiles to white."""
+    folder = tmp_path / "narrow"
+    assert unpack_shards(built.shards, folder, bits=8) == len(built.shards.tiles())
+    for name in pd.read_csv(folder / "tiles.csv")["tile_path"]:
+        with Image.open(folder / name) as narrow, Image.open(unpacked / name) as wide:
+            assert narrow.mode == "L"
+            shown, stored = np.asarray(narrow.convert("RGB")).astype(float), np.asarray(wide).astype(float)
+        assert np.abs(shown - stored[..., None] / 257).max() <= 0.5
+    packed, _ = pack([folder / "tiles.csv"], folder, tmp_path / "s")
+    assert verify_shards(packed) == []
+    assert (packed.meta["bits"], packed.preprocessing["bits"]) == (8, 8)
+    assert packed.preprocessing["mapping"] == built.shards.preprocessing["mapping"]
+    again = tmp_path / "again"
+    unpack_shards(packed, again)
+    for path in folder.glob("*.png"):
+        with Image.open(path) as one, Image.open(again / path.name) as other:
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    with pytest.raises(BadInput, match=r"holds tiles of 8 bits, .* leave out --bits 16"):
+        unpack_shards(packed, tmp_path / "wide", bits=16)
+
+
 def test_packing_what_was_unpacked_gives_the_same_tiles(built, unpacked, tmp_path):
     packed, _ = pack([unpacked / "tiles.csv"], unpacked, tmp_path / "s", tiles_per_shard=40)
     assert verify_shards(packed) == []
