@@ -58,7 +58,14 @@ _SHOWN = 10
     default=0.1,
     help="Share of the training patients for validation, where the data set has no validation split.",
 )
-@click.option("--seed", default=0, help="Seed of that choice.")
+@click.option(
+    "--test-fraction",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Share of the training patients to hold out for testing, where the data set has no test split: figures count only on "
+    "patients that chose nothing.",
+)
+@click.option("--seed", default=0, help="Seed of these choices.")
 @click.option(
     "--copy/--no-copy",
     default=False,
@@ -79,6 +86,7 @@ def prepare(
     assume_spacing: float | None,
     patient_regex: str | None,
     val_fraction: float,
+    test_fraction: float,
     seed: int,
     copy: bool,
     workers: int | None,
@@ -110,6 +118,7 @@ def prepare(
         assume_spacing=assume_spacing,
         patient_regex=patient_regex,
         val_fraction=val_fraction,
+        test_fraction=test_fraction,
         seed=seed,
         workers=workers,
         skip=output_dir,

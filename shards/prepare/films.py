@@ -62,6 +62,7 @@ def prepare_films(
     assume_spacing: float | None = None,
     patient_regex: str | None = None,
     val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
     seed: int = 0,
     workers: int = 1,
     skip: Path | None = None,
@@ -83,8 +84,10 @@ def prepare_films(
         folder's film: the first group, else the whole match.
     val_fraction
         Share of the training patients for validation, 0-1, where the data set has no validation split.
+    test_fraction
+        Share of the training patients to hold out for the test split, 0-1, where the data set has none; those are drawn first.
     seed
-        Seed of that choice.
+        Seed of these choices.
     workers
         Processes that read headers and masks.
     skip
@@ -121,6 +124,7 @@ def prepare_films(
         problems += faults
     if findings is not None:
         findings = _inside_films(findings, films, problems, notes)
+    films["split"] = _with_test(films, test_fraction, seed, notes)
     films["split"] = _with_validation(films, val_fraction, seed)
     labels = [column for column in films if column.startswith(LABEL_PREFIX)]
     films = films[[*MANIFEST_COLUMNS, *labels]]
@@ -246,6 +250,20 @@ def _inside_films(findings: pd.DataFrame, films: pd.DataFrame, problems: list[Pr
     if changed.any():
         notes.append(f"{changed.sum()} boxes reach out of their film and are clipped to it")
     return clipped[~empty].reset_index(drop=True)
+
+
+def _with_test(films: pd.DataFrame, test_fraction: float, seed: int, notes: list[str]) -> pd.Series:
+    """Return the splits, with training patients dealt to ``test`` where no film is of that split."""
+    splits = films["split"]
+    if not test_fraction:
+        return splits
+    if (splits == "test").any():
+        notes.append("the data set has a test split of its own: --test-fraction is not used")
+        return splits
+    training = splits.isin(["", "train"])
+    dealt = films.loc[training, "patient_id"].map(split_by_patient(films.loc[training, "patient_id"], test_fraction, seed))
+    held_out = dealt.index[dealt == "val"]
+    return splits.mask(splits == "", "train").mask(splits.index.isin(held_out), "test")
 
 
 def _with_validation(films: pd.DataFrame, val_fraction: float, seed: int) -> pd.Series:

@@ -29,6 +29,7 @@ UNMATCHED = ("labels_without_prediction", "predictions_without_label")
 FAILED, CONFLICTING, ABSENT = "failed prediction", "conflicting predictions", "no prediction"
 
 NOTES = {
+    "labels_of_other_splits": "{} rows of the labels are of splits without any prediction: not asked for",
     "labels_without_name": "{} rows of the labels name nothing: left out",
     "predictions_without_name": "{} rows of the predictions name nothing: left out",
     "rows_without_label": "{} rows of the labels have no label at all",
@@ -108,9 +109,10 @@ def match_labels(
     labels, class_names = read_label_table(labels_path, predictions.class_names)
     table, level, label_names, names = _names(predictions, labels, labels_path, score)
     labels, table = labels.assign(_join=label_names), table.assign(_join=names)
+    labels, other_splits = _of_predicted_splits(labels, table)
     labels["_patient"] = clean_patients(labels[patient_column]) if patient_column in labels else ""
 
-    counts: dict[str, int] = {}
+    counts = {"labels_of_other_splits": other_splits}
     scores = [PROBABILITY + name for name in class_names]
     labels, counts["labels_without_name"] = _keep(labels, labels["_join"] != "")
     table, counts["predictions_without_name"] = _keep(table, table["_join"] != "")
@@ -176,6 +178,17 @@ def _names(
         f"labels {path} do not name {level}s, as the predictions do: give tile_path for tiles, image_id for images, "
         f"patient_id and laterality for breasts; their columns are: {', '.join(map(str, labels.columns))}"
     )
+
+
+def _of_predicted_splits(labels: pd.DataFrame, table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """Return the labels without splits of which nothing was predicted, and the number of their rows.
+
+    A manifest has all splits, predictions are often of one: that the others have no prediction says nothing.
+    """
+    if "split" not in labels:
+        return labels, 0
+    predicted = labels.loc[labels["_join"].isin(table["_join"]), "split"].unique()
+    return _keep(labels, labels["split"].isin(predicted)) if len(predicted) else (labels, 0)
 
 
 def _tile_names(tile_paths: pd.Series, table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

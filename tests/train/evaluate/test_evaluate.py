@@ -149,6 +149,7 @@ def test_what_does_not_match_is_counted_and_said(files):
     labels.loc[12, "tile_path"] = tiles.loc[12, "key"] = None
     matched = match(files(tiles, labels))
     assert matched.counts == {
+        "labels_of_other_splits": 0,
         "labels_without_name": 1,
         "predictions_without_name": 1,
         "rows_without_label": 1,
@@ -418,6 +419,16 @@ def test_what_is_left_out_is_warned_of_by_class_and_reason(files, mammostream, t
     few = files(tiles[2:], labels[10:])
     outcome = mammostream(f"evaluate --predictions {few[0]} --labels {few[1]}")
     assert outcome.out.startswith("warning: 8 of 38 predicted tiles have no label and are not judged")
+
+
+def test_splits_that_nobody_predicted_are_not_missed(files):
+    tiles, _ = make_tiles()
+    labels = pd.DataFrame(
+        {"image_id": [f"film{i}" for i in range(8)], "mass": [0, 1] * 4, "split": ["test"] * 5 + ["train"] * 3}
+    )
+    matched = match(files(tiles, labels))
+    assert matched.counts["labels_of_other_splits"] == 3
+    assert matched.left_out["mass"] == {"positives": {}, "negatives": {"no prediction": 1}}  # film4 is of the test split
 
 
 def test_images_whose_tiles_all_failed_are_failed_predictions(files):
