@@ -1,5 +1,5 @@
 """Fine-tuning for multi-label classification of tiles.
 
 In: a BYOL checkpoint and labelled tiles (:mod:`mammostream.train.run.labels`). Out: ``*_classification_model.pth`` with class
-names, thresholds and temperature, ``metrics.json`` and curves. Validation tiles select and calibrate; they never train.
+names, calibrations and thresholds, ``metrics.json`` and curves. Validation tiles select and calibrate; they never train.
 """

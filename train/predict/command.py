@@ -101,9 +101,10 @@ def infer(
 ) -> None:
     """Predict the tiles of shards, or raw films through the model's own preprocessing.
 
-    Writes tables of tiles (predictions), images and breasts. An image's probability of a class is that of its highest tile
-    (max), the mean of its highest few (top3), or noisy_or: 1 - the product of 1 - p over its tiles. A tile or film that cannot
-    be read becomes a row with its reason, and the rest continues.
+    Writes tables of tiles (predictions), images and breasts. An image's probability of a class comes from its highest tile
+    (max), the mean of its highest few (top3), or noisy_or (1 - the product of 1 - p over its tiles), each calibrated on
+    validation images. A tile or film that cannot be read becomes a row with its reason, and the rest continues. The column seen
+    says whether the model was fitted on a row's patient.
 
     A stopped run resumes with the same command: finished parts lie in --output-dir/parts until the end. Several
     processes: torchrun --nproc-per-node N -m mammostream infer ...
@@ -146,6 +147,8 @@ def infer(
         if totals is None:
             return
         click.echo(summary(totals, work.unit, [path for path in (output_dir, output_json) if path]))
+        if totals.warning:
+            click.echo(totals.warning, err=True)
         check_bad(totals, work.unit, max_bad)
 
 

@@ -31,11 +31,12 @@ class InferConfig(EmbedConfig):
 
     threshold: float | None = option(
         None,
-        "Probability from which every class counts as found, 0-1; default: those that the checkpoint's validation gave, else "
-        "0.5. Tables hold the probabilities themselves.",
+        "Probability from which every class counts as found, 0-1, in tiles, images and breasts; default: those of each level "
+        "that the checkpoint's validation gave, else 0.5. Tables hold the probabilities themselves.",
     )
     temperature: float | None = option(
-        None, "Logits are divided by it, so that probabilities are calibrated; default: the checkpoint's, else 1."
+        None,
+        "Divide logits by this instead of calibrating them as the checkpoint says; images and breasts then have raw scores.",
     )
     top_tiles: int = option(3, "Of how many of its highest tiles an image's or breast's top score is the mean.")
     embeddings: bool = option(False, "Add each tile's features to the tile table (Parquet and JSON).")

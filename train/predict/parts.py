@@ -27,6 +27,7 @@ from mammostream.train.levels.calibration import IMAGE
 from mammostream.train.predict.breasts import Breasts
 from mammostream.train.predict.config import InferConfig
 from mammostream.train.predict.network import Predictor
+from mammostream.train.predict.raw_scores import RawScores
 from mammostream.train.predict.stream import Part
 from mammostream.train.predict.tables import JsonWriter, TableWriter, as_table, breast_schema, image_schema, tile_schema
 from mammostream.train.run.runtime import Runtime
@@ -45,6 +46,7 @@ class Totals:
     failed_images: int = 0
     first_reason: str = ""
     without_breast: int = 0  # images in no breast, where a table of breasts was written
+    warning: str = ""  # what the scores of images do not mean
 
     def add(self, tiles: pd.DataFrame, images: pd.DataFrame | None) -> None:
         """Count the rows of a part."""
@@ -203,27 +205,18 @@ def merge_parts(
     """
     assert isinstance(predictor.config, InferConfig)
     names, top = predictor.class_names, predictor.config.top_tiles
-    breasts = Breasts(predictor)
+    breasts, raw_scores = Breasts(predictor), RawScores(predictor)
     totals = Totals()
     with ExitStack() as stack:
-        write: tuple[Callable[[pd.DataFrame], None], ...] | None = None
-        if output_dir is not None:
-            tables = {
-                "predictions": (tile_schema(names, predictor.feature_dim), "tiles"),
-                "image_predictions": (image_schema(names, top), "images"),
-            }
-            write = tuple(
-                stack.enter_context(TableWriter(output_dir / f"{name}.{table_format}", schema, facts, rows)).write
-                for name, (schema, rows) in tables.items()
-            )
+        tables = _open_tables(stack, predictor, facts, output_dir, table_format) if output_dir is not None else ()
         answers = stack.enter_context(ImagesJson(output_json, facts)) if output_json is not None else None
         for tiles, its_images in _all_parts(parts, folder, before, names):
             images = _image_rows(tiles, its_images, predictor, top)
             totals.add(tiles, images)
             breasts.add(tiles, images)
-            if write is not None:
-                write[0](tiles)
-                write[1](images)
+            raw_scores.add(images)
+            for table, rows in zip(tables, (tiles, images), strict=False):
+                table.write(rows)
             if answers is not None:
                 answers.write(images, predictor)
             if on_images is not None:
@@ -232,13 +225,27 @@ def merge_parts(
             if single:
                 raise BadInput(totals.first_reason)
             raise BadInput(f"none of the {totals.images} images could be predicted; the first: {totals.first_reason}")
-    table = breasts.table()
-    if output_dir is not None and len(table):
+    totals.warning = raw_scores.warning()
+    its_breasts = breasts.table()
+    if output_dir is not None and len(its_breasts):
         path = output_dir / f"breast_predictions.{table_format}"
         with TableWriter(path, breast_schema(names, top), facts, "breasts") as writer:
-            writer.write(table)
+            writer.write(its_breasts)
         totals.without_breast = breasts.unknown
     return totals
+
+
+def _open_tables(
+    stack: ExitStack, predictor: Predictor, facts: Mapping[str, Any], output_dir: Path, table_format: str
+) -> tuple[TableWriter, TableWriter]:
+    """Open the tables of tiles and images."""
+    assert isinstance(predictor.config, InferConfig)
+    tiles = tile_schema(predictor.class_names, predictor.feature_dim)
+    images = image_schema(predictor.class_names, predictor.config.top_tiles)
+    return (
+        stack.enter_context(TableWriter(output_dir / f"predictions.{table_format}", tiles, facts, "tiles")),
+        stack.enter_context(TableWriter(output_dir / f"image_predictions.{table_format}", images, facts, "images")),
+    )
 
 
 def merge_tiles(parts: Sequence[Part], folder: Path, predictor: Predictor, facts: Mapping[str, Any], path: Path) -> Totals:

@@ -137,12 +137,20 @@ def test_tile_images_are_judged_as_tiles(levels_model, finetuned, run_cli, tmp_p
     ]
 
 
-def test_given_thresholds_hold_at_all_levels_and_a_temperature_ends_calibration(levels_model, finetuned, run_cli, tmp_path):
+def test_given_thresholds_hold_at_all_levels_and_a_temperature_ends_calibration(
+    levels_model, finetuned, run_cli, capfd, tmp_path
+):
     predict = f"infer --model-path {levels_model} --shards {finetuned.shards} --device cpu --sheet-tiles 0"
     run_cli(f"{predict} --threshold 0.9 --output-dir {tmp_path}/threshold")
+    assert "no calibration" not in capfd.readouterr().err
     facts = json.loads((tmp_path / "threshold/infer.json").read_text())
     assert {t for scores in facts["calibration"].values() for c in scores.values() for t in c["thresholds"]} == {0.9}
+    capfd.readouterr()
     run_cli(f"{predict} --temperature 2 --output-dir {tmp_path}/temperature")
+    warned = capfd.readouterr().err
+    images = table(tmp_path / "temperature", "image_predictions")
+    median = images[f"noisy_or:{finetuned.classes[0]}"].median()
+    assert f"median noisy_or of 2 images: {finetuned.classes[0]} {median:.2f}" in warned
     facts = json.loads((tmp_path / "temperature/infer.json").read_text())
     assert facts["calibration"].keys() == {"tile"}
     tiles, images = (table(tmp_path / "temperature", name) for name in ("predictions", "image_predictions"))
