@@ -138,7 +138,7 @@ def prepare(
 
     _print_problems(problems, output_dir / "problems.csv")
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(note if note.startswith("warning: ") else f"note: {note}", err=True)
     _print_summary(films, made.findings)
     unknown = films["pixel_spacing_mm"].isna().sum()
     if unknown:

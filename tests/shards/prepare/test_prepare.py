@@ -27,7 +27,7 @@ from mammostream.preprocess.reading import read_mammogram
 from mammostream.shards.annotations.datasets import tell_dataset
 from mammostream.shards.annotations.tree import ImageTree
 from mammostream.shards.manifest import read_findings, read_manifest, write_manifest
-from mammostream.shards.prepare.films import copy_films, prepare_films
+from mammostream.shards.prepare.films import _with_test, _with_validation, copy_films, prepare_films
 
 NOBODY = 65534
 MAMMOSTREAM = [sys.executable, "-m", "mammostream"]
@@ -582,3 +582,29 @@ def test_20000_films_take_seconds(tmp_path):
     assert len(made.findings) == len(range(3, count, 9))
     # About 2 s of work; a check that is a loop over pairs of rows, or one scan a row, takes minutes.
     assert seconds < 15
+
+
+# --- held-out patients ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 100), st.floats(0, 0.9), st.floats(0, 0.9))
+def test_patients_are_dealt_to_three_splits_by_patient(seed, val_fraction, test_fraction):
+    patients = [f"P{n // 2}" for n in range(40)]
+    films = pd.DataFrame({"patient_id": patients, "split": ""})
+    notes: list[str] = []
+    films["split"] = _with_test(films, test_fraction, seed, notes)
+    films["split"] = _with_validation(films, val_fraction, seed)
+    counts = films.groupby("split")["patient_id"].nunique()
+    assert films.groupby("patient_id")["split"].nunique().eq(1).all()
+    assert counts["train"] >= 1
+    assert abs(counts.get("test", 0) - 20 * test_fraction) <= 1
+    assert abs(counts.get("val", 0) - (20 - counts.get("test", 0)) * val_fraction) <= 1
+    if not test_fraction:  # as without the option
+        assert films["split"].equals(_with_validation(films.assign(split=""), val_fraction, seed))
+
+
+def test_an_official_test_split_is_kept():
+    films = pd.DataFrame({"patient_id": ["a", "b", "c"], "split": ["train", "train", "test"]})
+    notes: list[str] = []
+    assert _with_test(films, 0.5, 0, notes).tolist() == ["train", "train", "test"]
+    assert notes == ["the data set has a test split of its own: --test-fraction is not used"]
