@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -56,12 +57,15 @@ def test_the_checkpoint_keeps_whom_it_was_fitted_on(checkpoint, finetuned):
     assert not {*tiles["patient_id"]} & {*map(str, checkpoint["fitted_on"]["trained"])}  # hashes, not ids
 
 
-def test_validation_of_several_patients_is_cross_fitted(pretrained, run_cli, tmp_path):
+def test_validation_of_several_patients_is_cross_fitted(pretrained, mammostream, tmp_path):
     """Labels of both patients on the validation side, with the leak allowed: two groups, so two folds."""
     both = pd.concat([pd.read_csv(pretrained.train_csv), pd.read_csv(pretrained.val_csv)])
     both.to_csv(tmp_path / "both.csv", index=False)
     options = pretrained.finetune_options.replace(str(pretrained.val_csv), f"{tmp_path}/both.csv")
-    run_cli(f"finetune {options} --epochs 1 --allow-leakage --output-dir {tmp_path}/run")
+    outcome = mammostream(f"finetune {options} --epochs 1 --allow-leakage --output-dir {tmp_path}/run")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"fine-tuning \(cpu, fp32\): +0%\|.*?\| 0/\d+ \[", outcome.err)  # once it began at "False/53"
+    assert "image bright: " in outcome.err  # too few images to calibrate
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["cross_fitted"]["folds"] == 2
     assert metrics["levels"]["image"]["max"]["cross_fitted"]["folds"] == 2
