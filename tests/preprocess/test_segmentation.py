@@ -303,6 +303,32 @@ def background_of_zeros(film):
     return mask_of(film.pixels * near[: film.pixels.shape[0], : film.pixels.shape[1]]), film.found.mask
 
 
+def _on_canvas(film, fog, uneven=0.0):
+    """The film on a black canvas, its base brightened by a share of full scale that grows from top to bottom."""
+    height, width = film.pixels.shape
+    level = (fog + uneven * np.linspace(-0.5, 0.5, height)[:, None] * fog) * 65535
+    foggy = np.clip(film.pixels * (1 - fog) + level, 1, 65535).astype(np.uint16)
+    margins = (40, 60), (250, 350)
+    found = mask_of(np.pad(foggy, margins))
+    step = film.found.factor
+    return found[20 : 20 + -(-height // step), 125 : 125 + -(-width // step)], film.found.mask
+
+
+@change(0.96)
+def film_on_a_black_canvas(film):
+    return _on_canvas(film, 0.0001)
+
+
+@change(0.9)
+def foggy_film_on_a_canvas(film):
+    return _on_canvas(film, 0.25)
+
+
+@change(0.88)
+def unevenly_foggy_film_on_a_canvas(film):
+    return _on_canvas(film, 0.25, 0.2)
+
+
 @change(0.95)
 def noise(film):
     """Noise of 300 of 65,535 a pixel, many times the films' own in the background."""
@@ -400,3 +426,14 @@ def test_any_shape_gives_a_mask_of_its_grid(shape, spacing, kind, seed):
     assert ("no_breast" in found.flags) == (not found.mask.any())
     assert ("no_spacing" in found.flags) == (spacing is None)
     assert found.side in ("L", "R") if found.mask.any() else found.side == ""
+
+
+def test_an_axillary_tail_of_even_width_is_no_fog():
+    """As bright as the breast, it stays; a strip of a tenth of its brightness goes."""
+    rows, columns = np.mgrid[:560, :360]
+    breast = 500 + 30000 * np.clip(1.2 - ((rows - 340) / 180) ** 2 - (columns / 220) ** 2, 0, 1)
+    for brightness, kept in ((16000, True), (3500, False)):
+        film = np.where((rows < 200) & (columns < 47), np.maximum(breast, brightness), breast).astype(float)
+        film += 30 * np.random.default_rng(0).standard_normal(film.shape)
+        found = segment_breast(film, 0.4).mask
+        assert (found[20:120, 2:38].mean() > 0.95) == kept
