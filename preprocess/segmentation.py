@@ -99,7 +99,8 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
     spacing *= factor
     film = _inside_canvas(xp, coarse)
     strips = _inside_border_strips(xp, coarse[film], spacing)
-    inside = tuple(slice(f.start + s.start, f.start + s.stop) for f, s in zip(film, strips, strict=True))
+    rows, columns = (slice(f.start + s.start, f.start + s.stop) for f, s in zip(film, strips, strict=True))
+    inside = rows, columns
     inner = coarse[inside]
 
     best: tuple[float, Any, str] | None = None
