@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 
+from mammostream.common.errors import BadInput
 from mammostream.preprocess.reading import IMAGE_SUFFIXES
 from mammostream.shards.archive import escape_id
 
@@ -31,6 +32,8 @@ _NOBODY = {
 _FILLER = re.compile(r"x{2,}")
 _VIEW = re.compile(r"(.+?)[ _-]+(?:LEFT|RIGHT|L|R)[ _-]+(?:CC|MLO|ML|LM|LMO|XCC|XCCL|XCCM|FB)(?:[ _-]+\d+)?", re.IGNORECASE)
 _CBIS_SET = re.compile(r"(?:Mass|Calc)-(?:Training|Test)_(?=P_\d+$)")
+SEEN = ("trained", "validated", "pre-trained")
+"""What a model may have been fitted on a patient for, the gravest first."""
 _MANY_STUDIES = 3
 _LISTED = 3
 
@@ -126,6 +129,21 @@ def lookalikes(ids: Iterable[str], others: Iterable[str]) -> list[tuple[str, str
     return sorted((one, other) for one, other in found if one != other)
 
 
+def refuse_split_lookalikes(patients: pd.Series, splits: pd.Series, what: str = "") -> None:
+    """Refuse different ids that may be one patient and are in different splits; `what` stands before the error.
+
+    Raises
+    ------
+    BadInput
+        There are such ids.
+    """
+    if alike := split_lookalikes(patients, splits):
+        raise BadInput(
+            f"{what}patients in different splits differ only in case or leading zeros: {describe_lookalikes(alike)}; if they "
+            "are the same, spell them alike and put all that is theirs into one split; else rename one"
+        )
+
+
 def describe_lookalikes(pairs: list[tuple[str, str]]) -> str:
     """Return pairs of :func:`lookalikes` as words: ``'P1' and 'p01', … and 4 more``."""
     shown = ", ".join(f"'{one}' and '{other}'" for one, other in pairs[:_LISTED])
@@ -170,3 +188,20 @@ def subject_hashes(patients: Iterable[str], films: Iterable[str]) -> np.ndarray:
     unique = pairs.drop_duplicates()
     known = {(p, f): digest(p, f) for p, f in unique.itertuples(index=False)}
     return np.array([known[pair] for pair in pairs.itertuples(index=False, name=None)], dtype=str)
+
+
+def seen_by(fitted_on: Mapping[str, Sequence[str]], patients: Iterable[str], films: Iterable[str]) -> np.ndarray:
+    """Return for each row what a model was fitted on its patient for: one of :data:`SEEN`, the gravest, or "" if for nothing.
+
+    Parameters
+    ----------
+    fitted_on
+        One of :data:`SEEN` -> the :func:`subject_hashes` that a checkpoint keeps.
+    patients, films
+        Of each row; the film counts if the patient is "".
+    """
+    hashes = subject_hashes(patients, films)
+    found = np.full(len(hashes), "", object)
+    for purpose in reversed(SEEN):
+        found[np.isin(hashes, list(fitted_on.get(purpose, ())))] = purpose
+    return found

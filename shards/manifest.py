@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mammostream.common.errors import BadInput, first_line, nearest
 from mammostream.common.files import read_parquet, write_parquet
-from mammostream.shards.identity import clean_patients, describe_lookalikes, names_nobody, spelling, split_lookalikes
+from mammostream.shards.identity import clean_patients, names_nobody, refuse_split_lookalikes, spelling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -116,12 +116,7 @@ def check_manifest(frame: pd.DataFrame, what: str) -> None:
             f"{what}: patient '{patient}' is in the splits {splits} ({torn['patient_id'].nunique()} such patients); "
             "put all films of a patient into one split"
         )
-    alike = split_lookalikes(frame["patient_id"], frame["split"])
-    if alike:
-        raise BadInput(
-            f"{what}: patients in different splits differ only in case or leading zeros: {describe_lookalikes(alike)}; if they "
-            "are the same, spell them alike and put all their films into one split; else rename one"
-        )
+    refuse_split_lookalikes(frame["patient_id"], frame["split"], f"{what}: ")
 
 
 def split_by_patient(patients: Iterable[str], val_fraction: float, seed: int) -> dict[str, str]:

@@ -27,10 +27,9 @@ from mammostream.shards.codecs import decode, pixel_crc32
 from mammostream.shards.identity import (
     clean_ids,
     clean_patients,
-    describe_lookalikes,
     film_of_tile,
     key_of_path,
-    split_lookalikes,
+    refuse_split_lookalikes,
 )
 from mammostream.shards.manifest import SPLITS
 from mammostream.shards.reading import Shard, ShardSet
@@ -111,12 +110,7 @@ def read_tile_csvs(csvs: Sequence[Path], splits: Sequence[str], tiles_dir: Path)
         counts = chosen[chosen[column] != ""].groupby(column)["split"].nunique()
         if (counts > 1).any():
             raise BadInput(f"{column} '{counts[counts > 1].index[0]}' is in two splits; put all its tiles into one")
-    alike = split_lookalikes(chosen["patient_id"], chosen["split"])
-    if alike:
-        raise BadInput(
-            f"patients in different splits differ only in case or leading zeros: {describe_lookalikes(alike)}; if they are the "
-            "same, spell them alike and put all their tiles into one split; else rename one"
-        )
+    refuse_split_lookalikes(chosen["patient_id"], chosen["split"])
     if chosen["key"].duplicated().any():
         raise BadInput(f"two tiles have the name '{chosen['key'][chosen['key'].duplicated()].iloc[0]}'; rename one")
     return chosen

@@ -159,8 +159,8 @@ class Run:
             "calibration": plain(found.calibrations),
             "thresholds": list(found.calibrations[TILE][PROB].thresholds),
             "fitted_on": {
-                "trained": self.data.train.subjects(),
-                "validated": self.data.val.subjects(),
+                "trained": self.data.train.subjects,
+                "validated": self.data.val.subjects,
                 "pre-trained": list(self.pretrained_on),
             },
             "leakage": dict(self.data.leakage),

@@ -68,8 +68,7 @@ def validate(
         return Validation(runtime.from_main({}))
     labels = torch.from_numpy(tiles.labels).to(runtime.device)
     losses = state.loss(torch.from_numpy(logits).to(runtime.device), labels)
-    groups = np.where(tiles.patients != "", tiles.patients, np.char.add("film ", tiles.groups.astype(str)))
-    rows = TileLogits(tiles.labels.astype(np.float64), logits, tiles.groups, tiles.breasts, groups)
+    rows = TileLogits(tiles.labels.astype(np.float64), logits, tiles.groups, tiles.breasts, tiles.people)
     calibrations = fit_levels(rows)
     calibration = calibrations[TILE][PROB]
     metrics = {"val_loss": float(losses.sum() / (~labels.isnan()).sum())}
@@ -86,12 +85,13 @@ def with_intervals(found: Validation, tiles: LabelledTiles, class_names: Sequenc
     assert found.tiles is not None
     known = set(tiles.patients) - {""}
     by_patient = len(known) > 1 and (tiles.patients != "").all()
+    of_tiles = tiles.patients if by_patient else tiles.groups
     judged = judge(found.tiles, found.calibrations)
     crossed, folds = cross_fitted(found.tiles)
     levels: dict[str, Any] = {}
     for (level, score), rows in judged.items():
         calibration = found.calibrations[level][score]
-        groups = tiles.patients if by_patient and level == TILE else tiles.groups if level == TILE else rows.groups
+        groups = of_tiles if level == TILE else rows.groups
         figures = evaluate_predictions(rows.labels, rows.probabilities, class_names, groups, calibration.thresholds)
         for name, fit in zip(class_names, calibration.fits, strict=True):
             figures["per_class"][name]["calibration"] = fit

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mammostream.shards.identity import SEEN
 from mammostream.train.evaluate.matching import Matched
-from mammostream.train.evaluate.reading import SEEN
 
 LIMIT = 0.05
 """A larger share that is not judged is a warning."""

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import read_csv, read_parquet, sha256_file
-from mammostream.shards.identity import clean_ids, clean_patients, clean_sides, film_of_tile, subject_hashes
+from mammostream.shards.identity import clean_ids, clean_patients, clean_sides, film_of_tile, seen_by
 from mammostream.shards.manifest import LABEL_PREFIX
 from mammostream.train.levels.aggregation import PROBABILITY
 from mammostream.train.levels.calibration import (
@@ -29,8 +29,6 @@ from mammostream.train.levels.calibration import (
 
 HINT = "give a predictions.parquet, image_predictions.parquet or breast_predictions.parquet, or a JSON, that 'infer' wrote"
 BREAST_COLUMNS = ["patient_id", "laterality"]
-SEEN = ("trained", "validated", "pre-trained")
-"""What a model may have been fitted on a patient for, the gravest first."""
 _CLEANED = {"patient_id": clean_patients, "laterality": clean_sides}
 _IDENTITY = ("key", "image_id", "patient_id", "laterality", "seen")
 
@@ -155,11 +153,7 @@ def with_model(predictions: Predictions, model_path: Path) -> Predictions:
         images = table.get("image_id", patients)
         # A tile that came as an image file has its path for an image.
         films = [film_of_tile(image) or image if "/" in image else image for image in images]
-        hashes = subject_hashes(patients, films)
-        seen = np.full(len(table), "", object)
-        for purpose in reversed(SEEN):
-            seen[np.isin(hashes, checkpoint["fitted_on"].get(purpose, ()))] = purpose
-        table = table.assign(seen=seen)
+        table = table.assign(seen=seen_by(checkpoint["fitted_on"], patients, films))
     return replace(
         predictions,
         table=table,

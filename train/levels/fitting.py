@@ -45,7 +45,7 @@ class TileLogits:
 
 @dataclass(frozen=True)
 class Judged:
-    """Scores of one level as probabilities, next to their labels: (N, C) each, and the (N,) names and groups of the rows.
+    """Scores of one level as probabilities, next to their labels: (N, C) each, and the (N,) groups of the rows.
 
     ``found`` says which probabilities are at or above their threshold, 0.5 if none was fitted.
     """
@@ -53,7 +53,6 @@ class Judged:
     labels: np.ndarray
     probabilities: np.ndarray
     found: np.ndarray
-    names: np.ndarray
     groups: np.ndarray
 
 
@@ -75,17 +74,17 @@ def judge(tiles: TileLogits, calibrations: Calibrations) -> dict[tuple[str, str]
     """Return the probabilities of each level and score, such as ``("image", "max")``."""
     tile = calibrations[TILE][PROB]
     probabilities = _stored(tile(tiles.logits))
-    found = {(TILE, PROB): (tile, tiles.labels, probabilities, np.arange(len(tiles.labels)).astype(str), tiles.groups)}
+    found = {(TILE, PROB): (tile, tiles.labels, probabilities, tiles.groups)}
     for level in set(calibrations) - {TILE}:
         named = tiles.units(level) != ""
-        names, first, units = np.unique(tiles.units(level)[named], return_index=True, return_inverse=True)
+        _, first, units = np.unique(tiles.units(level)[named], return_index=True, return_inverse=True)
         labels, groups = labels_of_units(tiles.labels[named], units), tiles.groups[named][first]
         for score, logits in unit_logits(probabilities[named], units).items():
             calibration = calibrations[level][score]
-            found[level, score] = (calibration, labels, calibration(logits), names, groups)
+            found[level, score] = (calibration, labels, calibration(logits), groups)
     return {
-        key: Judged(labels, p, p >= [0.5 if t is None else t for t in calibration.thresholds], names, groups)
-        for key, (calibration, labels, p, names, groups) in found.items()
+        key: Judged(labels, p, p >= [0.5 if t is None else t for t in calibration.thresholds], groups)
+        for key, (calibration, labels, p, groups) in found.items()
     }
 
 

@@ -21,7 +21,7 @@ from mammostream.models.checkpoints import load_checkpoint, restore_byol, restor
 from mammostream.models.classifier import MammogramClassifier
 from mammostream.models.folding import fold_batch_norms
 from mammostream.models.tensors import place
-from mammostream.shards.identity import subject_hashes
+from mammostream.shards.identity import seen_by
 from mammostream.train.levels.aggregation import MAX, NOISY_OR, PROBABILITY, TOP
 from mammostream.train.levels.calibration import GIVEN, IMAGE, PROB, TILE, Calibration, Calibrations, stored_calibrations
 from mammostream.train.predict.config import EmbedConfig, InferConfig
@@ -124,11 +124,7 @@ class Predictor:
 
     def seen(self, patients: Iterable[str], films: Iterable[str]) -> np.ndarray:
         """Return for each row what the model was fitted on its patient for: a key of ``fitted_on``, or "" if for nothing."""
-        hashes = subject_hashes(patients, films)
-        found = np.full(len(hashes), "", object)
-        for purpose in ("pre-trained", "validated", "trained"):  # the gravest last
-            found[np.isin(hashes, list(self.fitted_on.get(purpose, ())))] = purpose
-        return found
+        return seen_by(self.fitted_on, patients, films)
 
     @torch.inference_mode()
     def answer(self, tiles: Tensor) -> Answer:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mammostream.common.errors import BadInput
 from mammostream.common.files import read_csv
-from mammostream.shards.identity import spelling
+from mammostream.shards.identity import known_breast, spelling
 from mammostream.shards.manifest import SPLITS
 from mammostream.shards.reading import ShardSet
 from mammostream.train.run.labels import LabelledTiles, join_shards, read_labels
@@ -99,17 +99,15 @@ def read_probe_set(path: Path, class_names: Sequence[str], shards: ShardSet) -> 
     sides = sides.reindex(tiles.groups).fillna("").to_numpy(str)
     notes = []
     unknown = tiles.patients == ""
-    patients = np.where(unknown, np.char.add("film ", tiles.groups.astype(str)), tiles.patients)
     if unknown.any():
         notes.append(f"the patients of {unknown.sum()} tiles are unknown: each of their films counts as its own patient")
-    breasts = np.where(sides == "", "", np.char.add(np.char.add(patients.astype(str), " "), sides))
     # Ids that differ only in case or leading zeros may be one patient: they are never on both sides.
-    unique, numbers = np.unique([spelling(patient) for patient in patients], return_inverse=True)
+    unique, numbers = np.unique([spelling(person) for person in tiles.people], return_inverse=True)
     if len(unique) < 2:
         raise BadInput(f"labels CSV {path} names tiles of {len(unique)} patient; a probe needs two: one to fit, one to score")
     if len(unique) < FEW_PATIENTS:
         notes.append(f"{len(unique)} patients only: intervals over so few say little")
-    units = {"tile": tiles.keys, "image": tiles.groups, "breast": breasts}
+    units = {"tile": tiles.keys, "image": tiles.groups, "breast": known_breast(tiles.people, sides)}
     found = ProbeSet(shards, tiles, names, units, numbers, rows["split"].to_numpy(str), notes)
     _check_splits(found, path)
     return found

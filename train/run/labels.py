@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import lazy_loader
@@ -80,8 +81,14 @@ class LabelledTiles:
             return LabelledTiles(paths, np.arange(len(rows)), **columns)
         return LabelledTiles(self.source, self.numbers[rows], **columns)
 
+    @cached_property
+    def people(self) -> np.ndarray:
+        """(N,) patient of each tile, or ``film <film>`` if the patient is unknown: the film then counts as its own patient."""
+        return np.where(self.patients == "", np.char.add("film ", self.groups.astype(str)), self.patients)
+
+    @cached_property
     def subjects(self) -> list[str]:
-        """Return the hashes of all patients, and of the films of unknown patients, sorted."""
+        """Hashes of all patients, and of the films of unknown patients, sorted."""
         return np.unique(subject_hashes(self.patients, self.groups)).tolist()
 
     def rows(self, numbers: torch.Tensor) -> torch.Tensor:
