@@ -29,6 +29,7 @@ FATE_COLOURS = {"intensity": "#7d8fa3", "nonzero": "#c79bff", "rules": "#ff9966"
 CONTOUR_COLOUR, CLUSTER_COLOUR, BOX_COLOUR = "#5dff8f", "#00f0ff", "#ffffff"
 BAD_COLOUR, GOOD_COLOUR = "#c02020", "#207020"
 RESPONSE_COLOURS, RESPONSE_LIMIT = "plasma", 8.0
+SHOWN_FOG_MM2 = 100.0  # a smaller area that was cut as fog is not worth a word
 PEAK_MM = 0.8
 
 # Bins of energy per cm² that all films share: everything below 0.1, then 20 a decade.
@@ -209,6 +210,8 @@ def few_colours(picture: PILImage.Image) -> PILImage.Image:
 def _draw_titles(figure: Figure, film: Film, title: str, flags: Sequence[str]) -> None:
     segmentation = film.segmentation
     line = f"side {segmentation.side or '?'}   mask: {segmentation.method}   mapping: {film.mapping}"
+    if segmentation.fog_mm2 > SHOWN_FOG_MM2:
+        line += f"   fog cut: {segmentation.fog_mm2 / 100:.1f} cm²"
     # A $ in a name is no formula.
     figure.text(0.008, 0.955, title, fontsize=9, fontweight="bold", parse_math=False)
     figure.text(0.008, 0.91, line, fontsize=7.5)

@@ -59,6 +59,8 @@ class Segmentation:
         What is doubtful: ``no_breast``, ``doubtful_mask``, ``no_spacing``.
     inside
         Rows and columns of the mask's grid within the film's bright borders; all of them where it has none.
+    fog_mm2
+        Area in mm² that was cut off the mask as film fog.
     """
 
     mask: Any
@@ -68,6 +70,7 @@ class Segmentation:
     method: str
     flags: tuple[str, ...]
     inside: tuple[slice, slice]
+    fog_mm2: float = 0.0
 
     @property
     def area_mm2(self) -> float:
@@ -103,23 +106,23 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
     inside = rows, columns
     inner = coarse[inside]
 
-    best: tuple[float, Any, str] | None = None
+    best: tuple[float, Any, float, str] | None = None
     for method, threshold in _METHODS.items():
-        mask = _mask_from(backend, inner, threshold, spacing)
+        mask, fog_mm2 = _mask_from(backend, inner, threshold, spacing)
         score = _plausibility(xp, mask)
         if best is None or score > best[0]:
-            best = (score, mask, method)
+            best = (score, mask, fog_mm2, method)
         if score >= 1:
             break
     assert best is not None
-    score, found, method = best
+    score, found, fog_mm2, method = best
     mask = xp.zeros(coarse.shape, dtype=bool)
     mask[inside] = found
     if not bool(mask.any()):
         return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside)
     if score < 1:
         flags = (*flags, "doubtful_mask")
-    return Segmentation(mask, factor, spacing, _side(xp, found), method, flags, inside)
+    return Segmentation(mask, factor, spacing, _side(xp, found), method, flags, inside, fog_mm2)
 
 
 def coarse_factor(spacing_mm: float) -> int:
@@ -207,17 +210,18 @@ def _nonzero(backend: Backend, image: Any) -> float:
 _METHODS: dict[str, Callable[[Backend, Any], float]] = {"otsu": _otsu, "triangle": _triangle, "nonzero": _nonzero}
 
 
-def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float) -> Any:
-    """Return the breast by one method, or an empty mask."""
+def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float) -> tuple[Any, float]:
+    """Return the breast by one method, or an empty mask, and the area in mm² that was cut off it as fog."""
     xp = backend.xp
     if float(image.max()) - float(image.min()) < 1e-6:
-        return xp.zeros(image.shape, dtype=bool)
+        return xp.zeros(image.shape, dtype=bool), 0.0
     tissue = _largest_tissue(backend, _compress(xp, image, image), threshold, spacing)
     # Once more on the scale of the tissue alone, which labels and borders have no part in.
     if bool(tissue.any()):
         tissue = _largest_tissue(backend, _compress(xp, image, image[tissue]), threshold, spacing)
-    tissue = _without_attachments(backend, _without_fog(xp, image, tissue, spacing), spacing)
-    return _close(backend, tissue, CLOSING_RADIUS_MM / spacing)
+    clear = _without_fog(xp, image, tissue, spacing)
+    fog_mm2 = float((tissue & ~clear).sum()) * spacing**2
+    return _close(backend, _without_attachments(backend, clear, spacing), CLOSING_RADIUS_MM / spacing), fog_mm2
 
 
 def _largest_tissue(backend: Backend, image: Any, threshold: Callable, spacing: float) -> Any:

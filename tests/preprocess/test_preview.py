@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dicom_files import write_dicom
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mammostream.common.errors import BadInput
@@ -28,6 +29,7 @@ from mammostream.preprocess.preview import (
     ENERGY_EDGES,
     FILM_PANEL,
     RULE_COLOURS,
+    _draw_titles,
     draw_film,
     energy_counts,
 )
@@ -252,3 +254,12 @@ def test_threshold_of_a_percentile(films):
     assert selection.threshold == np.percentile(selection.candidates.freq_energy[gated], 80)
     assert tiled(films[0].pixels).selection.threshold == CONFIG.min_freq_energy
     assert tiled(np.zeros((300, 200), np.uint16), replace(CONFIG, freq_percentile=80)).selection.threshold == np.inf
+
+
+@pytest.mark.parametrize(("fog_mm2", "shown"), [(90.0, False), (1205.3, True)])
+def test_the_title_names_the_area_that_was_cut_as_fog(films, fog_mm2, shown):
+    film = tiled(films[2].pixels)
+    figure = Figure()
+    _draw_titles(figure, replace(film, segmentation=replace(film.segmentation, fog_mm2=fog_mm2)), "a film", ())
+    assert any("fog cut: 12.1 cm²" in text.get_text() for text in figure.texts) == shown
+    assert shown or not any("fog" in text.get_text() for text in figure.texts)
