@@ -70,7 +70,7 @@ class Segmentation:
     method: str
     flags: tuple[str, ...]
     inside: tuple[slice, slice]
-    fog_mm2: float = 0.0
+    fog_mm2: float
 
     @property
     def area_mm2(self) -> float:
@@ -119,7 +119,7 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
     mask = xp.zeros(coarse.shape, dtype=bool)
     mask[inside] = found
     if not bool(mask.any()):
-        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside)
+        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside, fog_mm2)
     if score < 1:
         flags = (*flags, "doubtful_mask")
     return Segmentation(mask, factor, spacing, _side(xp, found), method, flags, inside, fog_mm2)

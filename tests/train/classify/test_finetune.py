@@ -440,6 +440,7 @@ def test_several_seeds_give_mean_and_spread(pretrained, mammostream, tmp_path):
         (summary["per_class"]["bright"]["ap"], [run["per_class"]["bright"]["ap"] for run in runs]),
     ):
         assert got == {"mean": pytest.approx(np.mean(values)), "sd": pytest.approx(np.std(values, ddof=1)), "values": values}
+    assert len({run["mean_auc"] for run in runs}) > 1
     assert runs[0]["val_loss"] != runs[1]["val_loss"]  # ranks may be perfect for both seeds, by the machine's rounding
     mean, sd = summary["mean_auc"]["mean"], summary["mean_auc"]["sd"]
     assert f"mean: AUC {mean:.3f} ± {sd:.3f}" in outcome.out
