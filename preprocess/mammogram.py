@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mammostream.common.errors import BadInput
@@ -46,6 +47,8 @@ class Header:
         ``dicom:PixelSpacing``, ``dicom:ImagerPixelSpacing``, or empty.
     laterality, view, patient_id, study_id
         As the file has them, or empty.
+    flags
+        What was assumed or put right in reading the file: the flag, and its particulars or "".
     """
 
     height: int
@@ -57,6 +60,7 @@ class Header:
     view: str = ""
     patient_id: str = ""
     study_id: str = ""
+    flags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Film:
     mapping
         How stored values became [0, 1].
     flags
-        The segmentation's, ``padded`` (the film is smaller than a tile), ``cluster_not_held`` (a cluster of specks lies where
+        The header's and the segmentation's, ``padded`` (the film is smaller than a tile), ``cluster_not_held`` (a cluster of specks lies where
         no tile passes the gates).
     guide_8bit_kept
         Tiles that the same gates and the breast rule keep on the plain 8-bit scale (no mapping), measured at ~0.4 mm.
@@ -129,7 +129,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     # Before padding, whose edge would be a bright step.
     small = block_mean(image, fine)
     response = speck_response(small, segmentation.mask, spacing * fine)
-    flags = segmentation.flags
+    flags = (*header.flags, *segmentation.flags)
     mask = segmentation.mask
     if min(image.shape) < config.tile_size:
         flags = (*flags, "padded")

@@ -53,6 +53,7 @@ IMAGE_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("reason", pa.string()),  # why the image gave nothing; empty where it is fine
         ("flags", pa.string()),  # space-separated
+        ("remarks", pa.string()),  # the particulars of flags that have any: "flag: particulars; ..."
         ("height", pa.int32()),  # native pixels
         ("width", pa.int32()),
         ("bits", pa.int32()),
@@ -77,6 +78,8 @@ IMAGE_SCHEMA = pa.schema(
         ("guide_8bit_kept", pa.int32()),  # tiles that the guide's plain 8-bit scale would have kept
     ]
 )
+
+ADDED_COLUMNS = frozenset({"remarks"})  # since version 0.1.0
 
 
 def write_shard_table(path: Path, tiles: list[dict], images: list[dict], metadata: dict[str, Any]) -> None:
@@ -115,10 +118,18 @@ def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
         rows = table.column("row")
         # Without the whole table's metadata, which is one shard's.
         tiles, images = (
-            table.filter(pc.equal(rows, kind)).select(schema.names).cast(schema)
+            with_schema(table.filter(pc.equal(rows, kind)), schema)
             for kind, schema in (("tile", TILE_SCHEMA), ("image", IMAGE_SCHEMA))
         )
     return tiles, images, metadata
+
+
+def with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table with a schema's columns; those that earlier versions did not write are null."""
+    for field in schema:
+        if field.name in ADDED_COLUMNS and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(schema.names).cast(schema)
 
 
 @contextmanager

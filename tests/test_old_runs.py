@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mammostream.demo import run_command
+from mammostream.shards.tables import ADDED_COLUMNS
 
 ONE_THREAD = "--device cpu --num-workers 1"
 
@@ -42,6 +43,15 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_shards_verify(mammostream):
+    assert "4 shards, 24 tiles: all well" in mammostream("shards verify shards --workers 1")
+
+
+def test_columns_added_since_are_null(old_run, mammostream):
+    mammostream("shards finish shards")  # merges the old tables anew
+    images = pd.read_parquet(old_run / "shards/images.parquet")
+    assert set(images.columns) >= ADDED_COLUMNS
+    assert images[sorted(ADDED_COLUMNS)].isna().all(axis=None)
+    assert (images["kept"] > 0).all()
     assert "4 shards, 24 tiles: all well" in mammostream("shards verify shards --workers 1")
 
 

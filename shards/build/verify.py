@@ -23,7 +23,7 @@ from mammostream.shards.build.merge import describe_shard, merge_tables
 from mammostream.shards.codecs import META_EXTENSION, NUMBER_EXTENSION, decode, encode_number, pixel_crc32
 from mammostream.shards.lock import ALL, lock_shards
 from mammostream.shards.reading import ShardSet
-from mammostream.shards.tables import read_shard_table, write_shard_table
+from mammostream.shards.tables import IMAGE_SCHEMA, read_shard_table, with_schema, write_shard_table
 
 # What an interrupted check has found so far; a finished one removes it.
 _RECORD = ".verify.jsonl"
@@ -227,8 +227,8 @@ def _is_header_of(block: memoryview, member: Member) -> bool:
 def _image_faults(shards: ShardSet) -> Iterator[Fault]:
     """Compare images.parquet with the shards' own tables; shards whose table cannot be read are named already."""
     try:
-        merged = pq.read_table(shards.directory / "images.parquet")
-    except (OSError, ValueError) as error:
+        merged = with_schema(pq.read_table(shards.directory / "images.parquet"), IMAGE_SCHEMA)
+    except (OSError, ValueError, KeyError) as error:
         yield Fault("images.parquet", f"cannot be read ({first_line(error)})")
         return
     first = 0

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mammostream.common.errors import BadInput
-from mammostream.shards import verify
 from mammostream.shards.archive import read_index
+from mammostream.shards.build import verify
 from mammostream.shards.build.launch import Launcher
 from mammostream.shards.build.verify import quarantine
 from mammostream.shards.reading import open_shards
