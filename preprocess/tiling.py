@@ -69,8 +69,8 @@ class Film:
     mapping
         How stored values became [0, 1].
     flags
-        The header's and the segmentation's, ``padded`` (the film is smaller than a tile), ``cluster_not_held`` (a cluster of specks lies where
-        no tile passes the gates).
+        The header's and the segmentation's, ``padded`` (the film is smaller than a tile), ``cluster_not_held`` (a cluster of
+        specks lies where no tile passes the gates).
     guide_8bit_kept
         Tiles that the same gates and the breast rule keep on the plain 8-bit scale (no mapping), measured at ~0.4 mm.
     """
