@@ -59,7 +59,12 @@ def judge(folder: Path, references: dict[str, np.ndarray], lesions: pd.DataFrame
     started = time.perf_counter()
     found = segment_breast(pixels, SPACING_MM)
     seconds = time.perf_counter() - started
-    row: dict[str, Any] = {"film": name, "seconds": seconds, "doubt": "doubtful_mask" in found.flags}
+    row: dict[str, Any] = {
+        "film": name,
+        "seconds": seconds,
+        "doubt": "doubtful_mask" in found.flags,
+        "plausibility": found.plausibility,
+    }
     if name in references:
         mask, reference = on_grid(found), references[name]
         distances = boundary_mm(mask, reference, SPACING_MM * pixels.shape[0] / GRID)

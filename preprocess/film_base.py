@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mammostream.preprocess.backend import Backend
-from mammostream.preprocess.morphology import side_of
+from mammostream.preprocess.morphology import STEP, side_of
 
 CANVAS_FILLED = 0.05  # of a canvas line may be something else: scratches, a scanner's marks
 # The film base is measured this far from tissue, in bands of rows.
 BASE_DISTANCE_MM, BASE_BAND_MM = 8.0, 8.0
-BASE_ROUNDS, MIN_BASE_PIXELS = 4, 50
+BASE_ROUNDS, MIN_BASE_PIXELS = 4, 20
 MAX_BORDER_STRIP_SHARE = 0.1
 STRIP_EDGE_MM = 1.0  # a strip fades out over this width
 MIN_STRIP_STEP = 0.1  # of the brightest value
@@ -79,20 +79,14 @@ def film_base(backend: Backend, image: Any, tissue: Any, spacing: float) -> tupl
     """
     xp = backend.xp
     height, width = image.shape
-    far = backend.ndimage.distance_transform_edt(~tissue) > BASE_DISTANCE_MM / spacing
-    drawn = xp.zeros_like(tissue)
-    (top, bottom), (left, right) = _blank_margins(xp, image)
-    drawn[top : height - bottom, left : width - right] = True
-    for chosen in (far & drawn, far, ~tissue):
-        if int(chosen.sum()) >= MIN_BASE_PIXELS:
-            far = chosen
-            break
-    else:
-        return xp.zeros_like(image), 0.0
     rows, columns = xp.linspace(-1, 1, height, dtype=xp.float32), xp.linspace(-1, 1, width, dtype=xp.float32)
+    few = image[::STEP, ::STEP]  # the base is smooth: every other pixel of every other row tells as much
+    far = _far_from(backend, few, tissue[::STEP, ::STEP], BASE_DISTANCE_MM / (STEP * spacing))
+    if far is None:
+        return xp.zeros_like(image), 0.0
     row, column = xp.nonzero(far)
-    values = image[row, column]
-    terms = xp.stack([xp.ones_like(values), columns[column], rows[row]], axis=1)
+    values = few[row, column]
+    terms = xp.stack([xp.ones_like(values), columns[::STEP][column], rows[::STEP][row]], axis=1)
     level = xp.array([float(xp.median(values)), 0, 0], dtype=xp.float32)
     for _ in range(BASE_ROUNDS):
         rest = xp.abs(values - terms @ level)
@@ -103,21 +97,33 @@ def film_base(backend: Backend, image: Any, tissue: Any, spacing: float) -> tupl
         level = xp.linalg.solve(its.T @ its + 1e-4 * len(its) * xp.eye(3, dtype=xp.float32), its.T @ values[near])
     base = level[0] + level[1] * columns[None] + level[2] * rows[:, None]
     base = xp.clip(base, float(xp.percentile(values, 1)), float(xp.percentile(values, 99)))
-    base = base + _by_band(xp, image - base, far, max(1, round(BASE_BAND_MM / spacing)))[:, None]
-    return base, float(1.4826 * xp.median(xp.abs((image - base)[far])))
+    rest = few - base[::STEP, ::STEP]
+    shift = _by_band(xp, rest, far, max(1, round(BASE_BAND_MM / (STEP * spacing))), height)
+    noise = float(1.4826 * xp.median(xp.abs((rest - shift[::STEP, None])[far])))
+    return base + shift[:, None], noise
 
 
-def _by_band(xp: Any, rest: Any, far: Any, band: int) -> Any:
+def _far_from(backend: Backend, image: Any, tissue: Any, distance: float) -> Any | None:
+    """Return pixels away from tissue, within what is drawn on where they suffice; None where there are too few of any."""
+    height, width = image.shape
+    far = backend.ndimage.distance_transform_edt(~tissue) > distance
+    drawn = backend.xp.zeros_like(tissue)
+    (top, bottom), (left, right) = _blank_margins(backend.xp, image)
+    drawn[top : height - bottom, left : width - right] = True
+    return next((pixels for pixels in (far & drawn, far, ~tissue) if int(pixels.sum()) >= MIN_BASE_PIXELS), None)
+
+
+def _by_band(xp: Any, rest: Any, far: Any, band: int, height: int) -> Any:
     """Return the median of the pixels of each band of rows, interpolated between the bands that have enough of them."""
     centres, medians = [], []
     for start in range(0, len(rest), band):
         values = rest[start : start + band][far[start : start + band]]
         if values.size >= MIN_BASE_PIXELS:
-            centres.append(start + band / 2)
+            centres.append(STEP * (start + band / 2))
             medians.append(float(xp.median(values)))
     if not centres:
-        return xp.zeros(len(rest), dtype=xp.float32)
-    return xp.interp(xp.arange(len(rest)), xp.asarray(centres), xp.asarray(medians)).astype(xp.float32)
+        return xp.zeros(height, dtype=xp.float32)
+    return xp.interp(xp.arange(height), xp.asarray(centres), xp.asarray(medians)).astype(xp.float32)
 
 
 def without_fog(xp: Any, image: Any, mask: Any, spacing: float) -> Any:

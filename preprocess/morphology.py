@@ -6,6 +6,7 @@ from typing import Any
 
 from mammostream.preprocess.backend import Backend
 
+STEP = 2  # pixels of a mask for one where half its resolution does
 # A breast fills about three quarters of the box around it; labels and tape fill theirs.
 MAX_BREAST_EXTENT = 0.92
 

@@ -4,7 +4,8 @@ The canvas around a scanned film and the film's borders are trimmed. Thresholds 
 the tissue down to the faint skin line: the lower one lies just above the film base, which is measured where there is no tissue.
 An opening detaches labels, letters, scratches and dust; the component is chosen by area, contact with the chest-wall side and
 shape, and the strip of film fog along the chest wall is cut off. The pectoral muscle stays in. Methods are tried in order
-until one passes the sanity checks; an image that none suits is flagged, never dropped silently.
+until one gives a sane mask; an image that none suits is flagged, never dropped silently.
+A mask around which there is something else than film base is flagged too.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mammostream.preprocess.artefacts import THIN_MM, cliffs_of, without_attachments, without_objects
 from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.film_base import film_base, inside_border_strips, inside_canvas, without_fog
-from mammostream.preprocess.morphology import closed, hysteresis, likeliest, opened, side_of
-from mammostream.preprocess.objects import THIN_MM, cliffs_of, without_attachments, without_objects
+from mammostream.preprocess.morphology import STEP, closed, hysteresis, likeliest, opened, side_of
 from mammostream.preprocess.resampling import block_mean
 
 TARGET_SPACING_MM = 0.4
@@ -26,6 +27,10 @@ CLOSING_RADIUS_MM = 4.0
 # Tissue is brighter than the film base by so many times its noise, and by at least this much of the compressed range.
 BASE_SIGMAS, MIN_CONTRAST = 6.0, 0.06
 MIN_AREA_SHARE, MAX_AREA_SHARE = 0.03, 0.92
+# Within the outline of a good mask there is clear tissue, around it there is film base.
+WITHIN_MM, AROUND_MM = (2.0, 4.0), (3.0, 6.0)
+CLEAR_CONTRAST = 1.5
+PLAUSIBLE = 0.8
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Segmentation:
         Rows and columns of the mask's grid within the film's bright borders; all of them where it has none.
     fog_mm2
         Area in mm² that was cut off the mask as film fog.
+    plausibility
+        How plausible the mask is, 0-1; below `PLAUSIBLE` it is flagged ``doubtful_mask``.
     """
 
     mask: Any
@@ -61,6 +68,7 @@ class Segmentation:
     flags: tuple[str, ...]
     inside: tuple[slice, slice]
     fog_mm2: float
+    plausibility: float
 
     @property
     def area_mm2(self) -> float:
@@ -98,21 +106,20 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
 
     best: tuple[float, Any, float, str] | None = None
     for method, threshold in _METHODS.items():
-        mask, fog_mm2 = _mask_from(backend, inner, threshold, spacing)
-        score = _plausibility(xp, mask)
-        if best is None or score > best[0]:
-            best = (score, mask, fog_mm2, method)
-        if score >= 1:
+        mask, plausible, fog_mm2 = _mask_from(backend, inner, threshold, spacing)
+        if best is None or plausible > best[0]:
+            best = (plausible, mask, fog_mm2, method)
+        if _is_sane(xp, mask):
             break
     assert best is not None
-    score, found, fog_mm2, method = best
+    plausible, found, fog_mm2, method = best
     mask = xp.zeros(coarse.shape, dtype=bool)
     mask[inside] = found
     if not bool(mask.any()):
-        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside, fog_mm2)
-    if score < 1:
+        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside, fog_mm2, 0.0)
+    if plausible < PLAUSIBLE:
         flags = (*flags, "doubtful_mask")
-    return Segmentation(mask, factor, spacing, side_of(xp, found), method, flags, inside, fog_mm2)
+    return Segmentation(mask, factor, spacing, side_of(xp, found), method, flags, inside, fog_mm2, plausible)
 
 
 def coarse_factor(spacing_mm: float) -> int:
@@ -149,44 +156,90 @@ def _nonzero(backend: Backend, image: Any) -> float:
 _METHODS: dict[str, Callable[[Backend, Any], float]] = {"otsu": _otsu, "triangle": _triangle, "nonzero": _nonzero}
 
 
-def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float) -> tuple[Any, float]:
-    """Return the breast by one method, or an empty mask, and the area in mm² that was cut off it as fog."""
+def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float) -> tuple[Any, float, float]:
+    """Return the breast by one method, or an empty mask; how plausible it is; the area in mm² that was cut off it as fog."""
     xp = backend.xp
     if float(image.max()) - float(image.min()) < 1e-6:
-        return xp.zeros(image.shape, dtype=bool), 0.0
-    tissue = _largest_tissue(backend, _compress(xp, image, image), threshold, spacing)
+        return xp.zeros(image.shape, dtype=bool), 0.0, 0.0
+    few = image[::STEP, ::STEP]
+    tissue, contrast = _largest_tissue(backend, _compress(xp, few, few), threshold, STEP * spacing)
+    if not bool(tissue.any()):
+        return xp.zeros(image.shape, dtype=bool), 0.0, 0.0
     # Once more on the scale of the tissue alone, which labels and borders have no part in.
-    if bool(tissue.any()):
-        compressed = _compress(xp, image, image[tissue])
-        tissue = _largest_tissue(backend, compressed, threshold, spacing, cliffs_of(backend, image, tissue))
-    clear = without_fog(xp, image, tissue, spacing)
-    fog_mm2 = float((tissue & ~clear).sum()) * spacing**2
-    return closed(backend, without_attachments(backend, clear, spacing), CLOSING_RADIUS_MM / spacing), fog_mm2
+    compressed = _compress(xp, image, few[tissue])
+    cliffs = cliffs_of(backend, image, few[tissue])
+    found = xp.zeros(image.shape, dtype=bool), 0.0, 0.0
+    away_from = None
+    for _ in range(2):
+        tissue, contrast = _largest_tissue(backend, compressed, threshold, spacing, cliffs, away_from)
+        clear = without_fog(xp, image, tissue, spacing)
+        mask = closed(backend, without_attachments(backend, clear, spacing), CLOSING_RADIUS_MM / spacing)
+        plausible = _plausibility(backend, mask, contrast, spacing)
+        if plausible > found[1]:
+            found = mask, plausible, float((tissue & ~clear).sum()) * spacing**2
+        if plausible >= PLAUSIBLE:
+            break
+        # A wide falloff of the skin line may have counted as film base: measure that further away.
+        away_from = mask
+    return found
 
 
-def _largest_tissue(backend: Backend, image: Any, threshold: Callable, spacing: float, cliffs: Any = None) -> Any:
-    """Return the component of a compressed image that is most likely the breast, without objects where cliffs are given."""
+def _largest_tissue(
+    backend: Backend, image: Any, threshold: Callable, spacing: float, cliffs: Any = None, away_from: Any = None
+) -> tuple[Any, Any]:
+    """Return the component of a compressed image that is most likely the breast, without objects where cliffs are given.
+
+    Beside it, how far each pixel is above the film base, in units of what counts as tissue.
+    """
     xp, ndimage = backend.xp, backend.ndimage
     high = threshold(backend, image)
     bright = image >= high
     if bool(bright.all()):
-        return xp.zeros(image.shape, dtype=bool)
-    base, noise = film_base(backend, image, bright, spacing)
-    low = xp.minimum(base + max(BASE_SIGMAS * noise, MIN_CONTRAST), high)
-    tissue = hysteresis(backend, image >= low, bright)
+        return xp.zeros(image.shape, dtype=bool), xp.zeros_like(image)
+    base, noise = film_base(backend, image, bright if away_from is None else bright | away_from, spacing)
+    limit = max(BASE_SIGMAS * noise, MIN_CONTRAST)
+    tissue = hysteresis(backend, image >= xp.minimum(base + limit, high), bright)
     if cliffs is not None:
         tissue = without_objects(backend, tissue, cliffs, spacing)
     # Tissue continues beyond the sides of the image, not beyond its ends, where borders leave thin lines.
     tissue = opened(backend, tissue, THIN_MM / spacing, "edge") & tissue
     labels, count = ndimage.label(tissue)
-    return labels == likeliest(backend, labels, count) if count else tissue
+    return labels == likeliest(backend, labels, count) if count else tissue, (image - base) / limit
 
 
-def _plausibility(xp: Any, mask: Any) -> float:
-    """Return the share of sanity checks that a mask passes: area, contact with one side, and a free other side."""
+def _plausibility(backend: Backend, mask: Any, contrast: Any, spacing: float) -> float:
+    """Return how plausible a mask is, 0-1.
+
+    The share of a band within its outline that is clearly tissue times the share of a band around it that is film base; half of
+    that where the mask is not sane.
+
+    Parameters
+    ----------
+    mask
+        (h, w) bool.
+    contrast
+        (h, w) height above the film base; 1 is the least that counts as tissue.
+    spacing
+        Size of a pixel in mm.
+    """
     if not bool(mask.any()):
         return 0.0
+    xp, distances = backend.xp, backend.ndimage.distance_transform_edt
+    plausible = 1.0 if _is_sane(xp, mask) else 0.5
+    few, contrast, spacing = mask[::STEP, ::STEP], contrast[::STEP, ::STEP], STEP * spacing
+    padded = xp.pad(few, 1, mode="edge")
+    for side, (nearest, farthest), expected in (
+        (padded, WITHIN_MM, contrast > CLEAR_CONTRAST),
+        (~padded, AROUND_MM, contrast < 1),
+    ):
+        distance = distances(side)[1:-1, 1:-1] * spacing if bool((~side).any()) else xp.zeros(few.shape)
+        band = (distance > nearest) & (distance <= farthest)
+        plausible *= float(expected[band].mean()) if bool(band.any()) else 0.0
+    return plausible
+
+
+def _is_sane(xp: Any, mask: Any) -> bool:
+    """Return whether a mask's area is a breast's, it touches one side of the image, and leaves the other side free."""
     share = float(mask.mean())
     left, right = float(mask[:, :3].mean()), float(mask[:, -3:].mean())
-    checks = (MIN_AREA_SHARE <= share <= MAX_AREA_SHARE, max(left, right) > 0.15, min(left, right) < 0.5)
-    return sum(checks) / len(checks)
+    return MIN_AREA_SHARE <= share <= MAX_AREA_SHARE and max(left, right) > 0.15 and min(left, right) < 0.5

@@ -63,6 +63,8 @@ IMAGE_SCHEMA = pa.schema(
         ("side", pa.string()),  # L | R, from where the tissue is
         ("segmentation", pa.string()),  # the method that gave the mask
         ("breast_area_mm2", pa.float64()),
+        ("plausibility", pa.float64()),  # of the breast mask, 0-1
+        ("fog_mm2", pa.float64()),  # cut off the mask as film fog
         ("candidates", pa.int32()),
         ("rejected_intensity", pa.int32()),
         ("rejected_nonzero", pa.int32()),
@@ -79,7 +81,7 @@ IMAGE_SCHEMA = pa.schema(
     ]
 )
 
-ADDED_COLUMNS = frozenset({"remarks"})  # since version 0.1.0
+ADDED_COLUMNS = frozenset({"remarks", "plausibility", "fog_mm2"})  # since version 0.1.0
 
 
 def write_shard_table(path: Path, tiles: list[dict], images: list[dict], metadata: dict[str, Any]) -> None:

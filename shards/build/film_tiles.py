@@ -80,6 +80,8 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
         "side": segmentation.side,
         "segmentation": segmentation.method,
         "breast_area_mm2": segmentation.area_mm2,
+        "plausibility": segmentation.plausibility,
+        "fog_mm2": segmentation.fog_mm2,
         "guide_8bit_kept": film.guide_8bit_kept,
         "flags": " ".join(flags),
         "remarks": "; ".join(f"{flag}: {particulars}" for flag, particulars in header.flags.items() if particulars),

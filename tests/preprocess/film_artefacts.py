@@ -1,7 +1,7 @@
 """What films carry beside the breast, painted onto real ones: labels, tape, wedges, clips, paddles, implants and more.
 
-Each function paints onto a film of 0.2 mm whose chest wall is at the left, (H, W) uint16; `mask` is the breast of the clean film
-on a grid of 0.4 mm. None of them covers so much of the breast's rim that its mask could not be told.
+Each function paints onto a film of 0.2 mm whose chest wall is at the left, (H, W) uint16; `mask` is the breast of the clean
+film on a grid of 0.4 mm. None of them covers so much of the breast's rim that its mask could not be told.
 """
 
 from __future__ import annotations

@@ -353,6 +353,30 @@ def test_objects_are_outside_and_what_they_cover_is_inside(segmented, name):
         assert overlap(mask_of(pixels), clean) > 0.97, film.name
 
 
+def test_plausibility_tells_wrong_masks_from_right_ones(segmented, monkeypatch):
+    """Masks too small by 8 mm, too large by 10 mm, or that lack their upper third."""
+    from mammostream.preprocess import segmentation
+
+    def upper_third_lost(mask):
+        rows = np.flatnonzero(mask.any(axis=1))
+        return mask & (np.arange(len(mask)) > rows[0] + len(rows) // 3)[:, None]
+
+    wrong = {
+        "small": lambda mask: ndimage.binary_erosion(mask, iterations=20),
+        "large": lambda mask: ndimage.binary_dilation(mask, iterations=25),
+        "cut": upper_third_lost,
+    }
+    close = segmentation.closed
+    for name, change_mask in wrong.items():
+        monkeypatch.setattr(segmentation, "closed", lambda *args, change=change_mask: change(close(*args)))
+        for film in segmented:
+            found = segment_breast(film.pixels, SPACING)
+            assert overlap(found.mask, film.found.mask) < 0.85
+            assert "doubtful_mask" in found.flags, (name, film.name, found.plausibility)
+            assert "doubtful_mask" not in film.found.flags, film.name
+            assert found.plausibility < film.found.plausibility, (name, film.name)
+
+
 def test_borders_darker_than_the_films_maximum_are_trimmed():
     """A smooth breast that reaches the top, a border of half its brightness above it and the background."""
     rows, columns = np.mgrid[:560, :360]

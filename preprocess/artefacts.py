@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mammostream.preprocess.backend import Backend
-from mammostream.preprocess.morphology import closed, grown, likeliest, opened, side_of
+from mammostream.preprocess.morphology import STEP, closed, grown, likeliest, opened, side_of
 
 THIN_MM = 2.0  # letters, scratches, dust are thinner than twice this
 DETACHING_RADIUS_MM = 8.0  # labels, tape and most fog are thinner
@@ -17,8 +17,8 @@ HOLLOW_RADIUS_MM = 40.0
 
 
 def cliffs_of(backend: Backend, image: Any, tissue: Any) -> Any:
-    """Return where an image's values change, from one pixel to the next, by a large part of tissue's range."""
-    low, high = float(backend.xp.percentile(image, 1.0)), float(backend.xp.percentile(image[tissue], 99.5))
+    """Return where an image's values change, from one pixel to the next, by a large part of the tissue's range (its values)."""
+    low, high = float(backend.xp.percentile(image, 1.0)), float(backend.xp.percentile(tissue, 99.5))
     steps = backend.ndimage.maximum_filter(image, 3) - backend.ndimage.minimum_filter(image, 3)
     return steps > CLIFF * (high - low)
 
@@ -26,14 +26,31 @@ def cliffs_of(backend: Backend, image: Any, tissue: Any) -> Any:
 def without_objects(backend: Backend, tissue: Any, cliffs: Any, spacing: float) -> Any:
     """Remove labels, tape and other objects: what cliffs separate from the breast, and what lies in the open for the most part.
 
-    (An implant is separated from the breast by a cliff too, but lies within it.)
+    (An implant is separated from the breast by a cliff too, but lies within it.) What an object covers of the breast stays.
     """
+    objects = _objects(backend, tissue, cliffs)
+    if not bool(objects.any()):
+        return tissue
+    few, objects, spacing = tissue[::STEP, ::STEP], objects[::STEP, ::STEP], STEP * spacing
+    # What is thin may cross the breast, as the edge of a paddle does; an opening cuts it off outside later.
+    objects = opened(backend, objects, THIN_MM / spacing, "constant")
+    objects = backend.ndimage.binary_fill_holes(objects) & few  # with its letters
+    clear = opened(backend, few & ~objects, THIN_MM / spacing, "edge")
+    # Pieces between which tape lies are one; what an object covers of the rim shows as a hollow of the outline.
+    clear |= closed(backend, clear, DETACHING_RADIUS_MM / spacing) & objects
+    labels, count = backend.ndimage.label(clear)
+    breast = labels == likeliest(backend, labels, count) if count else clear
+    objects &= ~(clear | closed(backend, breast, HOLLOW_RADIUS_MM / spacing))
+    return tissue & ~objects.repeat(STEP, axis=0).repeat(STEP, axis=1)[: tissue.shape[0], : tissue.shape[1]]
+
+
+def _objects(backend: Backend, tissue: Any, cliffs: Any) -> Any:
+    """Return what cliffs surround, where most of the rim is neither tissue nor the chest wall's edge of the image."""
     xp, ndimage = backend.xp, backend.ndimage
     labels, count = ndimage.label(tissue & ~cliffs)
     if count < 2:
-        return tissue
-    area = xp.bincount(labels.ravel())
-    labels[labels == int(area[1:].argmax()) + 1] = 0
+        return xp.zeros_like(tissue)
+    labels[labels == int(xp.bincount(labels.ravel())[1:].argmax()) + 1] = 0
     # The far side of the image counts as open, the chest wall does not.
     pad = (0, 0), ((0, RIM) if side_of(xp, tissue) == "L" else (RIM, 0))
     labels, steep, covered = xp.pad(labels, pad), xp.pad(cliffs.astype(xp.uint8), pad, constant_values=1), xp.pad(tissue, pad)
@@ -41,28 +58,10 @@ def without_objects(backend: Backend, tissue: Any, cliffs: Any, spacing: float) 
     rim = (around > 0) & (labels == 0)
     length = xp.maximum(xp.bincount(around[rim], minlength=count + 1), 1)
     # The breast's own rim in the open, the skin line, is no cliff.
-    steep = ndimage.maximum_filter(steep, 2 * RIM - 1) > 0
-    in_the_open = xp.bincount(around[rim & steep & ~covered], minlength=count + 1)
+    near = ndimage.maximum_filter(steep, 2 * RIM - 1) > 0
+    in_the_open = xp.bincount(around[rim & near & ~covered], minlength=count + 1)
     objects = (in_the_open > MIN_OPEN_SHARE * length)[around]
-    objects = objects[:, pad[1][0] : objects.shape[1] - pad[1][1]] & tissue
-    if not bool(objects.any()):
-        return tissue
-    # What is thin may cross the breast, as the edge of a paddle does; the opening to come cuts it off outside.
-    objects = opened(backend, objects, THIN_MM / spacing, "constant")
-    objects = ndimage.binary_fill_holes(objects) & tissue  # with its letters
-    clear = opened(backend, tissue & ~objects, THIN_MM / spacing, "edge")
-    # Pieces between which tape lies are one; what an object covers of the rim shows as a hollow of the outline.
-    clear |= _hollows_filled(backend, clear, DETACHING_RADIUS_MM, spacing) & objects
-    labels, count = ndimage.label(clear)
-    breast = labels == likeliest(backend, labels, count) if count else clear
-    return clear | (_hollows_filled(backend, breast, HOLLOW_RADIUS_MM, spacing) & objects)
-
-
-def _hollows_filled(backend: Backend, mask: Any, radius_mm: float, spacing: float) -> Any:
-    """Return a mask with the hollows of its outline into which no disc of a radius reaches, at a quarter of the scale."""
-    step, (height, width) = 4, mask.shape
-    small = closed(backend, mask[::step, ::step], radius_mm / (step * spacing))
-    return small.repeat(step, axis=0).repeat(step, axis=1)[:height, :width]
+    return objects[:, pad[1][0] : objects.shape[1] - pad[1][1]] & tissue
 
 
 def without_attachments(backend: Backend, tissue: Any, spacing: float) -> Any:
