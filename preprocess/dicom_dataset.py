@@ -43,6 +43,8 @@ class PixelElement:
         Whether the value is one codestream without fragments around it.
     big_endian, words
         How native pixels of more than 8 bits, and of 8 bits in words, are ordered.
+    explicit
+        Whether the element says its VR.
     """
 
     start: int
@@ -51,6 +53,7 @@ class PixelElement:
     bare: bool
     big_endian: bool
     words: bool
+    explicit: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def _read(file: BinaryIO) -> DicomFile:
             if compressed != _is_compressed(said) and not said.is_private:
                 found = "compressed" if compressed else "not compressed"
                 flags["transfer_syntax_corrected"] = f"it says {said.name}, its pixels are {found}"
+            elif said in (ImplicitVRLittleEndian, ExplicitVRLittleEndian) and said.is_implicit_VR == element.explicit:
+                flags["transfer_syntax_corrected"] = f"it says {said.name}, which it is not"
     if element is not None and element.bare:
         flags["not_encapsulated"] = "a codestream without fragments around it"
     return DicomFile(stream, dataset, syntax, element, flags)
@@ -207,8 +212,8 @@ def _pixel_element(stream: BinaryIO, dataset: pydicom.Dataset, said: UID | None)
         raise BadInput(f"has {_FLOAT_PIXEL_DATA[tag]} (floating point); convert it to integers of 16 bits")
     if tag != _PIXEL_DATA:
         return None
-    words = head[4:6] == b"OW"
-    if head[4:6] in (b"OB", b"OW", b"UN"):
+    words, explicit = head[4:6] == b"OW", head[4:6] in (b"OB", b"OW", b"UN")
+    if explicit:
         start, length = at + 12, struct.unpack_from(f"{order}I", head, 8)[0]
     else:
         start, length = at + 8, struct.unpack_from(f"{order}I", head, 4)[0]
@@ -219,7 +224,7 @@ def _pixel_element(stream: BinaryIO, dataset: pydicom.Dataset, said: UID | None)
     encapsulated = begins[:4] == _ITEM and (length == _UNDEFINED or compressed)
     bare = not encapsulated and begins.startswith(_CODESTREAMS) and there < _native_size(dataset)
     big_endian = order == ">" or said == _BIG_ENDIAN_PIXELS
-    return PixelElement(start, there, encapsulated, bare, big_endian, words)
+    return PixelElement(start, there, encapsulated, bare, big_endian, words, explicit)
 
 
 def _native_size(dataset: pydicom.Dataset) -> int:

@@ -138,10 +138,13 @@ def rename_syntax(path, syntax):
         (ImplicitVRLittleEndian, ExplicitVRBigEndian),
         (ExplicitVRBigEndian, ExplicitVRLittleEndian),
         (ExplicitVRBigEndian, ImplicitVRLittleEndian),
+        (ExplicitVRLittleEndian, ImplicitVRLittleEndian),
+        (ImplicitVRLittleEndian, ExplicitVRLittleEndian),
         (ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian),
         (DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Expected")
 def test_native_pixels_under_a_wrong_syntax_are_read(tmp_path, crop, true, said):
     stored = crop >> 4
     path = rename_syntax(write_dicom(tmp_path / "f.dcm", stored, syntax=true), said)
