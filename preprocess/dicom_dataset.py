@@ -262,7 +262,10 @@ def has(dataset: pydicom.Dataset, name: str) -> bool:
 
 def items(dataset: pydicom.Dataset, name: str) -> list[pydicom.Dataset]:
     """Return a sequence's items; none where it is missing or no sequence."""
-    found = dataset.get(name) if has(dataset, name) else None
+    try:
+        found: Any = dataset.get(name) if has(dataset, name) else None
+    except Exception:  # pydicom raises what a torn sequence runs into; no film is lost for its view
+        return []
     return [item for item in found if hasattr(item, "get_item")] if hasattr(found, "__iter__") else []
 
 

@@ -123,6 +123,8 @@ class Modality(NamedTuple):
 
     def falls(self, stored: Any) -> bool:
         """Tell whether it turns a film's range upside down."""
+        if self.lut is None:
+            return self.rescale is not None and self.rescale[0] < 0
         ends = self(np.array([int(stored.min()), int(stored.max())], np.int32))
         return bool(ends[0] > ends[1])
 

@@ -76,7 +76,8 @@ def _fill_in(film: DicomFile, height: int, width: int) -> int:
 
     Lengths alone tell whether pixels that are not compressed may be whole.
     """
-    dataset, assumed = film.dataset, {}
+    dataset = film.dataset
+    assumed: dict[str, int | str] = {}
     samples = integer(dataset, "SamplesPerPixel")
     if samples is None:
         samples = assumed["SamplesPerPixel"] = 1

@@ -246,7 +246,8 @@ def _end_of_tiles(frame: bytes) -> int | None:
     start = frame.find(b"\xff\x4f\xff\x51")
     x1, y1, _, _, tile_width, tile_height, tile_x, tile_y = struct.unpack_from(">8I", frame, start + 8)
     tiles = -(-(x1 - tile_x) // tile_width) * -(-(y1 - tile_y) // tile_height)
-    at, seen = start + 2, set()
+    at = start + 2
+    seen: set[int] = set()
     while at + 12 <= len(frame):
         mark, length = struct.unpack_from(">HH", frame, at)
         if mark != 0xFF90:  # a start of tile-part

@@ -34,6 +34,7 @@ class ReadingConfig:
 
     def __post_init__(self) -> None:
         word = str(self.frame).strip().lower()
+        frame: str | int | None
         if self.frame is None or word in _FRAME_WORDS:
             frame = None if self.frame is None else word
         elif word.isdecimal() and int(word) > 0:
