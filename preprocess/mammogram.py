@@ -11,14 +11,20 @@ from mammostream.common.options import option
 
 # Three times the largest detector: more is a damaged header, refused before it takes the machine's memory.
 MAX_PIXELS = 2**27
+# What a film's pixels measure, from the finest detectors and scanners to small copies of films. Others are a wrong unit.
+PLAUSIBLE_SPACING_MM = (0.02, 0.4)
+PIXELS_MISSING = "pixels_missing"  # a header's flag: such a file gives no mammogram
+_FRAME_WORDS = ("middle", "max")
 
 
 @dataclass(frozen=True)
 class ReadingConfig:
     """What is read of files that hold more, or other, than one film for presentation."""
 
-    frame: int | None = option(
-        None, "Use this frame of multi-frame DICOM files, counted from 1; default: such files are refused."
+    frame: str | int | None = option(
+        None,
+        "What to use of multi-frame DICOM files (tomosynthesis): a frame, counted from 1, 'middle', or 'max' for the maximum "
+        "intensity projection; default: such files are refused.",
     )
     allow_for_processing: bool = option(
         False,
@@ -27,8 +33,15 @@ class ReadingConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.frame is not None and self.frame < 1:
-            raise BadInput(f"--frame {self.frame} is not a frame; frames are counted from 1")
+        word = str(self.frame).strip().lower()
+        frame: str | int | None
+        if self.frame is None or word in _FRAME_WORDS:
+            frame = None if self.frame is None else word
+        elif word.isdecimal() and int(word) > 0:
+            frame = int(word)
+        else:
+            raise BadInput(f"--frame {self.frame} is not a frame; frames are counted from 1, or give 'middle' or 'max'")
+        object.__setattr__(self, "frame", frame)
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,15 @@ class Header:
         Size of a native pixel in mm, or None where the file does not say.
     spacing_source
         ``dicom:PixelSpacing``, ``dicom:ImagerPixelSpacing``, or empty.
-    laterality, view, patient_id, study_id
+    laterality, view, view_modifiers
+        ``L`` or ``R``, an acronym of :data:`mammostream.preprocess.views.VIEWS` (another word in capitals), and names of
+        :data:`mammostream.preprocess.views.MODIFIERS` with spaces between them; empty where the file does not say.
+    patient_id, study_id, manufacturer, model
         As the file has them, or empty.
+    implant, partial_view
+        ``YES``, ``NO`` or empty: DICOM's BreastImplantPresent and PartialView.
+    intent
+        ``FOR PRESENTATION``, ``FOR PROCESSING`` or empty.
     flags
         What was assumed or put right in reading the file: the flag, and its particulars or "".
     """
@@ -60,6 +80,12 @@ class Header:
     view: str = ""
     patient_id: str = ""
     study_id: str = ""
+    view_modifiers: str = ""
+    implant: str = ""
+    partial_view: str = ""
+    manufacturer: str = ""
+    model: str = ""
+    intent: str = ""
     flags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -77,11 +103,14 @@ class Mammogram:
     voi
         (N,) float32 in [0, 1]: ``voi[pixels]`` is the display by the file's own VOI LUT or window; N > ``pixels.max()``.
         None where the file has none.
+    voi_name
+        Where `voi` is from, such as ``window 2048/4096``, or empty.
     """
 
     pixels: Any
     header: Header
     voi: Any | None = None
+    voi_name: str = ""
 
     def with_spacing(self, spacing_mm: float | None, source: str) -> Mammogram:
         """Return the mammogram with another pixel spacing (mm) and where it came from."""

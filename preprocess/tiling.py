@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from mammostream.common.errors import BadInput
 from mammostream.common.options import option
 from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.energy import pixel_energy, speck_response
-from mammostream.preprocess.intensity import MAPPING, map_to_unit, to_stored
+from mammostream.preprocess.intensity import MAPPINGS, map_to_unit, to_stored, useless
 from mammostream.preprocess.mammogram import Mammogram, ReadingConfig
 from mammostream.preprocess.resampling import block_mean, resample
 from mammostream.preprocess.segmentation import Segmentation, coarse_factor, fine_factor, segment_breast
@@ -31,12 +31,19 @@ from mammostream.preprocess.specks import find_clusters, find_specks
 
 SPACING_TOLERANCE = 1.25
 CLUSTER_MARGIN_MM = 1.0
+DETECTOR_MM = (300, 400)  # no detector and no film is larger, margins included
 
 
 @dataclass(frozen=True)
 class TilingConfig(SelectionConfig, ReadingConfig):
     """Everything that decides which tiles a film gives and what their pixels are."""
 
+    mapping: str = option(
+        "voi",
+        "From stored values to grey: voi = the file's own VOI LUT or window, percentiles of the breast where it has none or a "
+        "useless one; percentile = always percentiles; full = the whole stored range.",
+        choices=tuple(MAPPINGS),
+    )
     pixel_spacing: float | None = option(
         None, "Resample films to this pixel size in mm (0.05-0.2 is usual); default: keep each film's own."
     )
@@ -48,8 +55,8 @@ class TilingConfig(SelectionConfig, ReadingConfig):
             raise BadInput(f"--pixel-spacing {self.pixel_spacing} is not between 0.01 and 2 mm")
 
 
-# Recorded with the tiles by their own names; the spacing is recorded as ``pixel_spacing_mm``.
-RECORDED = tuple(field.name for field in fields(TilingConfig) if field.name != "pixel_spacing")
+# Recorded with the tiles by their own names; the spacing is recorded as ``pixel_spacing_mm``, the mapping by its version.
+RECORDED = tuple(f.name for f in fields(TilingConfig) if f.name not in ("pixel_spacing", "mapping"))
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class Film:
     flags
         The header's and the segmentation's, ``padded`` (the film is smaller than a tile), ``cluster_not_held`` (a cluster of
         specks lies where no tile passes the gates).
+    remarks
+        The particulars of flags that have any.
     guide_8bit_kept
         Tiles that the same gates and the breast rule keep on the plain 8-bit scale (no mapping), measured at ~0.4 mm.
     """
@@ -84,6 +93,7 @@ class Film:
     mapping: str
     flags: tuple[str, ...]
     guide_8bit_kept: int
+    remarks: dict[str, str] = field(default_factory=dict)
 
     @property
     def tiles(self) -> Scores:
@@ -116,7 +126,8 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     backend = backend_of(mammogram.pixels)
     segmentation = segment_breast(mammogram.pixels, header.spacing_mm)
     breast_values = _values_inside(backend, mammogram.pixels, segmentation)
-    image, mapping = map_to_unit(mammogram.pixels, mammogram.voi, breast_values)
+    voi, remarks = _display(mammogram, config, breast_values)
+    image, mapping = map_to_unit(mammogram.pixels, voi, breast_values, config.mapping, header.bits)
     scale = 1.0
     if config.pixel_spacing is not None:
         if header.spacing_mm is None:
@@ -129,7 +140,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     # Before padding, whose edge would be a bright step.
     small = block_mean(image, fine)
     response = speck_response(small, segmentation.mask, spacing * fine)
-    flags = (*header.flags, *segmentation.flags)
+    flags = tuple(dict.fromkeys((*header.flags, *remarks, *segmentation.flags)))
     mask = segmentation.mask
     if min(image.shape) < config.tile_size:
         flags = (*flags, "padded")
@@ -159,7 +170,20 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     if selection.unheld:
         flags = (*flags, "cluster_not_held")
     guide = _guide_8bit_kept(mammogram, segmentation, config, scale)
-    return Film(image, scale, segmentation, selection, response, fine, mapping, flags, guide)
+    return Film(image, scale, segmentation, selection, response, fine, mapping, flags, guide, remarks)
+
+
+def _display(mammogram: Mammogram, config: TilingConfig, breast_values: Any) -> tuple[Any | None, dict[str, str]]:
+    """Return the film's own display, None where it is useless, and the particulars of flags, its size's doubts among them."""
+    header, voi = mammogram.header, mammogram.voi
+    remarks = {name: particulars for name, particulars in header.flags.items() if particulars}
+    if voi is not None and config.mapping == "voi" and (why := useless(voi, breast_values)):
+        voi, remarks["window_ignored"] = None, f"{mammogram.voi_name or 'VOI table'}: {why}"
+    if header.spacing_mm:
+        short, long = sorted(n * header.spacing_mm for n in (header.height, header.width))
+        if short > DETECTOR_MM[0] or long > DETECTOR_MM[1]:
+            remarks["spacing_doubtful"] = f"the film would measure {short / 10:.0f} x {long / 10:.0f} cm"
+    return voi, remarks
 
 
 def _padded(values: Any, shape: Sequence[int]) -> Any:
@@ -223,7 +247,7 @@ def preprocessing_record(config: TilingConfig, spacings: np.ndarray, bits: int) 
     return {
         "pixel_spacing_mm": config.pixel_spacing,
         "native_spacing_mm": [float(known.min()), float(known.max())] if known.size else None,
-        "mapping": MAPPING,
+        "mapping": MAPPINGS[config.mapping],
         "bits": bits,
         **{name: getattr(config, name) for name in RECORDED},
     }

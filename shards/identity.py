@@ -13,6 +13,7 @@ import pandas as pd
 
 from mammostream.common.errors import BadInput
 from mammostream.preprocess.reading import IMAGE_SUFFIXES
+from mammostream.preprocess.views import normal_side
 from mammostream.shards.archive import escape_id
 
 ENDINGS = (*IMAGE_SUFFIXES, ".jpg", ".jpeg")
@@ -167,9 +168,7 @@ def known_breast(patients: np.ndarray, sides: np.ndarray) -> np.ndarray:
 
 def clean_sides(values: Iterable[object]) -> pd.Series:
     """Return the side of each breast as ``L`` or ``R`` (from ``left``, ``RIGHT`` and the like), "" if unknown."""
-    side = clean_ids(values).str.upper()
-    words = {"L": "L", "LEFT": "L", "R": "R", "RIGHT": "R"}
-    return side.map(words).fillna("")
+    return clean_ids(values).map(normal_side)
 
 
 def subject_hashes(patients: Iterable[str], films: Iterable[str]) -> np.ndarray:

@@ -31,6 +31,15 @@ MANIFEST_COLUMNS = {
     "spacing_source": "string",  # dicom:… | csv | dataset | assumed | empty
     "bits": "int32",  # stored bits per pixel, 0 if the file could not be read
 }
+# What DICOM headers say besides; empty where they do not, and in manifests written before there were these columns.
+OPTIONAL_COLUMNS = {
+    "view_modifiers": "string",  # names of preprocess.views.MODIFIERS, with spaces between them
+    "implant": "string",  # YES | NO | empty: of the breast
+    "partial_view": "string",  # YES | NO | empty
+    "manufacturer": "string",
+    "model": "string",
+    "intent": "string",  # FOR PRESENTATION | FOR PROCESSING | empty
+}
 FINDING_COLUMNS = {
     "image_id": "string",
     "label": "string",
@@ -52,7 +61,8 @@ def write_manifest(frame: pd.DataFrame, path: Path) -> None:
     """
     check_manifest(frame, f"manifest {path}")
     labels = sorted(c for c in frame.columns if c.startswith(LABEL_PREFIX))
-    frame = frame[[*MANIFEST_COLUMNS, *labels]].astype(MANIFEST_COLUMNS | dict.fromkeys(labels, "Int8"))
+    frame = _with_optional(frame)[[*MANIFEST_COLUMNS, *OPTIONAL_COLUMNS, *labels]]
+    frame = frame.astype(MANIFEST_COLUMNS | OPTIONAL_COLUMNS | dict.fromkeys(labels, "Int8"))
     frame["path"] = [_relative(Path(p), path.parent) for p in frame["path"]]
     write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata())
 
@@ -72,7 +82,7 @@ def read_manifest(path: Path, split: str | None = None) -> pd.DataFrame:
     BadInput
         The file is missing or no manifest, has no rows (of that split), or breaks :func:`check_manifest`.
     """
-    frame = read_parquet(path, "manifest", MAKE_MANIFEST, MANIFEST_COLUMNS)
+    frame = _with_optional(read_parquet(path, "manifest", MAKE_MANIFEST, MANIFEST_COLUMNS))
     frame["patient_id"] = clean_patients(frame["patient_id"]).where(frame["patient_id"].notna())
     check_manifest(frame, f"manifest {path}")
     frame["path"] = [str((path.parent / p).absolute()) for p in frame["path"]]
@@ -162,6 +172,10 @@ def read_findings(path: Path) -> pd.DataFrame:
         return frame.astype(FINDING_COLUMNS)
     except (ValueError, TypeError) as error:
         raise BadInput(f"findings {path}: {first_line(error)}; boxes are numbers, in native pixels") from error
+
+
+def _with_optional(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(**{c: frame[c].fillna("") if c in frame else "" for c in OPTIONAL_COLUMNS})
 
 
 def _relative(path: Path, base: Path) -> str:

@@ -101,3 +101,12 @@ def test_commit_hooks_run_the_linter_of_the_tests():
     (version,) = re.findall(r"ruff-pre-commit\n\s+rev: v([\d.]+)", hooks)
     for path in (ROOT / "constraints").iterdir():
         assert f"ruff=={version}\n" in path.read_text(encoding="utf-8")
+
+
+def test_every_flag_is_explained():
+    """Each flag that reading or tiling sets by name has a row in docs/flags.md."""
+    page = (ROOT / "docs/flags.md").read_text(encoding="utf-8")
+    named = re.compile(r"""(?:flags|remarks)\["(\w+)"\] =|_MISSING = "(\w+)"|\(\*flags, "(\w+)"\)""")
+    found = {next(filter(None, m)) for path in ROOT.glob("preprocess/*.py") for m in named.findall(path.read_text("utf-8"))}
+    assert len(found) > 15
+    assert {flag for flag in found if f"`{flag}`" not in page} == set()

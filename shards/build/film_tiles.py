@@ -84,6 +84,6 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
         "fog_mm2": segmentation.fog_mm2,
         "guide_8bit_kept": film.guide_8bit_kept,
         "flags": " ".join(flags),
-        "remarks": "; ".join(f"{flag}: {particulars}" for flag, particulars in header.flags.items() if particulars),
+        "remarks": "; ".join(f"{flag}: {particulars}" for flag, particulars in film.remarks.items()),
         "reason": "no breast found" if "no_breast" in flags else reason,
     } | film.selection.counts

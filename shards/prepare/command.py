@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mammostream.common.files import write_text, write_yaml
-from mammostream.common.options import Command, ListOption, config_file_option, resolved
+from mammostream.common.options import Command, ListOption, config_file_option, resolved, split_commas
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +53,13 @@ _SHOWN = 10
     "e.g. 'P_\\d+'.",
 )
 @click.option(
+    "--exclude",
+    cls=ListOption,
+    callback=split_commas,
+    help="Leave these out, with a row in problems.csv: implant, partial (views), a modifier such as magnification, spot or "
+    "implant_displaced, or a view such as XCCL or SPECIMEN, as DICOM headers (or the annotations) name them.",
+)
+@click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1),
     default=0.1,
@@ -85,6 +92,7 @@ def prepare(
     output_dir: Path,
     assume_spacing: float | None,
     patient_regex: str | None,
+    exclude: tuple[str, ...],
     val_fraction: float,
     test_fraction: float,
     seed: int,
@@ -122,6 +130,7 @@ def prepare(
         seed=seed,
         workers=workers,
         skip=output_dir,
+        exclude=exclude,
     )
     films, problems, notes = made.manifest, made.problems, made.notes
     if copy:

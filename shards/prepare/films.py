@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import pandas as pd
 from mammostream.common.errors import BadInput
 from mammostream.common.files import make_folder, whole_file
 from mammostream.common.parallel import map_processes
-from mammostream.preprocess.reading import Header, is_dicom, read_header, read_mammogram
+from mammostream.preprocess.mammogram import PIXELS_MISSING, PLAUSIBLE_SPACING_MM
+from mammostream.preprocess.reading import Header, read_header, read_mammogram
 from mammostream.shards.annotations.annotations import Problem
 from mammostream.shards.annotations.datasets import describe
 from mammostream.shards.annotations.tree import ImageTree
@@ -21,14 +22,15 @@ from mammostream.shards.manifest import (
     FINDING_COLUMNS,
     LABEL_PREFIX,
     MANIFEST_COLUMNS,
+    OPTIONAL_COLUMNS,
     SPLITS,
     check_manifest,
     split_by_patient,
 )
 from mammostream.shards.prepare.patients import compile_regex, film_patients
+from mammostream.shards.prepare.views import check_excluded, leave_out, with_normal_views
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-_PIXEL_DATA_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # (7FE0,0010), little and big endian
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def prepare_films(
     seed: int = 0,
     workers: int = 1,
     skip: Path | None = None,
+    exclude: Sequence[str] = (),
 ) -> Prepared:
     """Describe a data set's films: annotations, headers, boxes, splits.
 
@@ -92,6 +95,8 @@ def prepare_films(
         Processes that read headers and masks.
     skip
         A folder below `images_root` that is none of the data set's.
+    exclude
+        Kinds of films to leave out, of :data:`mammostream.shards.prepare.views.EXCLUDABLE`.
 
     Raises
     ------
@@ -99,6 +104,7 @@ def prepare_films(
         The annotations or the folder are at fault, none of the films can be read, or a patient is in two splits or unknown.
     """
     pattern = compile_regex(patient_regex, dataset)
+    exclude = check_excluded(exclude)
     tree = ImageTree.scan(images_root, skip)
     said = describe(dataset, tree, csv_paths, findings_csv)
     problems = [*tree.problems, *said.problems]
@@ -110,14 +116,12 @@ def prepare_films(
         )
 
     films = _present(said.films, images_root, problems)
-    films = _with_headers(films, workers, problems)
+    films = _with_headers(films, workers, problems, notes)
+    films = leave_out(films, exclude, problems, notes)
     films["patient_id"] = film_patients(films, images_root, pattern, notes)
     # An unreadable file's patient would have stood in its header.
     films = films[films["patient_id"] != ""].reset_index(drop=True)
-    if assume_spacing is not None:
-        unknown = films["pixel_spacing_mm"].isna()
-        films.loc[unknown, "pixel_spacing_mm"] = assume_spacing
-        films.loc[unknown, "spacing_source"] = "assumed"
+    _assume_spacing(films, assume_spacing)
     findings = said.findings
     if said.read_boxes is not None:
         findings, faults = said.read_boxes(films.assign(height=films["file_height"], width=films["file_width"]), workers)
@@ -127,7 +131,7 @@ def prepare_films(
     films["split"] = _with_test(films, test_fraction, seed, notes)
     films["split"] = _with_validation(films, val_fraction, seed)
     labels = [column for column in films if column.startswith(LABEL_PREFIX)]
-    films = films[[*MANIFEST_COLUMNS, *labels]]
+    films = films[[*MANIFEST_COLUMNS, *OPTIONAL_COLUMNS, *labels]]
     check_manifest(films, f"the data set of {', '.join(map(str, csv_paths)) or images_root}")
     return Prepared(films, findings, problems, notes)
 
@@ -148,7 +152,7 @@ def _present(films: pd.DataFrame, root: Path, problems: list[Problem]) -> pd.Dat
     return films[~missing].reset_index(drop=True)
 
 
-def _with_headers(films: pd.DataFrame, workers: int, problems: list[Problem]) -> pd.DataFrame:
+def _with_headers(films: pd.DataFrame, workers: int, problems: list[Problem], notes: list[str]) -> pd.DataFrame:
     """Fill in what the annotations leave open from the files' headers; a file that cannot be read has 0 bits."""
     headers, reasons = zip(*read_headers(list(films["path"]), workers), strict=True)
     if all(reasons):
@@ -161,19 +165,41 @@ def _with_headers(films: pd.DataFrame, workers: int, problems: list[Problem]) ->
         file_height=known["height"],
         file_width=known["width"],
     )
-    for column in ("patient_id", "study_id", "laterality", "view", "split"):
+    for column in ("patient_id", "study_id", "laterality", "view", "split", *OPTIONAL_COLUMNS):
         given = films[column].fillna("") if column in films else pd.Series("", films.index)
         films[column] = given.where(given != "", known.get(column, "")).astype(str)
-    side = films["laterality"].str.strip().str.upper().str[:1]
-    films["laterality"] = side.where(side.isin(["L", "R"]), "")
+    films = with_normal_views(films, notes)
     spacing = known["spacing_mm"].astype(float)
+    ignored = [header.flags["spacing_ignored"] for header in headers if "spacing_ignored" in header.flags]
+    if ignored:
+        notes.append(f"the pixel spacing of {len(ignored)} files counts as unknown, such as {ignored[0]}")
     if "pixel_spacing_mm" in films:
         given = films["pixel_spacing_mm"].astype(float)
+        given = given.where(~_implausible(given, films, notes))
         films["spacing_source"] = films["spacing_source"].where(given.notna(), known["spacing_source"])
         films["pixel_spacing_mm"] = given.fillna(spacing)
     else:
         films["spacing_source"], films["pixel_spacing_mm"] = known["spacing_source"], spacing
     return films
+
+
+def _assume_spacing(films: pd.DataFrame, spacing_mm: float | None) -> None:
+    if spacing_mm is not None:
+        unknown = films["pixel_spacing_mm"].isna()
+        films.loc[unknown, "pixel_spacing_mm"] = spacing_mm
+        films.loc[unknown, "spacing_source"] = "assumed"
+
+
+def _implausible(spacings: pd.Series, films: pd.DataFrame, notes: list[str]) -> pd.Series:
+    """Tell which spacings of the annotations no film has; another unit than mm, mostly."""
+    low, high = PLAUSIBLE_SPACING_MM
+    wrong = spacings.notna() & ~spacings.between(low, high)
+    if wrong.any():
+        notes.append(
+            f"warning: {wrong.sum()} pixel spacings of the annotations are outside {low:g}-{high:g} mm and count as unknown, "
+            f"such as {spacings[wrong].iloc[0]:g} of image '{films.loc[wrong, 'image_id'].iloc[0]}'; pixel_spacing_mm is in mm"
+        )
+    return wrong
 
 
 def read_headers(paths: list[Path], workers: int = 1) -> list[tuple[Header, str]]:
@@ -200,15 +226,16 @@ def _read_whole_header(path: Path) -> tuple[Header, str]:
 
 def _seems_torn(path: Path, header: Header) -> bool:
     """Tell at a glance whether a file may lack pixels: never wrongly False for a PNG that was cut or a DICOM without any."""
+    if PIXELS_MISSING in header.flags:
+        return True
+    if path.suffix.lower() not in (".png", ".pgm"):
+        return False
     with path.open("rb") as file:
         size = file.seek(0, 2)
-        if is_dicom(path):
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return all(data.find(tag) < 0 for tag in _PIXEL_DATA_TAGS)
         if path.suffix.lower() == ".png":
             file.seek(-min(size, len(_PNG_END)), 2)
             return file.read() != _PNG_END
-    return path.suffix.lower() == ".pgm" and size < header.height * header.width * header.bits // 8
+    return size < header.height * header.width * header.bits // 8
 
 
 def _inside_films(findings: pd.DataFrame, films: pd.DataFrame, problems: list[Problem], notes: list[str]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from skimage.draw import polygon2mask
 
 from mammostream.common.errors import BadInput
-from mammostream.preprocess.intensity import map_to_unit, to_stored
+from mammostream.preprocess.intensity import MAPPINGS, map_to_unit, mapping_option, to_stored
 from mammostream.preprocess.reading import Header, Mammogram
 from mammostream.preprocess.resampling import block_mean
 from mammostream.preprocess.selection import box_means
@@ -355,6 +355,14 @@ def test_record_says_how_tiles_were_made():
     assert record["tile_size"] == 128
     assert record["native_spacing_mm"] == [0.05, 0.06]
     assert preprocessing_record(SMALL, np.array([np.nan]), 8)["native_spacing_mm"] is None
+
+
+def test_a_mapping_is_recorded_by_its_version_and_found_again():
+    records = {name: preprocessing_record(TilingConfig(mapping=name), np.array([0.05]), 16)["mapping"] for name in MAPPINGS}
+    assert records["voi"] == "voi-or-percentile-v1"  # as shards of 0.1.0 have it
+    assert len(set(records.values())) == 3
+    assert {name: mapping_option(version) for name, version in records.items()} == {name: name for name in MAPPINGS}
+    assert mapping_option(None) == "voi"  # of tiles that came as image files
 
 
 def test_mapping_keeps_room_above_the_brightest():

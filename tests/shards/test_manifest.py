@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mammostream.common.errors import BadInput
 from mammostream.shards.manifest import (
     MANIFEST_COLUMNS,
+    OPTIONAL_COLUMNS,
     check_manifest,
     read_findings,
     read_manifest,
@@ -46,7 +47,7 @@ def test_round_trip(tmp_path):
     write_manifest(frame, path)
     stored = pd.read_parquet(path)
     assert stored["path"].tolist() == ["images/a.png", "images/b.png", "images/c.png"]
-    assert list(stored.columns) == [*MANIFEST_COLUMNS, "label:mass"]
+    assert list(stored.columns) == [*MANIFEST_COLUMNS, *OPTIONAL_COLUMNS, "label:mass"]
     got = read_manifest(path)
     assert got["path"].tolist() == frame["path"].tolist()
     assert got["label:mass"].tolist()[:2] == [1, 0]
@@ -94,6 +95,14 @@ def test_bad_manifest_is_refused_on_write_and_on_read(tmp_path, rows, message):
     with pytest.raises(BadInput, match=message) as caught:
         read_manifest(path)
     assert str(path) in str(caught.value)
+
+
+def test_columns_that_old_manifests_lack_read_as_empty(tmp_path):
+    write_manifest(frame_of(*GOOD, implant=["YES", None, ""]), tmp_path / "new.parquet")
+    assert read_manifest(tmp_path / "new.parquet")["implant"].tolist() == ["YES", "", ""]
+    old = pd.read_parquet(tmp_path / "new.parquet").drop(columns=list(OPTIONAL_COLUMNS))
+    write_unchecked(old, tmp_path / "old.parquet")
+    assert (read_manifest(tmp_path / "old.parquet")[list(OPTIONAL_COLUMNS)] == "").all(axis=None)
 
 
 @pytest.mark.parametrize("column", MANIFEST_COLUMNS)

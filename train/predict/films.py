@@ -17,6 +17,7 @@ import torch
 from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import create_inference_transform
 from mammostream.preprocess.backend import backend_of
+from mammostream.preprocess.intensity import mapping_option
 from mammostream.preprocess.preview import Box
 from mammostream.preprocess.reading import read_mammogram
 from mammostream.preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, TilingConfig, tile_film
@@ -220,7 +221,8 @@ def _tiling_config(record: dict[str, Any]) -> TilingConfig:
             "the model does not say how its tiles were made: another program wrote it; cut tiles as that one did and give them "
             "with --images-are tiles, or fine-tune it on shards"
         )
-    return TilingConfig(**{name: record[name] for name in RECORDED}, pixel_spacing=record["pixel_spacing_mm"])
+    recorded = {name: record[name] for name in RECORDED}
+    return TilingConfig(**recorded, pixel_spacing=record["pixel_spacing_mm"], mapping=mapping_option(record.get("mapping")))
 
 
 def _check_spacing(spacing: float | None, record: dict[str, Any], path: Path) -> None:
