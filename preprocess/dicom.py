@@ -14,12 +14,13 @@ import numpy as np
 
 from mammostream.common.errors import BadInput
 from mammostream.preprocess.backend import backend_of
+from mammostream.preprocess.codestreams import lossy_dicom
 from mammostream.preprocess.mammogram import Header, Mammogram, ReadingConfig, check_size
+from mammostream.preprocess.objects import is_for_processing, modality_falls, object_facts, refuse_other_objects
 
 if TYPE_CHECKING:
     import pydicom
 
-FOR_PROCESSING_CLASSES = ("1.2.840.10008.5.1.4.1.1.1.1.1", "1.2.840.10008.5.1.4.1.1.1.2.1")
 # A build reads the next film while it reads one: nvImageCodec does not promise that two threads may share a decoder.
 _DECODING = threading.Lock()
 SQUARE_WITHIN = 0.01  # rows and columns as far apart as 1.01 : 1 count as square
@@ -32,6 +33,7 @@ def read_dicom_header(path: Path) -> Header:
     import pydicom
 
     dataset = pydicom.dcmread(path, stop_before_pixels=True)
+    refuse_other_objects(dataset)
     _take_frame_groups(dataset, 0)
     return _header(dataset)
 
@@ -44,13 +46,15 @@ def read_dicom(path: Path, config: ReadingConfig, device: str) -> Mammogram:
     import pydicom
 
     dataset = pydicom.dcmread(path)
+    if "Rows" not in dataset:
+        refuse_other_objects(dataset)
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1 and config.frame is None:
         raise BadInput(f"has {frames} frames; give --frame N to use one of them, or export it as a single image")
     index = config.frame - 1 if config.frame and frames > 1 else 0
     if index >= frames:
         raise BadInput(f"has {frames} frames and no frame {index + 1}; give another --frame")
-    raw = dataset.get("PresentationIntentType") == "FOR PROCESSING" or dataset.get("SOPClassUID") in FOR_PROCESSING_CLASSES
+    raw = is_for_processing(dataset)
     if raw and not config.allow_for_processing:
         raise BadInput(
             "is FOR PROCESSING (raw detector data); give its FOR PRESENTATION version, or --allow-for-processing to use it raw"
@@ -61,7 +65,8 @@ def read_dicom(path: Path, config: ReadingConfig, device: str) -> Mammogram:
     if int(dataset.SamplesPerPixel) != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise BadInput(f"is {photometric}, not one grey plane; convert it to MONOCHROME2")
     stored = _stored_values(dataset, index, frames, device)
-    pixels, shown = _to_pixels(stored, dataset, inverted=photometric == "MONOCHROME1")
+    turned = (photometric == "MONOCHROME1") != modality_falls(dataset)
+    pixels, shown = _to_pixels(stored, dataset, inverted=turned)
     voi = None if raw else _voi_table(dataset, shown)
     if voi is not None and photometric == "MONOCHROME1":
         voi = 1 - voi
@@ -99,6 +104,8 @@ def _header(dataset: pydicom.Dataset) -> Header:
         view=str(view),
         patient_id=str(dataset.get("PatientID") or ""),
         study_id=str(dataset.get("StudyInstanceUID") or ""),
+        lossy=lossy_dicom(str(dataset.file_meta.get("TransferSyntaxUID")), str(dataset.get("LossyImageCompression"))),
+        facts=object_facts(dataset),
     )
 
 

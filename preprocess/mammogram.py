@@ -49,6 +49,10 @@ class Header:
         As the file has them, or empty.
     flags
         What was assumed or put right in reading the file: the flag, and its particulars or "".
+    lossy
+        Whether the pixels were compressed with loss, as far as the file says; None where it does not.
+    facts
+        Of DICOM, what kind of object it is: see :func:`mammostream.preprocess.objects.object_facts`.
     """
 
     height: int
@@ -61,6 +65,8 @@ class Header:
     patient_id: str = ""
     study_id: str = ""
     flags: Mapping[str, str] = field(default_factory=dict)
+    lossy: bool | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
