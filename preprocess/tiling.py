@@ -15,6 +15,7 @@ from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.energy import pixel_energy, speck_response
 from mammostream.preprocess.intensity import MAPPING, map_to_unit, to_stored
 from mammostream.preprocess.mammogram import Mammogram, ReadingConfig
+from mammostream.preprocess.polarity import upright
 from mammostream.preprocess.resampling import block_mean, resample
 from mammostream.preprocess.segmentation import Segmentation, coarse_factor, fine_factor, segment_breast
 from mammostream.preprocess.selection import (
@@ -40,6 +41,11 @@ class TilingConfig(SelectionConfig, ReadingConfig):
     pixel_spacing: float | None = option(
         None, "Resample films to this pixel size in mm (0.05-0.2 is usual); default: keep each film's own."
     )
+    polarity: str = option(
+        "auto",
+        "Films with a white background are flagged 'inverted'; auto also turns them over, as-is takes them as they are.",
+        choices=("auto", "as-is"),
+    )
 
     def __post_init__(self) -> None:
         SelectionConfig.__post_init__(self)
@@ -48,6 +54,8 @@ class TilingConfig(SelectionConfig, ReadingConfig):
             raise BadInput(f"--pixel-spacing {self.pixel_spacing} is not between 0.01 and 2 mm")
 
 
+# Recorded with the tiles since version 0.1.0: earlier ones were made with these.
+RECORDED_SINCE = {"polarity": "as-is"}
 # Recorded with the tiles by their own names; the spacing is recorded as ``pixel_spacing_mm``.
 RECORDED = tuple(field.name for field in fields(TilingConfig) if field.name != "pixel_spacing")
 
@@ -69,8 +77,8 @@ class Film:
     mapping
         How stored values became [0, 1].
     flags
-        The header's and the segmentation's, ``padded`` (the film is smaller than a tile), ``cluster_not_held`` (a cluster of
-        specks lies where no tile passes the gates).
+        The header's, ``inverted`` (see :func:`mammostream.preprocess.polarity.upright`), the segmentation's, ``padded`` (the
+        film is smaller than a tile), ``cluster_not_held`` (a cluster of specks lies where no tile passes the gates).
     guide_8bit_kept
         Tiles that the same gates and the breast rule keep on the plain 8-bit scale (no mapping), measured at ~0.4 mm.
     """
@@ -112,6 +120,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     BadInput
         ``--pixel-spacing`` is asked for and the film's own spacing is unknown.
     """
+    mammogram = upright(mammogram, config.polarity)
     header = mammogram.header
     backend = backend_of(mammogram.pixels)
     segmentation = segment_breast(mammogram.pixels, header.spacing_mm)

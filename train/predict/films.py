@@ -19,7 +19,7 @@ from mammostream.dali_pipelines import create_inference_transform
 from mammostream.preprocess.backend import backend_of
 from mammostream.preprocess.preview import Box
 from mammostream.preprocess.reading import read_mammogram
-from mammostream.preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, TilingConfig, tile_film
+from mammostream.preprocess.tiling import RECORDED, RECORDED_SINCE, SPACING_TOLERANCE, Film, TilingConfig, tile_film
 from mammostream.shards.archive import escape_id, tile_key
 from mammostream.train.levels.aggregation import MAX, PROBABILITY, aggregate
 from mammostream.train.levels.calibration import IMAGE
@@ -215,6 +215,7 @@ def draw_film_heat_maps(
 
 
 def _tiling_config(record: dict[str, Any]) -> TilingConfig:
+    record = RECORDED_SINCE | record
     if not {*RECORDED, "pixel_spacing_mm"} <= record.keys():
         raise BadInput(
             "the model does not say how its tiles were made: another program wrote it; cut tiles as that one did and give them "
