@@ -20,7 +20,7 @@ from mammostream.preprocess.reading import AS_IT_COMES, Header, is_dicom, read_h
 from mammostream.shards.annotations.annotations import Problem
 from mammostream.shards.annotations.datasets import describe
 from mammostream.shards.annotations.tree import ImageTree
-from mammostream.shards.archive import escape_id
+from mammostream.shards.archive import escape_id, short_name
 from mammostream.shards.manifest import (
     FINDING_COLUMNS,
     LABEL_PREFIX,
@@ -319,7 +319,7 @@ def copy_films(
     # A study's UID is full of dots, which harm no file.
     names = pd.Series(
         [
-            "_".join(escape_id(part).replace("%2E", ".") for part in (study, image) if part) + ".png"
+            short_name("_".join(escape_id(part).replace("%2E", ".") for part in (study, image) if part)) + ".png"
             for study, image in zip(films["study_id"], films["image_id"], strict=True)
         ],
         films.index,

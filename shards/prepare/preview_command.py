@@ -60,7 +60,7 @@ def preview(
         write_contact_sheets,
         write_energies,
     )
-    from mammostream.shards.archive import escape_id
+    from mammostream.shards.archive import escape_id, short_name
     from mammostream.shards.manifest import read_findings
 
     config = TilingConfig(**options)
@@ -76,7 +76,7 @@ def preview(
         PictureJob(
             image_id=row["image_id"],
             image=Path(row["path"]),
-            picture=output_dir / f"{escape_id(row['image_id'])}.png",
+            picture=output_dir / f"{short_name(escape_id(row['image_id']))}.png",
             # Unknown here: the file may know.
             spacing_mm=None if math.isnan(row["pixel_spacing_mm"]) else row["pixel_spacing_mm"],
             spacing_source=row["spacing_source"],
