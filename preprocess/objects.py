@@ -37,7 +37,10 @@ def is_for_processing(dataset: pydicom.Dataset) -> bool:
 def modality_falls(dataset: pydicom.Dataset) -> bool:
     """Tell whether the modality transform makes the film's values the smaller, the larger the stored ones are."""
     lut = (dataset.get("ModalityLUTSequence") or [{}])[0]
-    if (data := lut.get("LUTData")) is not None and len(data) > 1:
+    data = lut.get("LUTData")
+    if isinstance(data, bytes):  # OW: 16-bit words
+        data = [int.from_bytes(word, "little") for word in (data[:2], data[-2:])]
+    if data is not None and len(data) > 1:
         return bool(data[0] > data[-1])
     try:
         return float(dataset.get("RescaleSlope") or 1) < 0
