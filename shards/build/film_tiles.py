@@ -95,5 +95,5 @@ def pixels_hash(pixels: Any) -> str:
     """Return a hash of decoded pixels, (H, W) uint8 or uint16 in NumPy or CuPy: the same for all files that hold them."""
     values = np.ascontiguousarray(backend_of(pixels).to_host(pixels))
     digest = hashlib.blake2b(f"{values.shape} {values.dtype.itemsize}".encode(), digest_size=16)
-    digest.update(values)
+    digest.update(values.data)
     return digest.hexdigest()

@@ -117,11 +117,7 @@ def prepare_films(
     tree = ImageTree.scan(images_root, skip, follow_links)
     said = describe(dataset, tree, csv_paths, findings_csv)
     problems = [*tree.problems, *said.problems]
-    notes = list(said.notes)
-    if tree.ignored:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in tree.ignored.most_common(8))
-        notes.append(f"{tree.ignored.total()} files below {images_root} are left out, being no images: {kinds}")
-
+    notes = [*said.notes, *_ignored(tree)]
     films = _present(said.films, images_root, problems)
     films = sort_films(_with_headers(films, workers, problems, reading), reading, problems)
     films["patient_id"] = film_patients(films, images_root, pattern, notes)
@@ -143,6 +139,11 @@ def prepare_films(
     films = films[[*MANIFEST_COLUMNS, *labels]]
     check_manifest(films, f"the data set of {', '.join(map(str, csv_paths)) or images_root}")
     return Prepared(films, findings, problems, notes)
+
+
+def _ignored(tree: ImageTree) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in tree.ignored.most_common(8))
+    return [f"{tree.ignored.total()} files below {tree.root} are left out, being no images: {kinds}"] if kinds else []
 
 
 def _present(films: pd.DataFrame, root: Path, problems: list[Problem]) -> pd.DataFrame:
