@@ -17,7 +17,7 @@ from mammostream.preprocess.mammogram import ReadingConfig
 from mammostream.preprocess.objects import OtherObject, why_left_out
 from mammostream.preprocess.plain import seems_cut
 from mammostream.preprocess.reading import AS_IT_COMES, Header, is_dicom, read_header, read_mammogram
-from mammostream.shards.annotations.annotations import Problem
+from mammostream.shards.annotations.annotations import Annotations, Problem
 from mammostream.shards.annotations.datasets import describe
 from mammostream.shards.annotations.tree import ImageTree
 from mammostream.shards.archive import escape_id, short_name
@@ -127,12 +127,7 @@ def prepare_films(
         unknown = films["pixel_spacing_mm"].isna()
         films.loc[unknown, "pixel_spacing_mm"] = assume_spacing
         films.loc[unknown, "spacing_source"] = "assumed"
-    findings = said.findings
-    if said.read_boxes is not None:
-        findings, faults = said.read_boxes(films.assign(height=films["file_height"], width=films["file_width"]), workers)
-        problems += faults
-    if findings is not None:
-        findings = _inside_films(findings, films, problems, notes)
+    findings = _boxes(said, films, workers, problems, notes)
     films["split"] = _with_test(films, test_fraction, seed, notes)
     films["split"] = _with_validation(films, val_fraction, seed)
     labels = [column for column in films if column.startswith(LABEL_PREFIX)]
@@ -230,6 +225,17 @@ def _seems_torn(path: Path) -> bool:
         return seems_cut(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return all(data.find(tag) < 0 for tag in _PIXEL_DATA_TAGS)
+
+
+def _boxes(
+    said: Annotations, films: pd.DataFrame, workers: int, problems: list[Problem], notes: list[str]
+) -> pd.DataFrame | None:
+    """Return the boxes of the films, from the annotations or from files, or None where the data set has none."""
+    findings = said.findings
+    if said.read_boxes is not None:
+        findings, faults = said.read_boxes(films.assign(height=films["file_height"], width=films["file_width"]), workers)
+        problems += faults
+    return None if findings is None else _inside_films(findings, films, problems, notes)
 
 
 def _inside_films(findings: pd.DataFrame, films: pd.DataFrame, problems: list[Problem], notes: list[str]) -> pd.DataFrame:
