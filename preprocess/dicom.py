@@ -104,7 +104,9 @@ def _header(dataset: pydicom.Dataset) -> Header:
         view=str(view),
         patient_id=str(dataset.get("PatientID") or ""),
         study_id=str(dataset.get("StudyInstanceUID") or ""),
-        lossy=lossy_dicom(str(dataset.file_meta.get("TransferSyntaxUID")), str(dataset.get("LossyImageCompression"))),
+        lossy=lossy_dicom(
+            str(getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")), str(dataset.get("LossyImageCompression"))
+        ),
         facts=object_facts(dataset),
     )
 
