@@ -11,14 +11,16 @@ import numpy as np
 from mammostream.common.errors import BadInput
 from mammostream.preprocess.dicom_dataset import DicomFile, integer, open_dicom, text
 from mammostream.preprocess.dicom_display import display_of, modality_of, to_pixels
-from mammostream.preprocess.dicom_header import header_of, is_for_processing, take_frame_groups
+from mammostream.preprocess.dicom_header import header_of, take_frame_groups
 from mammostream.preprocess.dicom_pixels import Stored, stored_values
 from mammostream.preprocess.mammogram import Header, Mammogram, ReadingConfig
+from mammostream.preprocess.objects import is_for_processing, refuse_other_objects
 
 
 def read_dicom_header(path: Path) -> Header:
     """Return what the file says, of its first frame where it has several; raises BadInput or what pydicom raises."""
     with open_dicom(path) as film:
+        refuse_other_objects(film.dataset)
         take_frame_groups(film.dataset, 0)
         return header_of(film)
 
@@ -34,6 +36,8 @@ def read_dicom(path: Path, config: ReadingConfig, device: str) -> Mammogram:
 
 def _read(film: DicomFile, config: ReadingConfig, device: str) -> Mammogram:
     dataset, flags = film.dataset, film.flags
+    if "Rows" not in dataset:
+        refuse_other_objects(dataset)
     frames = max(1, integer(dataset, "NumberOfFrames") or 1)
     index = _frame_index(frames, config.frame)
     raw = is_for_processing(dataset)

@@ -6,14 +6,15 @@ import math
 from typing import TYPE_CHECKING
 
 from mammostream.common.errors import BadInput
+from mammostream.preprocess.codestreams import lossy_dicom
 from mammostream.preprocess.dicom_dataset import DicomFile, integer, items, numbers, raw_text, text
 from mammostream.preprocess.mammogram import PIXELS_MISSING, PLAUSIBLE_SPACING_MM, Header, check_size
+from mammostream.preprocess.objects import is_for_processing, object_facts
 from mammostream.preprocess.views import View, coded_view, normal_side, normal_view
 
 if TYPE_CHECKING:
     import pydicom
 
-FOR_PROCESSING_CLASSES = ("1.2.840.10008.5.1.4.1.1.1.1.1", "1.2.840.10008.5.1.4.1.1.1.2.1")
 SQUARE_WITHIN = 0.01  # rows and columns as far apart as 1.01 : 1 count as square
 # What enhanced multi-frame objects say frame by frame, and other objects at the top (PS3.3 C.7.6.16).
 FRAME_GROUPS = ("FrameAnatomySequence", "PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
@@ -26,11 +27,6 @@ def take_frame_groups(dataset: pydicom.Dataset, index: int) -> None:
         for name in FRAME_GROUPS:
             for item in items(groups, name)[:1]:
                 dataset.update(item)
-
-
-def is_for_processing(dataset: pydicom.Dataset) -> bool:
-    """Tell raw detector data by the intent or the SOP class."""
-    return text(dataset, "PresentationIntentType") == "FOR PROCESSING" or text(dataset, "SOPClassUID") in FOR_PROCESSING_CLASSES
 
 
 def header_of(film: DicomFile) -> Header:
@@ -67,6 +63,8 @@ def header_of(film: DicomFile) -> Header:
         manufacturer=text(dataset, "Manufacturer"),
         model=text(dataset, "ManufacturerModelName"),
         intent="FOR PROCESSING" if is_for_processing(dataset) else text(dataset, "PresentationIntentType").upper(),
+        lossy=lossy_dicom(str(film.syntax), text(dataset, "LossyImageCompression")),
+        facts=object_facts(dataset),
         flags=film.flags,
     )
 

@@ -69,6 +69,10 @@ class Header:
         ``FOR PRESENTATION``, ``FOR PROCESSING`` or empty.
     flags
         What was assumed or put right in reading the file: the flag, and its particulars or "".
+    lossy
+        Whether the pixels were compressed with loss, as far as the file says; None where it does not.
+    facts
+        Of DICOM, what kind of object it is: see :func:`mammostream.preprocess.objects.object_facts`.
     """
 
     height: int
@@ -87,6 +91,8 @@ class Header:
     model: str = ""
     intent: str = ""
     flags: Mapping[str, str] = field(default_factory=dict)
+    lossy: bool | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 FILMS_PER_SHEET = 24
 ENERGIES_PICTURE = "energies.png"
+SIDE_DISAGREES = "side_disagrees"
 _SHEET = "contact_sheet"
 _RULES = ("breast rule", "frequency rule", "both rules", "rescue tile")  # as RULE_COLOURS
 _PERCENTILES = (50, 75, 90, 95, 99)
@@ -156,7 +157,7 @@ def _draw(job: PictureJob, config: TilingConfig, source: str) -> dict[str, Any]:
         mammogram = mammogram.with_spacing(job.spacing_mm, job.spacing_source)
     film = tile_film(mammogram, config)
     header, side, flags = mammogram.header, film.segmentation.side, list(film.flags)
-    flags += ["side_disagrees"] if job.laterality and side and job.laterality != side else []
+    flags += [SIDE_DISAGREES] if job.laterality and side and job.laterality != side else []
     facts = {
         "source": source,
         "counts": film.selection.counts,

@@ -15,6 +15,7 @@ from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.energy import pixel_energy, speck_response
 from mammostream.preprocess.intensity import MAPPINGS, map_to_unit, to_stored, useless
 from mammostream.preprocess.mammogram import Mammogram, ReadingConfig
+from mammostream.preprocess.polarity import upright
 from mammostream.preprocess.resampling import block_mean, resample
 from mammostream.preprocess.segmentation import Segmentation, coarse_factor, fine_factor, segment_breast
 from mammostream.preprocess.selection import (
@@ -47,6 +48,11 @@ class TilingConfig(SelectionConfig, ReadingConfig):
     pixel_spacing: float | None = option(
         None, "Resample films to this pixel size in mm (0.05-0.2 is usual); default: keep each film's own."
     )
+    polarity: str = option(
+        "auto",
+        "Films with a white background are flagged 'inverted'; auto also turns them over, as-is takes them as they are.",
+        choices=("auto", "as-is"),
+    )
 
     def __post_init__(self) -> None:
         SelectionConfig.__post_init__(self)
@@ -55,6 +61,8 @@ class TilingConfig(SelectionConfig, ReadingConfig):
             raise BadInput(f"--pixel-spacing {self.pixel_spacing} is not between 0.01 and 2 mm")
 
 
+# Recorded with the tiles since version 0.1.0: earlier ones were made with these.
+RECORDED_SINCE = {"polarity": "as-is"}
 # Recorded with the tiles by their own names; the spacing is recorded as ``pixel_spacing_mm``, the mapping by its version.
 RECORDED = tuple(f.name for f in fields(TilingConfig) if f.name not in ("pixel_spacing", "mapping"))
 
@@ -76,8 +84,8 @@ class Film:
     mapping
         How stored values became [0, 1].
     flags
-        The header's and the segmentation's, ``padded`` (the film is smaller than a tile), ``cluster_not_held`` (a cluster of
-        specks lies where no tile passes the gates).
+        The header's, ``inverted`` (see :func:`mammostream.preprocess.polarity.upright`), the segmentation's, ``padded`` (the
+        film is smaller than a tile), ``cluster_not_held`` (a cluster of specks lies where no tile passes the gates).
     remarks
         The particulars of flags that have any.
     guide_8bit_kept
@@ -122,6 +130,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     BadInput
         ``--pixel-spacing`` is asked for and the film's own spacing is unknown.
     """
+    mammogram = upright(mammogram, config.polarity)
     header = mammogram.header
     backend = backend_of(mammogram.pixels)
     segmentation = segment_breast(mammogram.pixels, header.spacing_mm)

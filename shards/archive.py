@@ -7,6 +7,7 @@ each member, ``offset`` being where the member's data starts. It equals what NVI
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tarfile
@@ -21,6 +22,7 @@ from mammostream.common.files import whole_file
 
 INDEX_VERSION = "v1.2"
 _BLOCK = 512
+_LONGEST_NAME = 200  # of 255 bytes; endings and the marks of temporary files come on top
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ Sample = tuple[Member, ...]
 def escape_id(identifier: str) -> str:
     """Escape everything but ASCII letters, digits, ``-`` and ``_`` as %XX of its UTF-8 bytes, so that ids never collide."""
     return "".join(chr(b) if re.match(rb"[A-Za-z0-9_-]", bytes([b])) else f"%{b:02X}" for b in identifier.encode())
+
+
+def short_name(name: str) -> str:
+    """Return a file's name without ending, cut and with a hash of the whole where file systems would refuse its length."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    cut = re.sub(r"%[0-9A-F]?$", "", name[: _LONGEST_NAME - 17])
+    return f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def tile_key(image_id: str, y: int, x: int) -> str:

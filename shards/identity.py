@@ -16,7 +16,7 @@ from mammostream.preprocess.reading import IMAGE_SUFFIXES
 from mammostream.preprocess.views import normal_side
 from mammostream.shards.archive import escape_id
 
-ENDINGS = (*IMAGE_SUFFIXES, ".jpg", ".jpeg")
+ENDINGS = IMAGE_SUFFIXES
 # What follows the film's name in a tile's: in the shards' keys, and in the guide's patient1_tile_001.png.
 _POSITION = re.compile(r"(?:_y\d+_x\d+|_x\d+_y\d+|[_-](?:tile|patch)[_-]?\d+)$", re.IGNORECASE)
 _KEY = re.compile(r"[A-Za-z0-9_%-]+")

@@ -78,10 +78,12 @@ IMAGE_SCHEMA = pa.schema(
         ("clusters", pa.int32()),  # of specks
         ("clusters_unheld", pa.int32()),  # that no kept tile holds
         ("guide_8bit_kept", pa.int32()),  # tiles that the guide's plain 8-bit scale would have kept
+        ("lossy", pa.bool_()),  # whether the file's pixels were compressed with loss; null where it does not say
+        ("pixels_hash", pa.string()),  # of the decoded pixels
     ]
 )
 
-ADDED_COLUMNS = frozenset({"remarks", "plausibility", "fog_mm2"})  # since version 0.1.0
+ADDED_COLUMNS = frozenset({"remarks", "lossy", "pixels_hash", "plausibility", "fog_mm2"})  # since version 0.1.0
 
 
 def write_shard_table(path: Path, tiles: list[dict], images: list[dict], metadata: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from mammostream.shards.manifest import FINDING_COLUMNS, LABEL_PREFIX
 _TEXTS = ("patient_id", "study_id", "laterality", "view", "split")
 
 
-def find_images(root: Path) -> dict[str, Path]:
+def find_images(root: Path, follow_links: bool = False) -> dict[str, Path]:
     """Return the images below a folder by id: the file's name without its ending where all differ, else its path.
 
     Raises
@@ -28,7 +28,7 @@ def find_images(root: Path) -> dict[str, Path]:
     BadInput
         The folder is missing, cannot be read or holds no image, or two files differ only in their ending.
     """
-    return image_ids(ImageTree.scan(root))
+    return image_ids(ImageTree.scan(root, follow_links=follow_links))
 
 
 def image_ids(tree: ImageTree) -> dict[str, Path]:

@@ -10,9 +10,10 @@ import tifffile
 from mammostream.common.errors import BadInput
 from mammostream.common.files import whole_file
 from mammostream.common.progress import progress
+from mammostream.preprocess.polarity import upright
 from mammostream.preprocess.reading import read_mammogram
 from mammostream.preprocess.simulation import ClusterConfig, plant_clusters
-from mammostream.shards.archive import escape_id
+from mammostream.shards.archive import escape_id, short_name
 from mammostream.shards.manifest import LABEL_PREFIX
 
 SIMULATED_LABEL = "simulated_calcification"
@@ -38,10 +39,10 @@ def simulate_copies(
             raise BadInput(
                 f"image '{row['image_id']}' has no pixel spacing; run 'mammostream prepare' with --assume-spacing MM"
             )
-        pixels = read_mammogram(row["path"]).pixels
+        pixels = upright(read_mammogram(row["path"]), "auto").pixels  # clusters are bright
         planted, boxes = plant_clusters(pixels, row["pixel_spacing_mm"], config, seed=(seed, number))
         image_id = f"{row['image_id']}_simulated{copy}"
-        path = output_dir / "images" / f"{escape_id(image_id)}.tif"
+        path = output_dir / "images" / f"{short_name(escape_id(image_id))}.tif"
         with whole_file(path) as temporary:
             tifffile.imwrite(
                 temporary,

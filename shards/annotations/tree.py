@@ -11,8 +11,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from mammostream.common.errors import BadInput
-from mammostream.preprocess.reading import IMAGE_SUFFIXES, is_dicom
+from mammostream.preprocess.reading import IMAGE_SUFFIXES, has_ending, may_be_image
 from mammostream.shards.annotations.annotations import Problem
+
+# Endings of formats that exports give a preview or a copy in, next to the film itself.
+_COPIES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".j2c", ".bmp", ".webp"))
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,13 @@ class ImageTree:
     root
         The folder.
     paths
-        Image files below it. Folders that are links are not entered.
+        Image files below it. Folders that are links are entered only where links are followed.
     links
-        Those of `paths` that are symbolic links.
+        Those of `paths` that are symbolic links which must not lead outside where an annotation names them.
     ignored
-        How many other files there are, by ending.
+        How many other files there are, by ending or by what they are (``DICOMDIR``, ``._*``).
     problems
-        Folders that could not be searched.
+        Folders that could not be searched, and copies of films next to them.
     """
 
     root: Path
@@ -40,8 +43,19 @@ class ImageTree:
     problems: tuple[Problem, ...] = ()
 
     @classmethod
-    def scan(cls, root: Path, skip: Path | None = None) -> ImageTree:
+    def scan(cls, root: Path, skip: Path | None = None, follow_links: bool = False) -> ImageTree:
         """Search a folder deeply; hidden files and the folder `skip` (for instance of earlier output) are left out.
+
+        Every command that takes a folder of images searches it by this rule.
+
+        Parameters
+        ----------
+        root
+            The folder.
+        skip
+            A folder below it that is not searched.
+        follow_links
+            Enter folders that are symbolic links, each once, and let annotations name files that link outside.
 
         Raises
         ------
@@ -54,24 +68,25 @@ class ImageTree:
         links: set[Path] = set()
         ignored: Counter[str] = Counter()
         problems: list[Problem] = []
-        for entry in _files(root, skip, problems):
+        for entry in _files(root, skip, follow_links, ignored, problems):
             path = Path(entry.path)
-            if not _may_be_image(path):
-                ignored[path.suffix.lower() or "none"] += 1
+            if not _is_image(path):
+                ignored[_sort_of(path)] += 1
                 continue
             try:
                 entry.path.encode()
             except UnicodeEncodeError:
                 raise BadInput(f"the file name {entry.path!r} is not UTF-8, so no table can hold it; rename the file") from None
             paths.append(path)
-            if entry.is_symlink():
+            if entry.is_symlink() and not follow_links:
                 links.add(path)
         if not paths:
             raise BadInput(
-                f"images folder {root} holds no images; put files of one of these endings there: {' '.join(IMAGE_SUFFIXES)}"
-                + "".join(f"; {problem.message}" for problem in problems[:1])
+                f"images folder {root} holds no images; put DICOM files there, or files of one of these endings: "
+                f"{' '.join(IMAGE_SUFFIXES)}" + "".join(f"; {problem.message}" for problem in problems[:1])
             )
-        return cls(root, tuple(sorted(paths)), frozenset(links), ignored, tuple(problems))
+        paths = _without_copies(sorted(paths), problems)
+        return cls(root, tuple(paths), frozenset(links), ignored, tuple(problems))
 
     def key(self, path: Path) -> str:
         """Return a file's path below the folder without its ending."""
@@ -147,7 +162,8 @@ class ImageTree:
         """
         if path in self.links and not path.resolve().is_relative_to(self.root.resolve()):
             raise BadInput(
-                f"{where}: {path} is a link to {path.resolve()}, outside --images-root {self.root}; put the file itself there"
+                f"{where}: {path} is a link to {path.resolve()}, outside --images-root {self.root}; give --follow-links to "
+                "read it, or put the file itself there"
             )
         return path
 
@@ -173,42 +189,75 @@ def name_without_ending(path: Path | PurePosixPath) -> str:
     return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
 
 
-def _files(root: Path, skip: Path | None, problems: list[Problem]) -> Iterator[os.DirEntry[str]]:
-    """Yield the files below a folder; say which folders could not be searched."""
+def _files(
+    root: Path, skip: Path | None, follow_links: bool, ignored: Counter[str], problems: list[Problem]
+) -> Iterator[os.DirEntry[str]]:
+    """Yield the files below a folder; say which folders could not be searched and count what is hidden."""
     skipped = None if skip is None else skip.resolve()
-    folders = [str(root)]
-    while folders:
-        folder = folders.pop()
+    folders, linked = [str(root)], list[str]()
+    entered: set[Path] = set()
+    while folders or linked:
+        # Links last: a folder that is there itself goes by its own name.
+        folder = folders.pop() if folders else linked.pop(0)
+        if follow_links:
+            place = Path(folder).resolve()
+            if place in entered or place == skipped:
+                continue
+            entered.add(place)
         try:
-            entries = list(os.scandir(folder))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             if folder == str(root):
                 raise BadInput(f"images folder {root} cannot be read: {error.strerror}; check its permissions") from error
             problems.append(Problem("unreadable", f"folder {folder} cannot be read: {error.strerror}; check its permissions"))
             continue
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
             if entry.is_dir(follow_symlinks=False):
-                if skipped is None or Path(entry.path).resolve() != skipped:
+                if entry.name.startswith("."):
+                    ignored[f"{entry.name}/"] += 1
+                elif skipped is None or Path(entry.path).resolve() != skipped:
                     folders.append(entry.path)
+            elif entry.name.startswith("."):
+                ignored["._*" if entry.name.startswith("._") else entry.name] += 1
             elif entry.is_symlink() and Path(entry.path).is_dir():
+                if follow_links:
+                    linked.append(entry.path)
+                    continue
                 problems.append(
-                    Problem("not searched", f"folder {entry.path} is a link; give the folder itself as --images-root")
+                    Problem(
+                        "not searched",
+                        f"folder {entry.path} is a link; give --follow-links to search it, or the folder itself as "
+                        "--images-root",
+                    )
                 )
             else:
                 yield entry
 
 
-def _may_be_image(path: Path) -> bool:
-    """Tell by the file's ending; a file without one, as archives export DICOM, by its first bytes."""
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return True
-    # '1.2.840.10008' has no ending; a DICOMDIR is a table of contents.
-    if (suffix and not suffix[1:].isdigit()) or path.name == "DICOMDIR":
+def _is_image(path: Path) -> bool:
+    if path.name.upper() == "DICOMDIR":  # a table of contents
         return False
     try:
-        return is_dicom(path)
+        return may_be_image(path)
     except OSError:
         return False
+
+
+def _sort_of(path: Path) -> str:
+    """Return under what a file that is no image is counted."""
+    if path.name.upper() == "DICOMDIR" or path.name.lower() == "thumbs.db":
+        return path.name
+    return path.suffix.lower() if has_ending(path) else "none"
+
+
+def _without_copies(paths: list[Path], problems: list[Problem]) -> list[Path]:
+    """Leave out previews and copies that lie next to a film of the same name: ``film.jpg`` next to ``film.dcm``."""
+    films = {path.with_name(name_without_ending(path)): path for path in paths if path.suffix.lower() not in _COPIES}
+    kept = []
+    for path in paths:
+        film = films.get(path.with_suffix("")) if path.suffix.lower() in _COPIES else None
+        if film is None:
+            kept.append(path)
+        else:
+            problems.append(Problem("copy", f"image {path} is left out: {film.name} next to it has the same name"))
+    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 from mammostream.common.errors import BadInput, TooManyBad
 from mammostream.common.files import write_yaml
 from mammostream.common.options import Command, ListOption, config_file_option, config_options, resolved
+from mammostream.shards.build.duplicates import FLAG
 from mammostream.shards.build.launch import LaunchConfig
 from mammostream.shards.build.plan import BuildConfig, PackConfig
 from mammostream.shards.options import FILE, manifest_option, output_option, shards_argument, workers_option
@@ -29,6 +31,13 @@ max_bad_option = click.option(
     "--max-bad",
     default="5%",
     help="Maximum number of films that may fail, a number or a percentage; more end with exit code 3.",
+)
+
+
+allow_leakage_option = click.option(
+    "--allow-leakage",
+    is_flag=True,
+    help="Finish although two patients share a film (the same pixels): one person under two ids may be in two splits.",
 )
 
 
@@ -58,6 +67,7 @@ def _parse_range(value: str | None) -> range | None:
 @config_options(LaunchConfig)
 @check_every_option
 @max_bad_option
+@allow_leakage_option
 @config_file_option
 @click.pass_context
 def build(
@@ -72,13 +82,15 @@ def build(
     dask: str | None,
     check_every: int,
     max_bad: str,
+    allow_leakage: bool,
     **options: Any,
 ) -> None:
     """Cut films into tiles and write WebDataset shards with a DALI index.
 
     Finished shards are skipped, so the same command resumes after an interruption; other options refuse to mix with them.
-    A film that cannot be read becomes a row of images.parquet with its reason, and the rest continues. The same films, options
-    and library versions give the same bytes, however many processes or machines build.
+    A film that cannot be read becomes a row of images.parquet with its reason, and the rest continues; one that has the pixels
+    of another is flagged 'duplicate'. The same films, options and library versions give the same bytes, however many processes
+    or machines build.
     """
     from mammostream.shards.build.build import build_all
     from mammostream.shards.build.launch import Launcher
@@ -103,7 +115,7 @@ def build(
     build_all(plan, launcher, check_every=check_every)
     write_yaml(output_dir / "config.yaml", resolved(ctx))
     if ordinals is None:
-        finish(output_dir, split)
+        finish(output_dir, split, allow_leakage)
         images = open_shards(output_dir).images()
         images = images[images["split"] == split] if split else images
     else:
@@ -117,16 +129,17 @@ def build(
 @shards_argument
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Demand this split's shards only.")
 @max_bad_option
-def finish(directory: Path, split: str | None, max_bad: str) -> None:
+@allow_leakage_option
+def finish(directory: Path, split: str | None, max_bad: str, allow_leakage: bool) -> None:
     """Merge the tables of shards that several jobs built (--shard-range) into tiles.parquet, images.parquet, shards.json.
 
-    Refuses, naming them, while shards are missing. Doing it twice changes nothing.
+    Refuses, naming them, while shards are missing, and films that two patients share. Doing it twice changes nothing.
     """
     from mammostream.shards.build.merge import finish as merge
     from mammostream.shards.reading import open_shards
 
     _bad_limit(max_bad, 1)
-    merge(directory, split)
+    merge(directory, split, allow_leakage)
     images = open_shards(directory).images()
     _report_images(images[images["split"] == split] if split else images, directory, max_bad)
 
@@ -155,7 +168,25 @@ def _print_images(images: pd.DataFrame) -> None:
     columns = [c for c in images.columns if c.startswith(("candidates", "rejected", "kept", "clusters"))] + ["guide_8bit_kept"]
     totals = images.groupby("split", sort=False)[columns].sum().astype(int).T
     click.echo(totals.rename(index={"guide_8bit_kept": "(the plain 8-bit scale would have kept)"}).to_string() + "\n")
+    _print_flags(images)
     _print_reasons(images)
+    _print_duplicates(images)
+
+
+def _print_flags(images: pd.DataFrame) -> None:
+    """Print how many films have each flag, the most frequent first."""
+    counts = Counter(flag for flags in images["flags"] for flag in flags.split())
+    if "lossy" in images and (lossy := int(images["lossy"].eq(True).sum())):
+        counts["(compressed with loss)"] = lossy
+    for flag, count in counts.most_common():
+        click.echo(f"{flag:<24} {count:>8} films")
+    click.echo("" if counts else "no film is flagged\n")
+
+
+def _print_duplicates(images: pd.DataFrame) -> None:
+    for row in images[images["flags"].str.split().map(lambda flags: FLAG in flags)].itertuples():
+        said = next(part for part in row.remarks.split("; ") if part.startswith(f"{FLAG}: "))
+        click.echo(f"{FLAG}: {row.image_id} {said.removeprefix(f'{FLAG}: ')}", err=True)
 
 
 def _print_reasons(images: pd.DataFrame) -> None:

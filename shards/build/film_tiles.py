@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from mammostream.preprocess.backend import backend_of
 from mammostream.preprocess.reading import Mammogram, read_mammogram
 from mammostream.preprocess.tiling import Film, tile_film
 from mammostream.shards.archive import tile_key
@@ -83,7 +85,17 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
         "plausibility": segmentation.plausibility,
         "fog_mm2": segmentation.fog_mm2,
         "guide_8bit_kept": film.guide_8bit_kept,
+        "lossy": header.lossy,
+        "pixels_hash": pixels_hash(mammogram.pixels),
         "flags": " ".join(flags),
         "remarks": "; ".join(f"{flag}: {particulars}" for flag, particulars in film.remarks.items()),
         "reason": "no breast found" if "no_breast" in flags else reason,
     } | film.selection.counts
+
+
+def pixels_hash(pixels: Any) -> str:
+    """Return a hash of decoded pixels, (H, W) uint8 or uint16 in NumPy or CuPy: the same for all files that hold them."""
+    values = np.ascontiguousarray(backend_of(pixels).to_host(pixels))
+    digest = hashlib.blake2b(f"{values.shape} {values.dtype.itemsize}".encode(), digest_size=16)
+    digest.update(values.data)
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput
 from mammostream.common.files import whole_file, write_json, write_parquet
+from mammostream.shards.build.duplicates import mark_duplicates, refuse_shared_films
 from mammostream.shards.build.plan import shard_name
 from mammostream.shards.lock import TABLES, lock_shards
 from mammostream.shards.manifest import SPLITS
@@ -21,7 +22,7 @@ from mammostream.shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_shard_meta
 MERGED = ("tiles.parquet", "images.parquet", SHARDS_JSON)
 
 
-def finish(directory: Path, split: str | None = None) -> dict[str, Any]:
+def finish(directory: Path, split: str | None = None, allow_leakage: bool = False) -> dict[str, Any]:
     """Merge the shards' tables into ``tiles.parquet``, ``images.parquet`` and ``shards.json``; return the latter.
 
     Parameters
@@ -30,19 +31,21 @@ def finish(directory: Path, split: str | None = None) -> dict[str, Any]:
         The shard directory.
     split
         Demand only this split's shards; those of other splits are merged where they are finished. None demands all.
+    allow_leakage
+        Go on where a film is there under two patients.
 
     Raises
     ------
     BadInput
-        A shard is not finished, or was built with other options than the first.
+        A shard is not finished, or was built with other options than the first, or two patients share a film.
     """
     if not directory.is_dir():
         raise BadInput(f"{directory} does not exist; make one with 'mammostream shards build --output-dir {directory}'")
     with lock_shards(directory, TABLES, wait=True):
-        return merge_tables(directory, SPLITS if split is None else (split,))
+        return merge_tables(directory, SPLITS if split is None else (split,), allow_leakage)
 
 
-def merge_tables(directory: Path, demanded: Container[str]) -> dict[str, Any]:
+def merge_tables(directory: Path, demanded: Container[str], allow_leakage: bool = True) -> dict[str, Any]:
     """Do what :func:`finish` does, for a caller that holds the lock already; `demanded` are the splits that must be whole."""
     for name in MERGED:  # what a killed merge left
         for path in directory.glob(f".{name}.*.tmp"):
@@ -63,7 +66,10 @@ def merge_tables(directory: Path, demanded: Container[str]) -> dict[str, Any]:
                 writer.write_table(tiles, row_group_size=len(tiles))
             images.append(its_images)
             shards.append(describe_shard(path.stem, metadata))
-    write_parquet(directory / "images.parquet", pa.concat_tables(images))
+    films = mark_duplicates(pa.concat_tables(images))
+    if not allow_leakage:  # before shards.json: nothing trains on it then
+        refuse_shared_films(films.to_pandas(), directory)
+    write_parquet(directory / "images.parquet", films)
     meta = {
         "format_version": FORMAT_VERSION,
         "codec": first["codec"],
@@ -118,4 +124,4 @@ def _planned(counts: list[tuple[str, int]]) -> Iterator[tuple[str, str]]:
 def read_images(directory: Path, names: list[str]) -> pd.DataFrame:
     """Return the image rows (columns: :data:`mammostream.shards.tables.IMAGE_SCHEMA`) of some finished shards."""
     tables = [read_shard_table(directory / f"{name}.parquet")[1] for name in names]
-    return pa.concat_tables([IMAGE_SCHEMA.empty_table(), *tables]).to_pandas()
+    return mark_duplicates(pa.concat_tables([IMAGE_SCHEMA.empty_table(), *tables])).to_pandas()

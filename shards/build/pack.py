@@ -17,8 +17,8 @@ from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import make_folder, read_csv, whole_file, write_json, write_text
 from mammostream.common.progress import progress
 from mammostream.preprocess.reading import Mammogram, read_mammogram
-from mammostream.preprocess.tiling import TilingConfig, preprocessing_record
-from mammostream.shards.archive import check_index, read_index, sample_key
+from mammostream.preprocess.tiling import RECORDED_SINCE, TilingConfig, preprocessing_record
+from mammostream.shards.archive import check_index, read_index, sample_key, short_name
 from mammostream.shards.build.build import ShardSummary, write_shard
 from mammostream.shards.build.film_tiles import FilmTiles, image_row
 from mammostream.shards.build.launch import ALONE, Launcher
@@ -176,7 +176,7 @@ def _preprocessing(tiles_dir: Path, tile_size: int, bits: int) -> dict[str, Any]
     if not path.is_file():
         return unknown
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = RECORDED_SINCE | json.loads(path.read_text(encoding="utf-8"))
         if set(record) != set(unknown) or (record["tile_size"], record["bits"]) != (tile_size, bits):
             raise ValueError("it is of other tiles")
     except (ValueError, TypeError) as error:
@@ -281,7 +281,7 @@ def unpack_shards(
         for count in launcher.run(unpack, its_shards):
             bar.update(count)
     table = tiles[["key", "image_id", "patient_id", "split", "x", "y", "size"]].rename(columns={"key": "tile_path"})
-    table["tile_path"] += ".png"
+    table["tile_path"] = table["tile_path"].map(short_name) + ".png"
     record = {k: v for k, v in shards.preprocessing.items() if k != "shard_config_hash"}
     write_json(output_dir / PREPROCESSING_JSON, record | {"bits": bits})
     write_text(output_dir / TILES_CSV, table.to_csv(index=False))
@@ -307,6 +307,6 @@ def _unpack_shard(shard: Shard, folder: Path, codec: str, output_dir: Path, bits
                 raise BadInput(f"tile {sample_key(sample)} of {shard.tar} is damaged ({fault}); {mend}")
             if bits < 8 * pixels.itemsize:
                 pixels = np.rint(pixels / 257).astype(np.uint8)
-            with whole_file(output_dir / f"{sample_key(sample)}.png", sync=False) as temporary:
+            with whole_file(output_dir / f"{short_name(sample_key(sample))}.png", sync=False) as temporary:
                 temporary.write_bytes(imagecodecs.png_encode(pixels, level=1))
     return len(index)

@@ -18,6 +18,7 @@ from mammostream.common.files import sha256_file
 from mammostream.common.progress import progress
 from mammostream.shards.archive import Member, Sample, check_index, read_index, sample_key, scan_archive, write_index
 from mammostream.shards.build.build import encode_meta
+from mammostream.shards.build.duplicates import mark_duplicates
 from mammostream.shards.build.launch import ALONE, Launcher
 from mammostream.shards.build.merge import describe_shard, merge_tables
 from mammostream.shards.codecs import META_EXTENSION, NUMBER_EXTENSION, decode, encode_number, pixel_crc32
@@ -231,16 +232,18 @@ def _image_faults(shards: ShardSet) -> Iterator[Fault]:
     except (OSError, ValueError, KeyError) as error:
         yield Fault("images.parquet", f"cannot be read ({first_line(error)})")
         return
-    first = 0
+    own, first = [IMAGE_SCHEMA.empty_table()], 0
     for entry in shards.meta["shards"]:
-        its_rows = merged.slice(first, entry["images"])
-        first += entry["images"]
         try:
-            _, images, _ = read_shard_table(shards.folder / f"{entry['name']}.parquet")
+            own.append(read_shard_table(shards.folder / f"{entry['name']}.parquet")[1])
         except BadInput:
-            continue
-        if not _same(its_rows, images):
+            own.append(merged.slice(first, entry["images"]))
+        first += entry["images"]
+    marked, start = mark_duplicates(pa.concat_tables(own)), 0
+    for entry, images in zip(shards.meta["shards"], own[1:], strict=True):
+        if not _same(merged.slice(start, entry["images"]), marked.slice(start, len(images))):
             yield Fault("images.parquet", f"says otherwise of the films of {entry['name']} than its own table")
+        start += len(images)
     if first != len(merged):
         yield Fault("images.parquet", f"has {len(merged)} films, the shards have {first}")
 

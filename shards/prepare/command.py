@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mammostream.common.files import write_text, write_yaml
-from mammostream.common.options import Command, ListOption, config_file_option, resolved, split_commas
+from mammostream.common.options import Command, ListOption, config_file_option, config_options, resolved, split_commas
+from mammostream.preprocess.mammogram import ReadingConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,14 @@ _SHOWN = 10
     help="Boxes. vindr: finding_annotations.csv. folder: image_id, label, xmin, ymin, xmax, ymax in native pixels.",
 )
 @click.option(
-    "--images-root", type=FILE, required=True, help="Folder of mammograms (DICOM, PNG, TIFF, PGM), searched recursively."
+    "--images-root",
+    type=FILE,
+    required=True,
+    help="Folder of mammograms, searched recursively: DICOM with or without an ending, PNG, TIFF, PGM, JPEG, JPEG 2000, BMP, "
+    "WebP.",
+)
+@click.option(
+    "--follow-links", is_flag=True, help="Also search folders and read files that are symbolic links to other places."
 )
 @click.option("--output-dir", type=FILE, required=True, help="Folder for manifest.parquet, findings.parquet and problems.csv.")
 @click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm for images whose own is unknown.")
@@ -79,6 +87,12 @@ _SHOWN = 10
     help="Also lay the films out as OUTPUT_DIR/<split>/<study>_<image>.png, which the manifest then names: stored values, "
     "8 or 16 bits, without a DICOM's window. Copies that are there are kept.",
 )
+@config_options(ReadingConfig)
+@click.option(
+    "--allow-leakage",
+    is_flag=True,
+    help="Go on where the same DICOM instance is there under two patients, who may then be one person in two splits.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that read and copy.  [default: one per CPU]")
 @config_file_option
 @click.pass_context
@@ -89,6 +103,7 @@ def prepare(
     csv_paths: tuple[Path, ...],
     findings_csv: Path | None,
     images_root: Path,
+    follow_links: bool,
     output_dir: Path,
     assume_spacing: float | None,
     patient_regex: str | None,
@@ -97,14 +112,17 @@ def prepare(
     test_fraction: float,
     seed: int,
     copy: bool,
+    allow_leakage: bool,
     workers: int | None,
+    **options: Any,
 ) -> None:
     """Describe a data set of mammograms in one table, split by patient.
 
     Writes manifest.parquet: one row per image with its patient, side, view, split, pixel spacing and labels; findings.parquet
     with boxes, where the data set has any; and problems.csv with everything that was left out. No patient is in two splits.
     Images that cannot be read are listed; they stay in the table where their patient is known, and the build records why they
-    gave nothing.
+    gave nothing. Of an archive's export, other modalities, reports, presentation states, and the multi-frame and FOR PROCESSING
+    files that a build refuses are left out and counted. Only headers are read: 'preview' compares the side with the picture.
     """
     from mammostream.common.errors import BadInput
     from mammostream.common.parallel import available_cpus
@@ -118,6 +136,7 @@ def prepare(
         dataset, reason = tell_dataset(csv_paths)
         click.echo(f"data set: {dataset} ({reason})")
     workers = workers or available_cpus()
+    reading = ReadingConfig(**options)
     made = prepare_films(
         dataset,
         images_root,
@@ -130,11 +149,14 @@ def prepare(
         seed=seed,
         workers=workers,
         skip=output_dir,
+        follow_links=follow_links,
+        reading=reading,
+        allow_leakage=allow_leakage,
         exclude=exclude,
     )
     films, problems, notes = made.manifest, made.problems, made.notes
     if copy:
-        films, not_copied, others = copy_films(films, output_dir, workers)
+        films, not_copied, others = copy_films(films, output_dir, workers, reading)
         problems, notes = [*problems, *not_copied], [*notes, *others]
     findings_path, path = output_dir / "findings.parquet", output_dir / "manifest.parquet"
     if made.findings is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import pandas as pd
 from mammostream.common.errors import BadInput
 from mammostream.common.files import make_folder, whole_file
 from mammostream.common.parallel import map_processes
-from mammostream.preprocess.mammogram import PIXELS_MISSING, PLAUSIBLE_SPACING_MM
-from mammostream.preprocess.reading import Header, read_header, read_mammogram
-from mammostream.shards.annotations.annotations import Problem
+from mammostream.preprocess.mammogram import PIXELS_MISSING, PLAUSIBLE_SPACING_MM, ReadingConfig
+from mammostream.preprocess.objects import OtherObject, why_left_out
+from mammostream.preprocess.plain import seems_cut
+from mammostream.preprocess.reading import AS_IT_COMES, Header, is_dicom, read_header, read_mammogram
+from mammostream.shards.annotations.annotations import Annotations, Problem
 from mammostream.shards.annotations.datasets import describe
 from mammostream.shards.annotations.tree import ImageTree
-from mammostream.shards.archive import escape_id
+from mammostream.shards.archive import escape_id, short_name
 from mammostream.shards.manifest import (
     FINDING_COLUMNS,
     LABEL_PREFIX,
@@ -28,9 +31,10 @@ from mammostream.shards.manifest import (
     split_by_patient,
 )
 from mammostream.shards.prepare.patients import compile_regex, film_patients
+from mammostream.shards.prepare.sorting import sort_films, without_copies
 from mammostream.shards.prepare.views import check_excluded, leave_out, with_normal_views
 
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,9 @@ def prepare_films(
     seed: int = 0,
     workers: int = 1,
     skip: Path | None = None,
+    follow_links: bool = False,
+    reading: ReadingConfig = AS_IT_COMES,
+    allow_leakage: bool = False,
     exclude: Sequence[str] = (),
 ) -> Prepared:
     """Describe a data set's films: annotations, headers, boxes, splits.
@@ -95,45 +102,46 @@ def prepare_films(
         Processes that read headers and masks.
     skip
         A folder below `images_root` that is none of the data set's.
+    follow_links
+        Whether symbolic links that lead outside `images_root` are followed.
+    reading
+        What the build is going to read of multi-frame and FOR PROCESSING files; without it they are left out.
+    allow_leakage
+        Keep a DICOM instance that is there under two patients.
     exclude
         Kinds of films to leave out, of :data:`mammostream.shards.prepare.views.EXCLUDABLE`.
 
     Raises
     ------
     BadInput
-        The annotations or the folder are at fault, none of the films can be read, or a patient is in two splits or unknown.
+        The annotations or the folder are at fault, none of the films can be read, a patient is in two splits or unknown, or the
+        same DICOM instance is there under two patients.
     """
     pattern = compile_regex(patient_regex, dataset)
     exclude = check_excluded(exclude)
-    tree = ImageTree.scan(images_root, skip)
+    tree = ImageTree.scan(images_root, skip, follow_links)
     said = describe(dataset, tree, csv_paths, findings_csv)
     problems = [*tree.problems, *said.problems]
-    notes = list(said.notes)
-    if tree.ignored:
-        endings = ", ".join(f"{count} {ending}" for ending, count in tree.ignored.most_common(8))
-        notes.append(
-            f"{tree.ignored.total()} files below {images_root} are left out, being no images by their endings: {endings}"
-        )
-
+    notes = [*said.notes, *_ignored(tree)]
     films = _present(said.films, images_root, problems)
-    films = _with_headers(films, workers, problems, notes)
+    films = sort_films(_with_headers(films, workers, reading, problems, notes), reading, problems)
     films = leave_out(films, exclude, problems, notes)
     films["patient_id"] = film_patients(films, images_root, pattern, notes)
     # An unreadable file's patient would have stood in its header.
-    films = films[films["patient_id"] != ""].reset_index(drop=True)
+    films = without_copies(films[films["patient_id"] != ""].reset_index(drop=True), allow_leakage, problems, notes)
     _assume_spacing(films, assume_spacing)
-    findings = said.findings
-    if said.read_boxes is not None:
-        findings, faults = said.read_boxes(films.assign(height=films["file_height"], width=films["file_width"]), workers)
-        problems += faults
-    if findings is not None:
-        findings = _inside_films(findings, films, problems, notes)
+    findings = _boxes(said, films, workers, problems, notes)
     films["split"] = _with_test(films, test_fraction, seed, notes)
     films["split"] = _with_validation(films, val_fraction, seed)
     labels = [column for column in films if column.startswith(LABEL_PREFIX)]
     films = films[[*MANIFEST_COLUMNS, *OPTIONAL_COLUMNS, *labels]]
     check_manifest(films, f"the data set of {', '.join(map(str, csv_paths)) or images_root}")
     return Prepared(films, findings, problems, notes)
+
+
+def _ignored(tree: ImageTree) -> list[str]:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in tree.ignored.most_common(8))
+    return [f"{tree.ignored.total()} files below {tree.root} are left out, being no images: {kinds}"] if kinds else []
 
 
 def _present(films: pd.DataFrame, root: Path, problems: list[Problem]) -> pd.DataFrame:
@@ -152,18 +160,27 @@ def _present(films: pd.DataFrame, root: Path, problems: list[Problem]) -> pd.Dat
     return films[~missing].reset_index(drop=True)
 
 
-def _with_headers(films: pd.DataFrame, workers: int, problems: list[Problem], notes: list[str]) -> pd.DataFrame:
-    """Fill in what the annotations leave open from the files' headers; a file that cannot be read has 0 bits."""
-    headers, reasons = zip(*read_headers(list(films["path"]), workers), strict=True)
-    if all(reasons):
-        raise BadInput(f"none of the {len(films)} images can be read; the first: {reasons[0]}")
-    problems += [Problem("unreadable", reason) for reason in reasons if reason]
+def _with_headers(
+    films: pd.DataFrame, workers: int, reading: ReadingConfig, problems: list[Problem], notes: list[str]
+) -> pd.DataFrame:
+    """Fill in what the annotations leave open from the files' headers; a file that cannot be read has 0 bits.
+
+    DICOM objects that are no mammograms are left out.
+    """
+    headers, faults = zip(*read_headers(list(films["path"]), workers, reading), strict=True)
+    if all(faults):
+        raise BadInput(f"none of the {len(films)} images can be read; the first: {faults[0].message}")
+    problems += [fault for fault in faults if fault]
+    taken = [fault is None or fault.kind == UNREADABLE for fault in faults]
+    films = films[taken].reset_index(drop=True)
+    headers = [header for header, take in zip(headers, taken, strict=True) if take]
     known = pd.DataFrame(headers)
     films = films.assign(
         path=films["path"].map(str),
         bits=known["bits"],
         file_height=known["height"],
         file_width=known["width"],
+        facts=known["facts"],
     )
     for column in ("patient_id", "study_id", "laterality", "view", "split", *OPTIONAL_COLUMNS):
         given = films[column].fillna("") if column in films else pd.Series("", films.index)
@@ -202,40 +219,50 @@ def _implausible(spacings: pd.Series, films: pd.DataFrame, notes: list[str]) -> 
     return wrong
 
 
-def read_headers(paths: list[Path], workers: int = 1) -> list[tuple[Header, str]]:
-    """Return the header of each image, and "" or why it cannot be read (then it has 0 bits), with a progress bar.
+def read_headers(
+    paths: list[Path], workers: int = 1, reading: ReadingConfig = AS_IT_COMES
+) -> list[tuple[Header, Problem | None]]:
+    """Return the header of each image, and None or why it cannot be used (then it has 0 bits), with a progress bar.
 
     Next to the header it is looked at whether the file is whole, without decoding it.
     """
     # Below that, starting processes takes longer than reading.
-    return map_processes(_read_whole_header, paths, workers if len(paths) > 1000 else 1, "reading headers", "file", chunk=32)
+    workers = workers if len(paths) > 1000 else 1
+    return map_processes(partial(_read_whole_header, reading=reading), paths, workers, "reading headers", "file", chunk=32)
 
 
-def _read_whole_header(path: Path) -> tuple[Header, str]:
+def _read_whole_header(path: Path, reading: ReadingConfig) -> tuple[Header, Problem | None]:
     header = Header(0, 0, bits=0)
     try:
         header = read_header(path)
-        if _seems_torn(path, header):
-            read_mammogram(path)  # knows for certain, and says why
+        if not why_left_out(header.facts, reading) and _seems_torn(path, header):
+            read_mammogram(path, reading)  # knows for certain, and says why
+    except OtherObject as error:
+        return header, Problem(error.kind, str(error))
     except BadInput as error:
-        return replace(header, bits=0), str(error)
+        return replace(header, bits=0), Problem(UNREADABLE, str(error))
     except OSError as error:
-        return replace(header, bits=0), f"image {path} cannot be read ({error.strerror}); check its permissions"
-    return header, ""
+        reason = f"image {path} cannot be read ({error.strerror}); check its permissions"
+        return replace(header, bits=0), Problem(UNREADABLE, reason)
+    return header, None
 
 
 def _seems_torn(path: Path, header: Header) -> bool:
     """Tell at a glance whether a file may lack pixels: never wrongly False for a PNG that was cut or a DICOM without any."""
-    if PIXELS_MISSING in header.flags:
-        return True
-    if path.suffix.lower() not in (".png", ".pgm"):
-        return False
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if path.suffix.lower() == ".png":
-            file.seek(-min(size, len(_PNG_END)), 2)
-            return file.read() != _PNG_END
-    return size < header.height * header.width * header.bits // 8
+    if is_dicom(path):
+        return PIXELS_MISSING in header.flags
+    return seems_cut(path)
+
+
+def _boxes(
+    said: Annotations, films: pd.DataFrame, workers: int, problems: list[Problem], notes: list[str]
+) -> pd.DataFrame | None:
+    """Return the boxes of the films, from the annotations or from files, or None where the data set has none."""
+    findings = said.findings
+    if said.read_boxes is not None:
+        findings, faults = said.read_boxes(films.assign(height=films["file_height"], width=films["file_width"]), workers)
+        problems += faults
+    return None if findings is None else _inside_films(findings, films, problems, notes)
 
 
 def _inside_films(findings: pd.DataFrame, films: pd.DataFrame, problems: list[Problem], notes: list[str]) -> pd.DataFrame:
@@ -305,7 +332,9 @@ def _with_validation(films: pd.DataFrame, val_fraction: float, seed: int) -> pd.
     return dealt.reindex(films.index).fillna(splits)
 
 
-def copy_films(films: pd.DataFrame, output_dir: Path, workers: int) -> tuple[pd.DataFrame, list[Problem], list[str]]:
+def copy_films(
+    films: pd.DataFrame, output_dir: Path, workers: int, reading: ReadingConfig = AS_IT_COMES
+) -> tuple[pd.DataFrame, list[Problem], list[str]]:
     """Lay readable films out as ``<output_dir>/<split>/<study>_<image>.png``, 8 or 16 bits, brighter = denser.
 
     Copies that are there are left as they are; one in another split's folder is moved. Copies hold stored values: a DICOM
@@ -324,7 +353,7 @@ def copy_films(films: pd.DataFrame, output_dir: Path, workers: int) -> tuple[pd.
     # A study's UID is full of dots, which harm no file.
     names = pd.Series(
         [
-            "_".join(escape_id(part).replace("%2E", ".") for part in (study, image) if part) + ".png"
+            short_name("_".join(escape_id(part).replace("%2E", ".") for part in (study, image) if part)) + ".png"
             for study, image in zip(films["study_id"], films["image_id"], strict=True)
         ],
         films.index,
@@ -343,7 +372,7 @@ def copy_films(films: pd.DataFrame, output_dir: Path, workers: int) -> tuple[pd.
                 strays[0].replace(target)
     readable = films["bits"] > 0
     jobs = list(zip(films.loc[readable, "path"], targets[readable], strict=True))
-    done = map_processes(copy_film, jobs, workers, "copying", "film", chunk=1)
+    done = map_processes(partial(copy_film, reading=reading), jobs, workers, "copying", "film", chunk=1)
     copied = pd.Series(done, films.index[readable], dtype=object)
     failed = copied.map(lambda bits: isinstance(bits, str)).astype(bool)
     problems = [Problem("not copied", reason) for reason in copied[failed]]
@@ -354,7 +383,7 @@ def copy_films(films: pd.DataFrame, output_dir: Path, workers: int) -> tuple[pd.
     return films, problems, _foreign_copies(output_dir, set(targets))
 
 
-def copy_film(job: tuple[str, Path]) -> int | str:
+def copy_film(job: tuple[str, Path], reading: ReadingConfig = AS_IT_COMES) -> int | str:
     """Write one film as PNG and return its bits per pixel, or why it cannot be read."""
     import imagecodecs
 
@@ -362,7 +391,7 @@ def copy_film(job: tuple[str, Path]) -> int | str:
     if target.exists():
         return read_header(target).bits
     try:
-        pixels = read_mammogram(source).pixels
+        pixels = read_mammogram(source, reading).pixels
     except BadInput as error:
         return str(error)
     try:

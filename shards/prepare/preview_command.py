@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -13,9 +13,6 @@ from mammostream.common.files import write_yaml
 from mammostream.common.options import Command, config_file_option, config_options, resolved
 from mammostream.preprocess.tiling import TilingConfig
 from mammostream.shards.options import FILE, output_option
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(cls=Command)
@@ -50,12 +47,20 @@ def preview(
     """Draw what 'shards build' would keep of each film: mask, tiles by rule, rejected tiles, response to specks.
 
     Takes the options of 'shards build', so that thresholds can be tried out before hours are spent: contact sheets show a
-    manifest's films side by side, energies.png the energies of all tiles with the threshold. A film that cannot be read is
-    reported and the rest continues. A picture is drawn again only where its film or an option has changed.
+    manifest's films side by side, those first whose side disagrees with the picture; energies.png the energies of all tiles
+    with the threshold. A film that cannot be read is reported and the rest continues. A picture is drawn again only where its
+    film or an option has changed.
     """
     from mammostream.common.progress import progress
-    from mammostream.preprocess.overview import PictureJob, draw_pictures, summary_lines, write_contact_sheets, write_energies
-    from mammostream.shards.archive import escape_id
+    from mammostream.preprocess.overview import (
+        SIDE_DISAGREES,
+        PictureJob,
+        draw_pictures,
+        summary_lines,
+        write_contact_sheets,
+        write_energies,
+    )
+    from mammostream.shards.archive import escape_id, short_name
     from mammostream.shards.manifest import read_findings
 
     config = TilingConfig(**options)
@@ -71,7 +76,7 @@ def preview(
         PictureJob(
             image_id=row["image_id"],
             image=Path(row["path"]),
-            picture=output_dir / f"{escape_id(row['image_id'])}.png",
+            picture=output_dir / f"{short_name(escape_id(row['image_id']))}.png",
             # Unknown here: the file may know.
             spacing_mm=None if math.isnan(row["pixel_spacing_mm"]) else row["pixel_spacing_mm"],
             spacing_source=row["spacing_source"],
@@ -80,8 +85,13 @@ def preview(
         )
         for row in rows
     ]
-    pictures = list(progress(draw_pictures(jobs, config, workers, overwrite), "drawing", "film", total=len(jobs)))
+    found_films = progress(draw_pictures(jobs, config, workers, overwrite), "drawing", "film", total=len(jobs))
+    # A mirrored or mislabelled film is what people look for.
+    pictures = sorted(found_films, key=lambda picture: SIDE_DISAGREES not in picture.flags)
     bad = [picture for picture in pictures if picture.reason]
+    for picture in pictures:
+        if SIDE_DISAGREES in picture.flags:
+            click.echo(f"side disagrees: {picture.image_id}: the breast is not at the side that its table or file says")
     for picture in bad:
         click.echo(f"no picture: {picture.image_id}: {picture.reason}", err=True)
     if len(bad) == len(jobs):

@@ -10,6 +10,7 @@ import pytest
 from mammostream.preprocess import tiling
 from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.energy import pixel_energy, speck_response
+from mammostream.preprocess.polarity import upright
 from mammostream.preprocess.reading import Header, Mammogram
 from mammostream.preprocess.resampling import block_mean, resample
 from mammostream.preprocess.segmentation import segment_breast
@@ -59,6 +60,21 @@ def test_masks(cupy, native):
         assert isinstance(device.mask, cupy.ndarray)
         assert overlap(to_host(device.mask), host.mask) >= 0.999, name
         assert (device.side, device.method, device.flags, device.factor) == (host.side, host.method, host.flags, host.factor)
+
+
+def test_inverted_films_are_turned_over(cupy, native):
+    for name, mammogram in native.items():
+        high = int(mammogram.pixels.max())
+        voi = np.linspace(0, 1, high + 1).astype(np.float32)
+        turned = replace(mammogram, pixels=high - mammogram.pixels, voi=voi)
+        device = replace(on_device(cupy, turned), voi=cupy.asarray(voi))
+        host, device = (upright(film, "auto") for film in (turned, device))
+        assert isinstance(device.pixels, cupy.ndarray)
+        assert isinstance(device.voi, cupy.ndarray)
+        assert "inverted" in device.header.flags, name
+        np.testing.assert_array_equal(to_host(device.pixels), host.pixels)
+        np.testing.assert_array_equal(to_host(device.voi), host.voi)
+        assert "inverted" not in upright(on_device(cupy, mammogram), "auto").header.flags
 
 
 def odd_images() -> dict[str, np.ndarray]:

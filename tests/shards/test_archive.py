@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 import subprocess
 import sys
@@ -14,7 +15,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mammostream.common.errors import BadInput
-from mammostream.shards.archive import Member, check_index, escape_id, read_index, tile_key, write_archive, write_index
+from mammostream.shards.archive import (
+    Member,
+    check_index,
+    escape_id,
+    read_index,
+    short_name,
+    tile_key,
+    write_archive,
+    write_index,
+)
 
 ALLOWED = set(string.ascii_letters + string.digits + "-_%")
 EXTENSIONS = ("tif", "num", "json")
@@ -45,6 +55,20 @@ def test_escaped_ids_have_only_allowed_characters_and_can_be_undone(identifier):
 @given(st.lists(st.text(alphabet="aA0%_-. /é", max_size=5), unique=True, max_size=30))
 def test_ids_never_collide(identifiers):
     assert len({escape_id(i) for i in identifiers}) == len(identifiers)
+
+
+@given(st.lists(st.text(min_size=1, max_size=120), min_size=2, max_size=4, unique=True))
+def test_short_names_fit_every_file_system_and_differ(identifiers):
+    escaped = [escape_id(i) for i in identifiers]
+    short = [short_name(e) for e in escaped]
+    assert len(set(short)) == len(short)
+    for name, whole in zip(short, escaped, strict=True):
+        assert len(name) <= 200
+        assert name == whole or len(whole) > 200
+        unquote(name, errors="ignore")
+    long = [escape_id("Маммография обеих молочных желёз " * 5 + end) for end in "ab"]
+    assert short_name(long[0]) != short_name(long[1])
+    assert re.fullmatch(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+", short_name(long[0]))
 
 
 def test_keys_have_no_dot():

@@ -150,6 +150,45 @@ def test_preview_of_a_manifest(call, manifest, tmp_path):
     assert chosen[2] > chosen[1]
 
 
+def test_preview_lists_films_first_whose_side_disagrees(call, manifest, tmp_path):
+    frame = read_manifest(manifest)
+    frame.loc[[4, 6], "laterality"] = frame.loc[[4, 6], "laterality"].map({"L": "R", "R": "L"})
+    frame.to_parquet(tmp_path / "m.parquet")
+    command = ["preview", "--manifest", tmp_path / "m.parquet", "--tile-size", "64", "--stride", "48"]
+    code, out, err = call(*command, "--output-dir", tmp_path / "out")
+    assert code == 0, err
+    listed = [line.split(": ")[1] for line in out.splitlines() if line.startswith("side disagrees: ")]
+    assert listed == frame["image_id"][[4, 6]].tolist()
+    assert any(line.split() == ["side_disagrees", "2", "films"] for line in out.splitlines())
+    # The first cells of the contact sheet are theirs: the same as a sheet of their own begins with.
+    frame.loc[[4, 6, 0, 1, 2, 3, 5, 7]].to_parquet(tmp_path / "sorted.parquet")
+    command[2] = tmp_path / "sorted.parquet"
+    assert call(*command, "--output-dir", tmp_path / "sorted")[0] == 0
+    with Image.open(tmp_path / "out/contact_sheet.png") as one, Image.open(tmp_path / "sorted/contact_sheet.png") as other:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_long_folders_do_not_stop_any_command(call, cropped_films, tmp_path):
+    """Ids that are paths in another script: three bytes a letter once escaped."""
+    for number, path in enumerate(sorted(cropped_films.glob("*.png"))):
+        folder = tmp_path / "in" / f"Пациентка Иванова P{number}" / "Маммография обеих молочных желёз" / "Правая CC"
+        folder.mkdir(parents=True)
+        (folder / "IM-0001.png").write_bytes(path.read_bytes())
+    prepare(call, tmp_path / "in", tmp_path / "w", "--assume-spacing", "0.4", "--copy")
+    assert len(list((tmp_path / "w").glob("*/*.png"))) == 4
+    films = ["--manifest", tmp_path / "w/manifest.parquet"]
+    assert call("shards", "build", *films, "--output-dir", tmp_path / "s", *TILING)[0] == 0
+    tiles = open_shards(tmp_path / "s").tiles()
+    assert call("shards", "unpack", tmp_path / "s", "--output-dir", tmp_path / "u")[0] == 0
+    unpacked = pd.read_csv(tmp_path / "u/tiles.csv")["tile_path"]
+    assert unpacked.is_unique
+    assert len(unpacked) == len(tiles)
+    assert all((tmp_path / "u" / name).is_file() for name in unpacked)
+    assert call("preview", *films, "--output-dir", tmp_path / "p", "--tile-size", "64", "--stride", "48")[0] == 0
+    assert len(list((tmp_path / "p").glob("*.png"))) == 4 + 2
+    assert call("simulate", *films, "--output-dir", tmp_path / "sim")[0] == 0
+
+
 def test_build_again_does_nothing_and_says_the_same(call, manifest, tmp_path):
     command = ["shards", "build", "--manifest", manifest, "--output-dir", tmp_path / "s", "--split", "train", *TILING]
     first = call(*command)

@@ -40,8 +40,9 @@ max_bad_option = click.option(
 @click.option("--model-path", type=FILE, required=True, help="Classifier checkpoint that 'finetune' wrote.")
 @click.option("--shards", "shards_dir", type=FILE, help="Predict the tiles of a shard directory, or of s3://bucket/prefix.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="With --shards: this split only.")
-@click.option("--image-path", type=FILE, help="Predict one film (DICOM, PNG, TIFF, PGM) or one tile image.")
+@click.option("--image-path", type=FILE, help="Predict one film (DICOM or an image format) or one tile image.")
 @click.option("--images-dir", type=FILE, help="Predict each film or tile image below a folder.")
+@click.option("--follow-links", is_flag=True, help="With --images-dir: also search folders that are symbolic links.")
 @click.option("--manifest", type=FILE, help="Predict each film of a manifest.")
 @click.option(
     "--images-are",
@@ -86,6 +87,7 @@ def infer(
     split: str | None,
     image_path: Path | None,
     images_dir: Path | None,
+    follow_links: bool,
     manifest: Path | None,
     images_are: str,
     assume_spacing: float | None,
@@ -137,7 +139,7 @@ def infer(
             work = work_on_shards(predictor, shards, split, runtime)
         else:
             bad: list[dict[str, str]] = []  # image_id and reason of each image whose header cannot be read
-            films = read_films(image_path, images_dir, manifest, assume_spacing, findings, bad)
+            films = read_films(image_path, images_dir, manifest, assume_spacing, findings, bad, follow_links)
             work = work_on_images(predictor, films, images_are, sheet_tiles, output_dir, secondary_capture, given[0], runtime)
             work.bad.extend(bad)
         tables = {"format": table_format, "top_tiles": config.top_tiles, "thresholds": predictor.thresholds}

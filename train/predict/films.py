@@ -20,8 +20,8 @@ from mammostream.preprocess.backend import backend_of
 from mammostream.preprocess.intensity import mapping_option
 from mammostream.preprocess.preview import Box
 from mammostream.preprocess.reading import read_mammogram
-from mammostream.preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, TilingConfig, tile_film
-from mammostream.shards.archive import escape_id, tile_key
+from mammostream.preprocess.tiling import RECORDED, RECORDED_SINCE, SPACING_TOLERANCE, Film, TilingConfig, tile_film
+from mammostream.shards.archive import escape_id, short_name, tile_key
 from mammostream.train.levels.aggregation import MAX, PROBABILITY, aggregate
 from mammostream.train.levels.calibration import IMAGE
 from mammostream.train.predict.heat_maps import draw_heat_map, heat_map
@@ -205,7 +205,7 @@ def draw_film_heat_maps(
     for name in predictor.class_names:
         probabilities = tiles[PROBABILITY + name].to_numpy()
         heat = heat_map(image.shape, film.tiles.x, film.tiles.y, size, probabilities, step)
-        path = output_dir / f"heatmap_{escape_id(film_input.image_id)}_{escape_id(name)}.png"
+        path = output_dir / (short_name(f"heatmap_{escape_id(film_input.image_id)}_{escape_id(name)}") + ".png")
         score = scores[f"{MAX}:{name}"]
         found = "found" if score >= thresholds[name] else "not found"
         facts = f"probability of {name} {score:.2f} ({found}: threshold {thresholds[name]:.2f}), highest tile "
@@ -216,6 +216,7 @@ def draw_film_heat_maps(
 
 
 def _tiling_config(record: dict[str, Any]) -> TilingConfig:
+    record = RECORDED_SINCE | record
     if not {*RECORDED, "pixel_spacing_mm"} <= record.keys():
         raise BadInput(
             "the model does not say how its tiles were made: another program wrote it; cut tiles as that one did and give them "

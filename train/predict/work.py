@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -268,8 +269,13 @@ def read_films(
     assume_spacing: float | None,
     findings: Path | None,
     bad: list[dict[str, str]],
+    follow_links: bool = False,
 ) -> list[FilmInput]:
-    """Return the images that were named, films or tiles; those that cannot be read go to `bad`."""
+    """Return the images that were named, films or tiles; those that cannot be read go to `bad`.
+
+    A folder's DICOM objects that are no mammograms are left out, as 'prepare' leaves them out, and counted.
+    """
+    from mammostream.preprocess.objects import OtherObject
     from mammostream.preprocess.reading import read_header
     from mammostream.shards.annotations.folder import find_images
     from mammostream.shards.annotations.tree import name_without_ending
@@ -284,8 +290,11 @@ def read_films(
     if manifest is not None:
         rows = read_manifest(manifest).to_dict("records")
     else:
-        named = find_images(images_dir) if images_dir else {name_without_ending(path): path for path in (image_path,) if path}
+        named = {name_without_ending(path): path for path in (image_path,) if path}
+        if images_dir:
+            named = find_images(images_dir, follow_links)
         rows = [{"image_id": image_id, "path": path} for image_id, path in named.items()]
+    others: Counter[str] = Counter()
     found: list[tuple[dict[str, Any], Header]] = []
     for row in rows:
         try:
@@ -293,9 +302,16 @@ def read_films(
         except BadInput as error:
             if image_path is not None:
                 raise
+            if isinstance(error, OtherObject) and images_dir is not None:
+                others[error.kind] += 1
+                continue
             bad.append({"image_id": row["image_id"], "reason": str(error)})
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        click.echo(f"{others.total()} DICOM files are no mammograms and are left out: {kinds}", err=True)
     if not found:
-        raise BadInput(f"none of the {len(bad)} images can be read; the first: {bad[0]['reason']}")
+        first = f"; the first: {bad[0]['reason']}" if bad else ""
+        raise BadInput(f"none of the {len(rows)} images is a mammogram that can be read{first}")
     patients = clean_patients([row.get("patient_id", header.patient_id) for row, header in found])
     if manifest is None:  # then those that 'prepare' would take from the files
         patients = without_views(patients)

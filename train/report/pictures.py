@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from mammostream.shards.archive import escape_id
+from mammostream.shards.archive import escape_id, short_name
 from mammostream.train.run.charts import draw_panels, metric_title
 
 PICTURES_OF_A_FOLDER = 24  # a page of thousands opens nowhere
@@ -83,7 +83,7 @@ def folder_pictures(folder: Path, scores: Mapping[str, float]) -> list[Path]:
 def heat_map_scores(images: pd.DataFrame, class_names: Sequence[str]) -> dict[str, float]:
     """Return the name of each film's heat map, without its ending, with the film's highest probability."""
     return {
-        f"heatmap_{escape_id(image_id)}_{escape_id(name)}": score
+        short_name(f"heatmap_{escape_id(image_id)}_{escape_id(name)}"): score
         for name in class_names
         for image_id, score in images[["image_id", f"max:{name}"]].dropna().itertuples(index=False)
     }

@@ -198,11 +198,11 @@ def test_whole_files_of_every_kind_are_not_suspected(root, write_dicom, films):
 
 
 def test_files_that_are_no_images_are_counted(root):
-    for name in ("a.jpg", "b.JPG", "c.txt"):
+    for name in ("a.gif", "b.GIF", "c.txt"):
         (root / name).write_bytes(b"x")
     (note,) = prepare(root).notes
     assert note.startswith(f"3 files below {root} are left out")
-    assert note.endswith("2 .jpg, 1 .txt")
+    assert note.endswith("2 .gif, 1 .txt")
 
 
 @contextmanager
@@ -270,7 +270,10 @@ def test_linked_folders_are_not_entered_but_named(root, tmp_path):
     (root / "more").symlink_to(tmp_path / "more")
     made = prepare(root)
     assert [(p.kind, p.message) for p in made.problems] == [
-        ("not searched", f"folder {root}/more is a link; give the folder itself as --images-root")
+        (
+            "not searched",
+            f"folder {root}/more is a link; give --follow-links to search it, or the folder itself as --images-root",
+        )
     ]
     assert len(made.manifest) == 3
 

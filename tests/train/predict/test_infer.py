@@ -9,6 +9,7 @@ import imagecodecs
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -219,6 +220,28 @@ def test_one_bad_film_is_a_row_with_its_reason_and_the_rest_goes_on(sharp_classi
         assert f"failed: {name}: " in outcome.err
     assert set(table(tmp_path / "out")["image_id"]) == {"good"}
     assert "1 images, 2 images failed" in outcome.out
+
+
+def test_a_folder_is_searched_as_prepare_searches_it(sharp_classifier, finetuned, mammostream, tmp_path):
+    """DICOM without an ending, JPEG, links where asked for; other objects of an export are counted, not failed."""
+    source = finetuned.films / "1-280.dcm"
+    (tmp_path / "in").mkdir()
+    shutil.copy(source, tmp_path / "in/IM000001")
+    film = pydicom.dcmread(source)
+    grey = np.rint(film.pixel_array * (255 / film.pixel_array.max())).astype(np.uint8)
+    (tmp_path / "in/film.JPG").write_bytes(imagecodecs.jpeg8_encode(grey, level=95))
+    film.Modality, film.SOPClassUID = "US", "1.2.840.10008.5.1.4.1.1.6.1"
+    film.save_as(tmp_path / "in/IM000002")
+    (tmp_path / "in/DICOMDIR").write_bytes((tmp_path / "in/IM000001").read_bytes())
+    (tmp_path / "more").mkdir()
+    shutil.copy(source, tmp_path / "more/linked.dcm")
+    (tmp_path / "in/more").symlink_to(tmp_path / "more")
+    predict = f"infer --model-path {sharp_classifier} --device cpu --images-dir {tmp_path}/in --assume-spacing 0.05"
+    for more, expected in (("", {"IM000001", "film"}), (" --follow-links", {"IM000001", "film", "linked"})):
+        outcome = mammostream(f"{predict} --output-json {tmp_path}/out.json{more}")
+        assert outcome.code == 0, outcome.err
+        assert {record["image"] for record in json.loads((tmp_path / "out.json").read_text())["images"]} == expected
+        assert "1 DICOM files are no mammograms and are left out: 1 US" in outcome.err
 
 
 def test_a_single_bad_film_ends_with_an_error(sharp_classifier, mammostream, tmp_path):
