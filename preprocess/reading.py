@@ -12,7 +12,7 @@ from mammostream.preprocess.mammogram import Header, Mammogram, ReadingConfig
 __all__ = ["IMAGE_SUFFIXES", "Header", "Mammogram", "ReadingConfig", "is_dicom", "read_header", "read_mammogram"]
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
-IMAGE_SUFFIXES = (*DICOM_SUFFIXES, ".png", ".tif", ".tiff", ".pgm")
+IMAGE_SUFFIXES = (*DICOM_SUFFIXES, ".png", ".tif", ".tiff", ".pgm", ".jpg", ".jpeg")
 AS_IT_COMES = ReadingConfig()
 # What the next film would meet too, or this one may not meet again. EIO is not among them: one bad sector must not hold up all.
 _MACHINE_FAULTS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)

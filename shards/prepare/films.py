@@ -13,8 +13,10 @@ from mammostream.common.errors import BadInput
 from mammostream.common.files import make_folder, whole_file
 from mammostream.common.parallel import map_processes
 from mammostream.preprocess.reading import Header, is_dicom, read_header, read_mammogram
-from mammostream.shards.annotations.annotations import Problem
+from mammostream.shards.annotations.annotations import Annotations, Problem
+from mammostream.shards.annotations.columns import ColumnMap
 from mammostream.shards.annotations.datasets import describe
+from mammostream.shards.annotations.names import FileNames
 from mammostream.shards.annotations.tree import ImageTree
 from mammostream.shards.archive import escape_id
 from mammostream.shards.manifest import (
@@ -26,6 +28,7 @@ from mammostream.shards.manifest import (
     split_by_patient,
 )
 from mammostream.shards.prepare.patients import compile_regex, film_patients
+from mammostream.shards.prepare.view_names import with_named_views
 
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _PIXEL_DATA_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # (7FE0,0010), little and big endian
@@ -59,8 +62,10 @@ def prepare_films(
     csv_paths: tuple[Path, ...] = (),
     findings_csv: Path | None = None,
     *,
+    columns: ColumnMap | None = None,
     assume_spacing: float | None = None,
     patient_regex: str | None = None,
+    patient_from: str | None = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.0,
     seed: int = 0,
@@ -77,11 +82,15 @@ def prepare_films(
         The folder of its images.
     csv_paths, findings_csv
         Its annotation files.
+    columns
+        Which columns of a plain folder's tables hold what.
     assume_spacing
         Pixel size in mm of films that neither the annotations nor the files tell one of.
     patient_regex
         What part of the patient id, or of the path if the id is missing or does not match, names the patient of a plain
         folder's film: the first group, else the whole match.
+    patient_from
+        ``folder``: the first folder below `images_root` is the patient of a plain folder's film, whatever else says.
     val_fraction
         Share of the training patients for validation, 0-1, where the data set has no validation split.
     test_fraction
@@ -98,9 +107,9 @@ def prepare_films(
     BadInput
         The annotations or the folder are at fault, none of the films can be read, or a patient is in two splits or unknown.
     """
-    pattern = compile_regex(patient_regex, dataset)
+    pattern = compile_regex(patient_regex, dataset, patient_from)
     tree = ImageTree.scan(images_root, skip)
-    said = describe(dataset, tree, csv_paths, findings_csv)
+    said = describe(dataset, tree, csv_paths, findings_csv, columns)
     problems = [*tree.problems, *said.problems]
     notes = list(said.notes)
     if tree.ignored:
@@ -109,21 +118,18 @@ def prepare_films(
             f"{tree.ignored.total()} files below {images_root} are left out, being no images by their endings: {endings}"
         )
 
-    films = _present(said.films, images_root, problems)
-    films = _with_headers(films, workers, problems)
-    films["patient_id"] = film_patients(films, images_root, pattern, notes)
+    films = _with_headers(_present(said.films, tree, problems), workers, problems)
+    if dataset == "folder":
+        films = with_named_views(films, images_root, notes)
+    missing = [problem.message for problem in problems if problem.kind == "missing"]
+    films["patient_id"] = film_patients(films, images_root, pattern, notes, patient_from=patient_from, missing=missing)
     # An unreadable file's patient would have stood in its header.
     films = films[films["patient_id"] != ""].reset_index(drop=True)
+    if said.label_films is not None:
+        films = said.label_films(films)
     if assume_spacing is not None:
-        unknown = films["pixel_spacing_mm"].isna()
-        films.loc[unknown, "pixel_spacing_mm"] = assume_spacing
-        films.loc[unknown, "spacing_source"] = "assumed"
-    findings = said.findings
-    if said.read_boxes is not None:
-        findings, faults = said.read_boxes(films.assign(height=films["file_height"], width=films["file_width"]), workers)
-        problems += faults
-    if findings is not None:
-        findings = _inside_films(findings, films, problems, notes)
+        films.loc[films["pixel_spacing_mm"].isna(), ["pixel_spacing_mm", "spacing_source"]] = assume_spacing, "assumed"
+    findings = _boxes(said, films, workers, problems, notes)
     films["split"] = _with_test(films, test_fraction, seed, notes)
     films["split"] = _with_validation(films, val_fraction, seed)
     labels = [column for column in films if column.startswith(LABEL_PREFIX)]
@@ -132,17 +138,17 @@ def prepare_films(
     return Prepared(films, findings, problems, notes)
 
 
-def _present(films: pd.DataFrame, root: Path, problems: list[Problem]) -> pd.DataFrame:
+def _present(films: pd.DataFrame, tree: ImageTree, problems: list[Problem]) -> pd.DataFrame:
     """Return the films whose file is there."""
     missing = films["path"].isna()
     if missing.all():
         row = films.iloc[0]
         raise BadInput(
-            f"none of the {len(films)} images that the annotations name is below {root}, such as '{row['image_id']}' "
-            f"({row['where']}); check --images-root"
+            f"none of the {len(films)} images that the annotations name is below {tree.root}, such as '{row['image_id']}' "
+            f"({row['where']}){FileNames(tree).hint(row['image_id'])}; check --images-root"
         )
     problems += [
-        Problem("missing", f"{row.where}: no file for the image '{row.image_id}' below {root}")
+        Problem("missing", f"{row.where}: no file for the image '{row.image_id}' below {tree.root}")
         for row in films[missing].itertuples()
     ]
     return films[~missing].reset_index(drop=True)
@@ -209,6 +215,17 @@ def _seems_torn(path: Path, header: Header) -> bool:
             file.seek(-min(size, len(_PNG_END)), 2)
             return file.read() != _PNG_END
     return path.suffix.lower() == ".pgm" and size < header.height * header.width * header.bits // 8
+
+
+def _boxes(
+    said: Annotations, films: pd.DataFrame, workers: int, problems: list[Problem], notes: list[str]
+) -> pd.DataFrame | None:
+    """Return the boxes of the films, inside them, from the annotations or from files; None where the data set has none."""
+    findings = said.findings
+    if said.read_boxes is not None:
+        findings, faults = said.read_boxes(films.assign(height=films["file_height"], width=films["file_width"]), workers)
+        problems += faults
+    return None if findings is None else _inside_films(findings, films, problems, notes)
 
 
 def _inside_films(findings: pd.DataFrame, films: pd.DataFrame, problems: list[Problem], notes: list[str]) -> pd.DataFrame:

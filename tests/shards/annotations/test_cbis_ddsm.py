@@ -137,7 +137,7 @@ def test_films_labels_and_boxes(cbis):
     assert film[["patient_id", "laterality", "view", "split", "bits"]].tolist() == ["P_00001", "L", "CC", "train", 16]
     assert pydicom.dcmread(film["path"]).BitsStored == 16
     labels = {name.removeprefix("label:") for name in frame if name.startswith("label:") and film[name] == 1}
-    assert labels == {"mass", "malignant", "benign", "architectural_distortion", "birads_4", "birads_3"}
+    assert labels == {"mass", "malignant", "benign", "architectural_distortion", "birads_4", "birads_3", "density_c"}
     assert film["label:calcification"] == 0
 
     found = boxes_of(made)
