@@ -99,7 +99,7 @@ def parse_columns(items: Iterable[str], labels: Iterable[str] = ()) -> ColumnMap
     """
     parts: list[str] = []
     for piece in (piece for item in items for piece in item.split(",")):
-        if "=" not in piece and parts:  # a comma within a column's name
+        if parts and not re.match(r"[^=]+=(?!=)", piece):  # a comma within a column's name
             parts[-1] += f",{piece}"
         else:
             parts.append(piece)

@@ -70,13 +70,15 @@ def folder_films(
     names = FileNames(tree)
     annotations = Annotations(pd.DataFrame())
     said: dict[Path, dict[str, pd.Series]] = {}
+    own: dict[str, Path] = {}
     tables = [_read(csv_path, columns) for csv_path in csv_paths]
     _require_mapped(columns, tables, csv_paths)
     for csv_path, table in zip(csv_paths, tables, strict=True):
-        frame = _known(names, table, annotations.problems, "path" if "path" in table else "image_id")
+        frame = _known(names, table, annotations.problems, "path" if "path" in table else "image_id", own)
         refuse_duplicates(frame.assign(image_id=frame["file"].map(ids)), "image_id")
         if "path" in frame and "image_id" in frame:  # the table's own ids, which other tables may use
-            ids |= dict(zip(frame["file"], filled(frame, "image_id"), strict=True))
+            own |= dict(zip(filled(frame, "image_id"), frame["file"], strict=True))
+            ids |= {file: image_id for image_id, file in own.items()}
         said[csv_path] = _cells(frame, columns, annotations.notes)
     films = pd.DataFrame({"path": list(ids)}, index=list(ids.values()), dtype=object)
     for name, column in _together(said, ids).items():
@@ -86,7 +88,7 @@ def folder_films(
         films["spacing_source"] = films["pixel_spacing_mm"].map(lambda spacing: "" if pd.isna(spacing) else "csv")
     annotations.films = films
     if findings_csv is not None:
-        annotations.findings = _findings(names, ids, findings_csv, annotations.problems)
+        annotations.findings = _findings(names, ids, own, findings_csv, annotations.problems)
     if names.respelled:
         name, file = next(iter(names.respelled.items()))
         annotations.notes.append(
@@ -224,9 +226,10 @@ def _refuse_contradiction(first: pd.Series, second: pd.Series, name: str, where:
         )
 
 
-def _findings(names: FileNames, ids: dict[Path, str], path: Path, problems: list[Problem]) -> pd.DataFrame:
+def _findings(
+    names: FileNames, ids: dict[Path, str], own: dict[str, Path], path: Path, problems: list[Problem]
+) -> pd.DataFrame:
     """Return the boxes of a CSV."""
-    own = {image_id: file for file, image_id in ids.items()}
     boxes = _known(names, read_rows(path, FINDING_COLUMNS), problems, own=own)
     for side in ("xmin", "ymin", "xmax", "ymax"):
         filled(boxes, side)

@@ -137,6 +137,8 @@ def _add_findings(annotations: Annotations, frame: pd.DataFrame, tree: ImageTree
             contours = folder / "AllXML" / f"{image_id}.xml"
             if contours.is_file():
                 regions = _regions(contours, annotations.problems)
+                if regions is None:
+                    continue
                 found[image_id] = {label for label, _ in regions}
                 boxes += [(image_id, label, *box) for label, box in regions]
     # BI-RADS 1 is negative, so nothing was drawn.
@@ -152,14 +154,14 @@ def _add_findings(annotations: Annotations, frame: pd.DataFrame, tree: ImageTree
     annotations.findings = findings_frame(boxes)
 
 
-def _regions(path: Path, problems: list[Problem]) -> list[tuple[str, tuple[float, float, float, float]]]:
-    """Return label and box of each region that an OsiriX file outlines; what it is not known to be is a problem."""
+def _regions(path: Path, problems: list[Problem]) -> list[tuple[str, tuple[float, float, float, float]]] | None:
+    """Return label and box of each region that an OsiriX file outlines, None if it is torn; others become problems."""
     try:
         with path.open("rb") as file:
             regions = plistlib.load(file)["Images"][0]["ROIs"]
     except (plistlib.InvalidFileException, ExpatError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
         problems.append(Problem("no box", f"{path} cannot be read as contours of OsiriX: {error!r}"))
-        return []
+        return None
     found = []
     for region in regions:
         name = str(region.get("Name", "")).strip()

@@ -59,7 +59,7 @@ def test_index_column_of_pandas_and_a_comma_too_many(read):
         ("id,mass\na,1\n".encode("utf-16")[:-1], "is torn UTF-16 text; save it as"),
         (b"PK\x03\x04 and no workbook", "cannot be read as an Excel workbook"),
         (b"\xd0\xcf\x11\xe0 and no workbook", "is a workbook of Excel before 2007; save it as"),
-        (b"id,mass,ID\na,1,b\n", "has the columns 'id' and 'ID', which are both 'id'"),
+        (b"Id,mass,ID\na,1,b\n", "has the columns 'Id' and 'ID', which are both 'id'"),
         (b"id,mass\na,1,2\n", "line 2 has 3 cells, its header 2"),
         (b'id,mass\n"a\nb",1\nc', "line 4 has 1 cells, its header 2"),
         (b'id,mass\na,1\n"b,0\nc,1\n', "line 3 begins a row that cannot be read"),

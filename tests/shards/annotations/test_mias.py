@@ -154,7 +154,9 @@ def as_csv(separator, empty):
         as_csv("\t", "NaN"),
         as_csv(",", "nan").replace("*NOTE", '"*NOTE').replace("3*", '3*"'),
         as_csv(" ", "nan").replace("197", "197.0").replace("REFNUM BG", "REFNUM  BG"),
-        "".join(f"{number - 1},{line}\n" if number else f",{line}\n" for number, line in enumerate(as_csv(",", "").splitlines())),
+        "".join(
+            f"{number - 1},{line}\n" if number else f",{line}\n" for number, line in enumerate(as_csv(",", "").splitlines())
+        ),
     ],
     ids=["commas", "semicolons", "tabulators", "nan", "blanks and floats", "an index"],
 )

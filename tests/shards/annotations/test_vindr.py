@@ -93,6 +93,7 @@ def test_films_and_splits(vindr):
     birads = frame[[f"label:birads_{n}" for n in range(1, 6)]]
     assert birads.sum(axis=1).eq(1).all()
     assert birads.loc["1dc41dc4"].tolist() == [0, 0, 0, 0, 1]
+    assert frame[[f"label:density_{d}" for d in "abcd"]].to_numpy().tolist() == [[0, 0, 1, 0]] * len(frame)
     assert not any("mass" in column for column in frame)
 
 
