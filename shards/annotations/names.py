@@ -37,6 +37,10 @@ class FileNames:
     respelled: dict[str, str] = field(default_factory=dict)
 
     @cached_property
+    def _roots(self) -> tuple[str, str]:
+        return f"{self.tree.root.absolute().as_posix()}/", f"{self.tree.root.resolve().as_posix()}/"
+
+    @cached_property
     def _by_last(self) -> dict[str, list[tuple[tuple[str, ...], Path]]]:
         found: dict[str, list[tuple[tuple[str, ...], Path]]] = {}
         for path, key in self.tree.keys.items():
@@ -81,8 +85,8 @@ class FileNames:
         plain = unicodedata.normalize("NFC", name).replace("\\", "/")
         # A drive's letter stands for a place that is not here: what follows may end as a path below the folder does.
         plain = _DRIVE.sub("", plain) if _DRIVE.match(plain) else plain
-        for root in (self.tree.root.absolute(), self.tree.root.resolve()):
-            plain = plain.removeprefix(f"{root.as_posix()}/")
+        for root in self._roots:
+            plain = plain.removeprefix(root)
         return tuple(inside(plain, where, self.tree.root).split("/"))
 
     def _fitting(self, parts: tuple[str, ...]) -> list[Path]:

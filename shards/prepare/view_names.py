@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
@@ -41,19 +41,16 @@ def with_named_views(films: pd.DataFrame, root: Path, notes: list[str]) -> pd.Da
     notes
         How many were filled in is added here.
     """
-    unknown = (films["laterality"] == "") | (films["view"] == "")
     told = {}
-    for index, path in films.loc[unknown, "path"].items():
-        file = Path(path).relative_to(root)
-        parts = (name_without_ending(file), *reversed(file.parts[:-1]))
-        if view := next((view for part in parts if (view := named_view(part))), None):
-            told[index] = view
-    # A name that contradicts what is known tells nothing.
-    told = {
-        index: view
-        for index, view in told.items()
-        if films.at[index, "laterality"] in ("", view[0]) and films.at[index, "view"].upper() in ("", view[1])
-    }
+    for index, path, side, view in zip(films.index, films["path"], films["laterality"], films["view"], strict=True):
+        if side and view:
+            continue
+        *folders, name = path.removeprefix(f"{root}/").split("/")
+        parts = (name_without_ending(PurePosixPath(name)), *reversed(folders))
+        named = next((named for part in parts if (named := named_view(part))), None)
+        # A name that contradicts what is known tells nothing.
+        if named and side in ("", named[0]) and view.upper() in ("", named[1]):
+            told[index] = named
     if not told:
         return films
     films = films.copy()
