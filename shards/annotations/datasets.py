@@ -78,8 +78,9 @@ def _tell(path: Path) -> tuple[str, str]:
                     f"CSV {path} looks like {name}'s but has no column '{lacking}'{nearest(lacking, header)}; mend it, or give "
                     "--dataset"
                 )
-    if any(fold(column) == "image_id" for header in headers for column in header):
-        return "folder", f"{path} has a column image_id and not those of another data set"
+    names = {fold(column) for header in headers for column in header}
+    if named := next((name for name in ("image_id", "path") if name in names), None):
+        return "folder", f"{path} has a column {named} and not those of another data set"
     raise BadInput(
         f"CSV {path} has no column 'image_id'{nearest('image_id', headers[0])}, and its columns are those of no data set known "
         f"here ({', '.join(DATASETS)}): {', '.join(headers[0])}; say which of them names the file with "

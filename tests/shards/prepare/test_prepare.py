@@ -58,6 +58,15 @@ CBIS = (
         # Columns that other data sets have as well make no data set.
         ("image_id,study_id,patient_id,laterality,view,split,cancer,biopsy\n", "folder"),
         ("\ufeff" + VINDR.replace("\n", "\r\n"), "vindr"),
+        (VINDR.upper().replace(",", ";"), "vindr"),
+        ("site_id,patient_id,image_id,laterality,view,age,implant,machine_id,prediction_id\n", "rsna"),
+        ("file_path,image_path,PatientID,SeriesDescription,Rows\n", "cbis-ddsm"),
+        ("Patient ID;Patient age;Laterality;View;Acquisition date;File Name;ACR;Bi-Rads\n", "inbreast"),
+        (",empi_anon,acc_anon,anon_dicom_path,FinalImageType,ImageLateralityFinal,ViewPosition,num_roi\n", "embed"),
+        ("empi_anon,acc_anon,numfind,side,asses,tissueden,massshape,calcfind,path_severity,bside\n", "embed"),
+        ("ID1,LeftRight,Age,number,abnormality,classification,subtype\n", "cmmd"),
+        ('"Percentage of\n grandular tissue(density)",PatientID,Breast  type,Breast view,Assesment,Image path\n', "kau-bcmd"),
+        ("Path\tmass\n", "folder"),
     ],
 )
 def test_data_sets_are_told_by_their_columns(tmp_path, content, name):
