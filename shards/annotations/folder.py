@@ -115,7 +115,9 @@ def _read(path: Path, columns: ColumnMap) -> pd.DataFrame:
 
 
 def _require_mapped(columns: ColumnMap, tables: list[pd.DataFrame], paths: tuple[Path, ...]) -> None:
-    have = list(dict.fromkeys(name for table in tables for name in table.columns if name != "where"))
+    added = {"where", *columns.sources}
+    have = list(dict.fromkeys(name for table in tables for name in table.columns if name not in added))
+    have += [name for name in columns.columns if name in added and any(name in table for table in tables)]
     for column in columns.columns:
         if column not in have:
             where = f"the columns of {', '.join(map(str, paths))} are: {', '.join(have)}" if paths else "give --csv-path"
@@ -147,7 +149,7 @@ def _known(
         row = frame.iloc[0]
         raise BadInput(
             f"{row['where']}: no image '{row[column]}'{names.hint(row[column])} below {root}, nor any of the other "
-            f"{len(frame) - 1} rows; {column} is the file's name or its path below the folder"
+            f"{len(frame) - 1} rows; the column {column} is to hold the file's name or its path below the folder"
         )
     problems += [
         Problem("missing", f"{where}: no image '{name}' below {root}")
