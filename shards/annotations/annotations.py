@@ -12,12 +12,13 @@ from mammostream.shards.manifest import FINDING_COLUMNS
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that was left out, and why: a kind in one or two words (``missing``, ``no box``) and a sentence."""
+    """Something that was left out or changed, and why: a kind in one or two words (``missing``, ``no box``) and a sentence."""
 
     kind: str
     message: str
 
 
+FilmLabeller = Callable[[pd.DataFrame], pd.DataFrame]
 BoxReader = Callable[[pd.DataFrame, int], tuple[pd.DataFrame, list[Problem]]]
 
 
@@ -35,6 +36,8 @@ class Annotations:
     read_boxes
         For boxes that must be read from files: from `films` with ``height, width`` of the files themselves, and a number of
         processes, to findings and what is missing of them.
+    label_films
+        For labels of a breast that only a film's header names: from `films` with what the headers say to `films` with labels.
     problems
         What was left out.
     notes
@@ -44,6 +47,7 @@ class Annotations:
     films: pd.DataFrame
     findings: pd.DataFrame | None = None
     read_boxes: BoxReader | None = None
+    label_films: FilmLabeller | None = None
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

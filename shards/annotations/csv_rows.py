@@ -1,8 +1,9 @@
-"""CSV files as text cells whose errors name the line: a quoted cell may hold line ends, as CBIS-DDSM's do."""
+"""Tables as text cells whose errors name the line: a quoted cell may hold line ends, as CBIS-DDSM's do."""
 
 from __future__ import annotations
 
-import csv
+import itertools
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,24 +11,40 @@ import pandas as pd
 
 from mammostream.common.errors import BadInput, nearest
 from mammostream.common.files import require_columns
+from mammostream.shards.annotations.annotations import Problem
+from mammostream.shards.annotations.table_files import Sheet, sheets
 from mammostream.shards.manifest import LABEL_PREFIX
 
 # What spreadsheets, R and pandas write for "no value".
-_EMPTY = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"})
-_BINARY = {"": pd.NA} | dict.fromkeys(("0", "0.0", "false"), 0) | dict.fromkeys(("1", "1.0", "true"), 1)
+EMPTY = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"})
+BINARY = {"": pd.NA} | dict.fromkeys(("0", "0.0", "false", "no"), 0) | dict.fromkeys(("1", "1.0", "true", "yes"), 1)
+DENSITIES = "abcd"
+# A comma before exactly three digits may separate thousands.
+_DECIMAL_COMMA = re.compile(r"^([-+]?(?:0|\d+(?!,\d{3}$))),(\d+)$")
 
 
-def read_rows(path: Path, columns: Iterable[str] = (), what: str = "CSV") -> pd.DataFrame:
-    """Read a CSV as stripped text, "" for no value; a UTF-8 byte-order mark and Windows line ends are fine.
+def read_rows(
+    path: Path,
+    columns: Iterable[str] = (),
+    what: str = "CSV",
+    known: Iterable[str] = (),
+    keep_all: bool = True,
+) -> pd.DataFrame:
+    """Read a table as stripped text, "" for no value.
 
     Parameters
     ----------
     path
-        The file.
+        A CSV (of commas, semicolons, tabulators or bars; UTF-8, UTF-16 or Windows-1252) or an Excel workbook, of which the
+        sheet with the most of these columns is read.
     columns
-        Columns that must be there.
+        Columns that must be there. Names count in any case, and with spaces or hyphens for underscores.
     what
         What the file is, for errors.
+    known
+        Further names that count so.
+    keep_all
+        Whether columns other than these are kept too; a table of hundreds of columns needs much memory.
 
     Returns
     -------
@@ -38,72 +55,73 @@ def read_rows(path: Path, columns: Iterable[str] = (), what: str = "CSV") -> pd.
     Raises
     ------
     BadInput
-        The file is missing, no comma-separated UTF-8, torn, has no rows, or lacks a column.
+        The file is missing, no table, torn, has no rows, or lacks a column.
     """
-    header, lines, rows = _read(path, what)
+    columns = tuple(columns)
+    names = (*columns, *known)
+    header, sheet = max(_headers(path, what, names), key=lambda found: len(set(names).intersection(found[0])))
+    kept = [number for number, name in enumerate(header) if name and (keep_all or name in names)]
+    lines: list[int] = []
+    rows: list[list[str]] = []
+    width = len(header)
+    for line, cells in sheet.rows:
+        if len(cells) != width and (len(cells) < width or any(cells[width:])):
+            raise BadInput(f"{what} {path} {sheet.unit} {line} has {len(cells)} cells, its header {width}; repair the line")
+        lines.append(line)
+        rows.append(["" if cells[number] in EMPTY else cells[number] for number in kept])
     if not rows:
         raise BadInput(f"{what} {path} has no rows; give a CSV with a header and at least one row")
-    frame = pd.DataFrame(rows, columns=pd.RangeIndex(len(header)), dtype=str)
-    frame = frame[[number for number, name in enumerate(header) if name]]
-    frame.columns = [name for name in header if name]
+    frame = pd.DataFrame(rows, columns=[header[number] for number in kept], dtype=str)
     require_columns(frame, columns, f"{what} {path}")
-    return frame.assign(where=[f"{what} {path} line {line}" for line in lines])
+    return frame.assign(where=[f"{what} {path} {sheet.unit} {line}" for line in lines])
 
 
-def csv_header(path: Path) -> list[str]:
-    """Return a CSV's column names.
+def table_headers(path: Path) -> list[list[str]]:
+    """Return the column names of a CSV, or of each sheet of a workbook that has any.
 
     Raises
     ------
     BadInput
         As :func:`read_rows`, but for the rows.
     """
-    return _read(path, "CSV", header_only=True)[0]
+    return [header for header, _ in _headers(path, "CSV", ())]
 
 
-def _read(path: Path, what: str, header_only: bool = False) -> tuple[list[str], list[int], list[list[str]]]:
-    if not path.is_file():
-        raise BadInput(f"{what} {path} does not exist; check the path")
-    header: list[str] | None = None
-    lines: list[int] = []
-    rows: list[list[str]] = []
-    begin = 1
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            for cells in reader:
-                line, begin = begin, reader.line_num + 1
-                cells = [cell.strip() for cell in cells]
-                if not any(cells):
-                    continue
-                if header is None:
-                    header = _check_header(cells, path, what)
-                    if header_only:
-                        break
-                    continue
-                if len(cells) != len(header):
-                    if len(cells) < len(header) or any(cells[len(header) :]):
-                        raise BadInput(
-                            f"{what} {path} line {line} has {len(cells)} cells, its header {len(header)}; repair the line"
-                        )
-                    cells = cells[: len(header)]
-                lines.append(line)
-                rows.append(["" if cell in _EMPTY else cell for cell in cells])
-    except UnicodeDecodeError:
-        raise BadInput(f"{what} {path} is not UTF-8 text; save it as comma-separated UTF-8") from None
-    except csv.Error as error:
-        raise BadInput(f"{what} {path} line {begin} begins a row that cannot be read: {error}; repair its quotes") from error
-    except OSError as error:
-        raise BadInput(f"{what} {path} cannot be read: {error.strerror}; check its permissions") from error
-    if header is None:
+def fold(name: str) -> str:
+    """Return what two spellings of a column's name have in common: ``Image ID``, ``image-id`` and ``image_id`` are one."""
+    return re.sub(r"[\s_-]+", "_", name.strip()).casefold()
+
+
+def canonical(header: list[str], known: Iterable[str], what: str) -> list[str]:
+    """Return column names with those that are spelled otherwise than the known ones they stand for renamed.
+
+    Raises
+    ------
+    BadInput
+        Two columns stand for one.
+    """
+    names = {fold(name): name for name in known}
+    exact = set(header)
+    renamed = [names.get(fold(name), name) if names.get(fold(name)) not in exact else name for name in header]
+    for name in names.values():
+        if renamed.count(name) > 1:
+            first, second = [old for old, new in zip(header, renamed, strict=True) if new == name][:2]
+            raise BadInput(f"{what} has the columns '{first}' and '{second}', which are both '{name}'; rename one of them")
+    return renamed
+
+
+def _headers(path: Path, what: str, known: Iterable[str]) -> list[tuple[list[str], Sheet]]:
+    """Return each sheet that has rows with its header, under the known names; the sheet's own rows follow it."""
+    found = []
+    for sheet in sheets(path, what):
+        for _, cells in itertools.islice(sheet.rows, 1):
+            found.append((canonical(_check_header(cells, path, what), known, f"{what} {path}"), sheet))
+    if not found:
         raise BadInput(f"{what} {path} is empty; give a CSV with a header and at least one row")
-    return header, lines, rows
+    return found
 
 
 def _check_header(cells: list[str], path: Path, what: str) -> list[str]:
-    separator = next((s for s in (";", "\t", "|") if len(cells) == 1 and s in cells[0]), None)
-    if separator:
-        raise BadInput(f"{what} {path} is separated by {separator!r}; save it as comma-separated UTF-8")
     named = [cell for cell in cells if cell]
     if len(set(named)) < len(named):
         twice = next(name for name in named if named.count(name) > 1)
@@ -137,17 +155,18 @@ def filled(frame: pd.DataFrame, column: str) -> pd.Series:
 
 
 def numbers(frame: pd.DataFrame, column: str, reason: str = "is not a number; correct it or leave it empty") -> pd.Series:
-    """Return a column as float64, NaN for empty cells."""
-    values = pd.to_numeric(frame[column].where(frame[column] != ""), errors="coerce").astype(float)
+    """Return a column as float64, NaN for empty cells; ``0,07`` is a number too."""
+    texts = frame[column].str.replace(_DECIMAL_COMMA, r"\1.\2", regex=True)
+    values = pd.to_numeric(texts.where(texts != ""), errors="coerce").astype(float)
     refuse(frame, values.isna() & (frame[column] != ""), column, reason)
     return values
 
 
 def binary(frame: pd.DataFrame, column: str) -> pd.Series:
-    """Return a column of 0, 1 (or True, False) and empty cells as nullable Int8."""
+    """Return a column of 0, 1 (or true, false, yes, no in any case) and empty cells as nullable Int8."""
     values = frame[column].str.lower()
-    refuse(frame, ~values.isin(_BINARY), column, "is not 0, 1 or empty; correct it or drop the column")
-    return values.map(_BINARY).astype("Int8")
+    refuse(frame, ~values.isin(BINARY), column, "is not 0, 1 or empty; correct it or drop the column")
+    return values.map(BINARY).astype("Int8")
 
 
 def coded(frame: pd.DataFrame, column: str, codes: Mapping[str, str]) -> pd.Series:
@@ -165,6 +184,25 @@ def coded(frame: pd.DataFrame, column: str, codes: Mapping[str, str]) -> pd.Seri
     return frame[column].map({"": ""} | dict(codes))
 
 
+def leniently_coded(frame: pd.DataFrame, column: str, codes: Mapping[str, str], problems: list[Problem]) -> pd.Series:
+    """Return a column translated as :func:`coded` does, in any case; values whose meaning is not documented are unknown, "".
+
+    For data sets of which not every value is known here: such values become one problem a column.
+    """
+    folded = {text.casefold(): code for text, code in codes.items()} | {"": ""}
+    values = frame[column].str.casefold().map(folded)
+    if values.isna().any():
+        row = frame[values.isna()].iloc[0]
+        problems.append(
+            Problem(
+                "unknown value",
+                f"{values.isna().sum()} cells of the column '{column}' hold no documented value, such as '{row[column]}' "
+                f"({row['where']}): treated as unknown",
+            )
+        )
+    return values.fillna("")
+
+
 def birads_labels(frame: pd.DataFrame, column: str, known: Iterable[int], prefix: str = "") -> pd.DataFrame:
     """Return a 0/1 label column ``label:birads_<n>`` a known category, missing where the cell is empty.
 
@@ -173,3 +211,25 @@ def birads_labels(frame: pd.DataFrame, column: str, known: Iterable[int], prefix
     codes = {text: str(n) for n in known for text in (f"{prefix}{n}", f"{prefix}{n}.0")}
     values = coded(frame, column, codes)
     return pd.DataFrame({f"{LABEL_PREFIX}birads_{n}": (values == str(n)).astype("Int8").mask(values == "") for n in known})
+
+
+def density_labels(frame: pd.DataFrame, column: str, codes: Mapping[str, str]) -> pd.DataFrame:
+    """Return a 0/1 label column ``label:density_<letter>`` for each of a to d, missing where the cell is empty.
+
+    BI-RADS writes densities as 1 to 4 up to its fourth edition and as a to d from its fifth on.
+
+    Parameters
+    ----------
+    frame, column
+        The table and its column.
+    codes
+        Cell -> a, b, c, d, or "" for unknown. BadInput names the first that is none of them.
+    """
+    values = coded(frame, column, codes)
+    return pd.DataFrame({f"{LABEL_PREFIX}density_{d}": (values == d).astype("Int8").mask(values == "") for d in DENSITIES})
+
+
+def four_categories(*more: str) -> dict[str, str]:
+    """Return the codes of a density of 1 to 4 for :func:`density_labels`; `more` cells mean that it is unknown."""
+    numbered = {text: d for n, d in enumerate(DENSITIES, start=1) for text in (str(n), f"{n}.0")}
+    return numbered | dict.fromkeys(more, "")

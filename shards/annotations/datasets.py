@@ -5,24 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 
 from mammostream.common.errors import BadInput, nearest
-from mammostream.shards.annotations import cbis_ddsm, mias, rsna, vindr
+from mammostream.shards.annotations import cbis_ddsm, cmmd, embed, inbreast, kau_bcmd, mias, rsna, vindr
 from mammostream.shards.annotations.annotations import Annotations
-from mammostream.shards.annotations.csv_rows import csv_header
+from mammostream.shards.annotations.columns import ColumnMap
+from mammostream.shards.annotations.csv_rows import fold, table_headers
 from mammostream.shards.annotations.folder import folder_films
 from mammostream.shards.annotations.tree import ImageTree
 
-DATASETS = ("vindr", "cbis-ddsm", "rsna", "mias", "folder")
-# The columns that a data set's CSV must have, and those that no other's has.
-_COLUMNS = {
-    "vindr": (vindr.COLUMNS, vindr.OWN_COLUMNS),
-    "cbis-ddsm": (cbis_ddsm.COLUMNS, cbis_ddsm.COLUMNS[1:]),
-    "rsna": (rsna.COLUMNS, rsna.OWN_COLUMNS),
-}
+DATASETS = ("vindr", "cbis-ddsm", "rsna", "mias", "inbreast", "embed", "cmmd", "kau-bcmd", "folder")
+# Data set, columns that a table of it must have, and those that no other's has.
+_TABLES = (
+    ("vindr", vindr.COLUMNS, vindr.OWN_COLUMNS),
+    ("cbis-ddsm", cbis_ddsm.COLUMNS, cbis_ddsm.COLUMNS[1:]),
+    ("cbis-ddsm", cbis_ddsm.JPEG_COLUMNS, cbis_ddsm.JPEG_COLUMNS[:2]),
+    ("rsna", rsna.TEST_COLUMNS, ("prediction_id",)),
+    ("rsna", rsna.COLUMNS, rsna.OWN_COLUMNS),
+    ("inbreast", inbreast.COLUMNS, inbreast.OWN_COLUMNS),
+    ("embed", embed.COLUMNS, embed.OWN_COLUMNS),
+    ("embed", embed.CLINICAL_COLUMNS, embed.OWN_COLUMNS),
+    ("cmmd", cmmd.COLUMNS, cmmd.OWN_COLUMNS),
+    ("kau-bcmd", kau_bcmd.COLUMNS, kau_bcmd.OWN_COLUMNS),
+)
 _ANNOTATION_FILES = {
     "vindr": "breast-level_annotations.csv",
     "cbis-ddsm": "the four case description CSVs",
     "rsna": "train.csv",
     "mias": "Info.txt",
+    "inbreast": "INbreast.csv or INbreast.xlsx",
+    "embed": "EMBED_OpenData_metadata.csv and, for labels, EMBED_OpenData_clinical.csv",
+    "cmmd": "CMMD_clinicaldata_revision.xlsx",
+    "kau-bcmd": "correctSheetlast.xlsx",
 }
 
 
@@ -49,47 +61,69 @@ def tell_dataset(csv_paths: tuple[Path, ...]) -> tuple[str, str]:
 
 
 def _tell(path: Path) -> tuple[str, str]:
-    if path.is_file() and mias.is_mias(mias.read_text(path)):
+    if path.is_file() and mias.is_mias(path):
         return "mias", f"{path} has rows like 'mdb001 G CIRC B 535 425 197'"
-    header = csv_header(path)
-    for name, (needed, own) in _COLUMNS.items():
-        have = {cbis_ddsm.column_name(column) for column in header} if name == "cbis-ddsm" else set(header)
-        lacking = [column for column in needed if column not in have]
-        if not lacking and have.intersection(own):
-            return name, f"{path} has its columns"
-        if len(have.intersection(own)) >= 2:
-            raise BadInput(
-                f"CSV {path} looks like {name}'s but has no column '{lacking[0]}'{nearest(lacking[0], have)}; mend it, or give "
-                "--dataset"
-            )
-    if "image_id" in header:
-        return "folder", f"{path} has a column image_id and not those of another data set"
+    headers = table_headers(path)
+    for header in headers:
+        have = {fold(column) for column in header}
+        for name, needed, own in _TABLES:
+            if all(fold(column) in have for column in needed) and any(fold(column) in have for column in own):
+                return name, f"{path} has its columns"
+    for header in headers:
+        have = {fold(column) for column in header}
+        for name, needed, own in _TABLES:
+            if len(have.intersection(map(fold, own))) >= 2:
+                lacking = next(column for column in needed if fold(column) not in have)
+                raise BadInput(
+                    f"CSV {path} looks like {name}'s but has no column '{lacking}'{nearest(lacking, header)}; mend it, or give "
+                    "--dataset"
+                )
+    names = {fold(column) for header in headers for column in header}
+    if named := next((name for name in ("image_id", "path") if name in names), None):
+        return "folder", f"{path} has a column {named} and not those of another data set"
     raise BadInput(
-        f"CSV {path} has no column 'image_id'{nearest('image_id', header)}, and its columns are those of no data set known "
-        f"here ({', '.join(DATASETS)}): {', '.join(header)}"
+        f"CSV {path} has no column 'image_id'{nearest('image_id', headers[0])}, and its columns are those of no data set known "
+        f"here ({', '.join(DATASETS)}): {', '.join(headers[0])}; say which of them names the file with "
+        "--columns image_id=COLUMN"
     )
 
 
-def describe(dataset: str, tree: ImageTree, csv_paths: tuple[Path, ...], findings_csv: Path | None) -> Annotations:
+def describe(
+    dataset: str,
+    tree: ImageTree,
+    csv_paths: tuple[Path, ...],
+    findings_csv: Path | None,
+    columns: ColumnMap | None = None,
+) -> Annotations:
     """Return what the annotation files of a data set say.
 
     Raises
     ------
     BadInput
-        They are missing or faulty, or ``--findings-csv`` is given for a data set that has none.
+        They are missing or faulty, or ``--findings-csv`` or ``--columns`` is given for a data set that has none.
     """
     if dataset in _ANNOTATION_FILES and not csv_paths:
         raise BadInput(f"--dataset {dataset} needs --csv-path: {_ANNOTATION_FILES[dataset]}")
     if findings_csv is not None and dataset not in ("vindr", "folder"):
         raise BadInput(f"--findings-csv is for vindr and folder; {dataset} brings its boxes along")
+    if columns is not None and dataset != "folder":
+        raise BadInput(f"--columns and --labels are for --dataset folder; {dataset} has columns and labels of its own")
     if dataset == "vindr":
         return vindr.vindr_films(tree, csv_paths, findings_csv)
+    if dataset == "folder":
+        return folder_films(tree, csv_paths, findings_csv, columns)
+    if dataset == "embed":
+        return embed.embed_films(tree, csv_paths)
     if dataset == "cbis-ddsm":
         return cbis_ddsm.cbis_films(tree, csv_paths)
     if dataset == "rsna":
         return rsna.rsna_films(tree, csv_paths)
-    if dataset == "mias":
-        if len(csv_paths) > 1:
-            raise BadInput("--dataset mias takes one --csv-path: Info.txt")
-        return mias.mias_films(tree, csv_paths[0])
-    return folder_films(tree, csv_paths, findings_csv)
+    if len(csv_paths) > 1:
+        raise BadInput(f"--dataset {dataset} takes one --csv-path: {_ANNOTATION_FILES[dataset]}")
+    one_table = {
+        "mias": mias.mias_films,
+        "inbreast": inbreast.inbreast_films,
+        "cmmd": cmmd.cmmd_films,
+        "kau-bcmd": kau_bcmd.kau_films,
+    }
+    return one_table[dataset](tree, csv_paths[0])

@@ -2,6 +2,8 @@
 
 Suckling et al. 1994. Rows are ``mdb001 G CIRC B 535 425 197``: film, tissue, class, severity, centre and radius in pixels,
 counted from the bottom left corner. Even films are left, odd ones right breasts; (1, 2), (3, 4), ... are one patient each.
+Tissue is F (fatty), G (fatty-glandular) or D (dense-glandular). Copies of the table as CSV, with ``nan`` or ``,,`` for
+empty cells and ``535.0`` for numbers, are read too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import pandas as pd
 
 from mammostream.common.errors import BadInput
 from mammostream.shards.annotations.annotations import Annotations, Problem, findings_frame
+from mammostream.shards.annotations.csv_rows import EMPTY
 from mammostream.shards.annotations.tree import ImageTree
 from mammostream.shards.manifest import LABEL_PREFIX
 
@@ -28,20 +31,31 @@ _CLASSES = {
     "NORM": ("normal",),
 }
 _SEVERITIES = {"B": "benign", "M": "malignant"}
-_LABELS = ("normal", *_SEVERITIES.values(), *sorted({n for names in _CLASSES.values() for n in names} - {"normal"}))
+_TISSUES = {"F": "density_fatty", "G": "density_fatty_glandular", "D": "density_dense_glandular"}
+_FINDINGS = sorted({name for names in _CLASSES.values() for name in names} - {"normal"})
+_LABELS = ("normal", *_TISSUES.values(), *_SEVERITIES.values(), *_FINDINGS)
 _ROW = re.compile(
-    rf"(?P<film>mdb\d{{3}})\s+[FGD]\s+(?P<kind>{'|'.join(_CLASSES)})(?:\s+(?P<severity>[BM])"
-    r"(?:\s+(?:(?P<x>\d+)\s+(?P<y>\d+)\s+(?P<radius>\d+)|\*NOTE\s*\d\*))?)?\s*"
+    rf"(?:\d+ )?(?P<film>mdb\d{{3}}) (?P<tissue>[FGD]) (?P<kind>{'|'.join(_CLASSES)})(?: (?P<severity>[BM])"
+    r"(?: (?:(?P<x>\d+)(?:\.0+)? (?P<y>\d+)(?:\.0+)? (?P<radius>\d+)(?:\.0+)?|\*NOTE ?\d\*))?)?"
 )
+_FILM_FIRST = re.compile(r"(?:\d+[\s,;])?\"?mdb\d{3}[\s,;\"]")
+_SNIFFED = 65_536
 
 
-def is_mias(text: str) -> bool:
-    """Tell whether a text holds rows of mini-MIAS."""
-    return any(_ROW.fullmatch(line) for line in text.splitlines())
+def is_mias(path: Path) -> bool:
+    """Tell whether a file holds rows of mini-MIAS near its beginning."""
+    return any(_row(line) for line in _read_text(path, _SNIFFED).splitlines())
 
 
-def read_text(path: Path) -> str:
-    """Read a text file whose prose may be of any encoding.
+def _row(line: str) -> re.Match[str] | None:
+    """Read a row whose cells are separated by blanks, commas, semicolons or tabulators; empty ones count for nothing."""
+    cells = re.split(r"[,;\t]", line) if re.search(r"[,;\t]", line) else line.split()
+    cells = [" ".join(cell.strip(' "').split()) for cell in cells]
+    return _ROW.fullmatch(" ".join(cell for cell in cells if cell not in EMPTY))
+
+
+def _read_text(path: Path, size: int = -1) -> str:
+    """Read a text file, or its first bytes, whose prose may be of any encoding.
 
     Raises
     ------
@@ -49,7 +63,8 @@ def read_text(path: Path) -> str:
         The file is missing or cannot be read.
     """
     try:
-        return path.read_bytes().decode("latin-1").removeprefix("\xef\xbb\xbf")
+        with path.open("rb") as file:
+            return file.read(size).decode("latin-1").removeprefix("\xef\xbb\xbf")
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}; check --csv-path") from error
 
@@ -70,7 +85,7 @@ def mias_films(tree: ImageTree, path: Path) -> Annotations:
         film = row["film"]
         where.setdefault(film, f"{path} line {line}")
         names = (*_CLASSES[row["kind"]], *([_SEVERITIES[row["severity"]]] if row["severity"] else []))
-        labels.setdefault(film, set()).update(names)
+        labels.setdefault(film, set()).update((*names, _TISSUES[row["tissue"]]))
         if row["x"]:
             x, y, radius = int(row["x"]), SIZE - int(row["y"]), int(row["radius"])
             boxes += [(film, name, x - radius, y - radius, x + radius, y + radius) for name in names]
@@ -100,10 +115,10 @@ def mias_films(tree: ImageTree, path: Path) -> Annotations:
 
 def _rows(path: Path) -> list[tuple[int, re.Match[str]]]:
     rows = []
-    for line, text in enumerate(read_text(path).splitlines(), start=1):
-        if match := _ROW.fullmatch(text):
+    for line, text in enumerate(_read_text(path).splitlines(), start=1):
+        if match := _row(text):
             rows.append((line, match))
-        elif re.match(r"mdb\d{3}\s", text):
+        elif _FILM_FIRST.match(text):
             raise BadInput(
                 f"{path} line {line}: '{text.strip()}' is no row like 'mdb001 G CIRC B 535 425 197'; repair the line"
             )

@@ -12,7 +12,17 @@ import pandas as pd
 
 from mammostream.common.errors import BadInput
 from mammostream.shards.annotations.annotations import Annotations, Problem
-from mammostream.shards.annotations.csv_rows import birads_labels, coded, filled, numbers, read_rows, refuse, refuse_duplicates
+from mammostream.shards.annotations.csv_rows import (
+    DENSITIES,
+    birads_labels,
+    coded,
+    density_labels,
+    filled,
+    numbers,
+    read_rows,
+    refuse,
+    refuse_duplicates,
+)
 from mammostream.shards.annotations.tree import ImageTree
 from mammostream.shards.manifest import FINDING_COLUMNS, LABEL_PREFIX
 
@@ -26,7 +36,7 @@ NO_FINDING = "No Finding"
 
 
 def vindr_films(tree: ImageTree, csv_paths: tuple[Path, ...], findings_csv: Path | None) -> Annotations:
-    """Return VinDr-Mammo's films, with a label a BI-RADS category and, given the findings, one a finding category and boxes.
+    """Return VinDr-Mammo's films, with labels of BI-RADS and density and, given the findings, of their categories, and boxes.
 
     Boxed findings are those above BI-RADS 2 and a few others: a BI-RADS 2 breast has benign findings that nobody boxed, so
     its finding labels are missing, not 0.
@@ -58,6 +68,8 @@ def vindr_films(tree: ImageTree, csv_paths: tuple[Path, ...], findings_csv: Path
         if size in frame:
             films[size] = numbers(frame, size)
     films = films.join(birads_labels(frame, "breast_birads", range(1, 6), prefix="BI-RADS "))
+    if "breast_density" in frame:
+        films = films.join(density_labels(frame, "breast_density", {f"DENSITY {d.upper()}": d for d in DENSITIES}))
     annotations = Annotations(films, notes=["VinDr-Mammo names no patients: each study counts as one"])
     if findings_csv is not None:
         _add_findings(annotations, findings_csv)
@@ -65,7 +77,7 @@ def vindr_films(tree: ImageTree, csv_paths: tuple[Path, ...], findings_csv: Path
 
 
 def _breast_level(path: Path) -> pd.DataFrame:
-    frame = read_rows(path, COLUMNS)
+    frame = read_rows(path, COLUMNS, known=("height", "width", "breast_density", "finding_categories"))
     if "finding_categories" in frame:
         raise BadInput(
             f"CSV {path} has a row a finding; give it as --findings-csv, and breast-level_annotations.csv as --csv-path"

@@ -25,7 +25,7 @@ _SHOWN = 10
 @click.command(cls=Command)
 @click.option(
     "--dataset",
-    type=click.Choice(["auto", "vindr", "cbis-ddsm", "rsna", "mias", "folder"]),
+    type=click.Choice(["auto", "vindr", "cbis-ddsm", "rsna", "mias", "inbreast", "embed", "cmmd", "kau-bcmd", "folder"]),
     default="auto",
     help="Layout of the annotations; auto detects it from the columns of --csv-path and reports which.",
 )
@@ -34,9 +34,22 @@ _SHOWN = 10
     "csv_paths",
     cls=ListOption,
     type=FILE,
-    help="Annotations; several may follow. vindr: breast-level_annotations.csv. cbis-ddsm: its four CSVs. rsna: train.csv. "
-    "mias: Info.txt. folder: CSVs with image_id and any of patient_id, study_id, laterality, view, split, pixel_spacing_mm; "
-    "further 0/1 columns become labels.",
+    help="Annotations, CSV or .xlsx; several may follow. vindr: breast-level_annotations.csv. cbis-ddsm: its four CSVs, "
+    "and dicom_info.csv of the copy as JPEG. rsna: train.csv, test.csv. mias: Info.txt. inbreast: INbreast.csv. embed: "
+    "metadata and clinical CSV. cmmd: CMMD_clinicaldata_revision.xlsx. kau-bcmd: correctSheetlast.xlsx. folder: tables with "
+    "image_id and any of patient_id, study_id, laterality, view, split, pixel_spacing_mm; further columns of 0 and 1 become "
+    "labels.",
+)
+@click.option(
+    "--columns",
+    cls=ListOption,
+    help="folder: which columns hold what where they have other names, such as image_id=file_name,patient_id=case,"
+    "label:cancer=pathology==MALIGNANT. See docs/own_data.md.",
+)
+@click.option(
+    "--labels",
+    cls=ListOption,
+    help="folder: the columns of 0 and 1 (or true, false, yes, no) that become labels, and no others.",
 )
 @click.option(
     "--findings-csv",
@@ -59,6 +72,11 @@ _SHOWN = 10
     "--patient-regex",
     help="folder: what part of the DICOM PatientID (of the path if the id is missing or does not match) names the patient, "
     "e.g. 'P_\\d+'.",
+)
+@click.option(
+    "--patient-from",
+    type=click.Choice(["folder"]),
+    help="folder: the first folder below --images-root is the patient.",
 )
 @click.option(
     "--exclude",
@@ -101,12 +119,15 @@ def prepare(
     /,
     dataset: str,
     csv_paths: tuple[Path, ...],
+    columns: tuple[str, ...],
+    labels: tuple[str, ...],
     findings_csv: Path | None,
     images_root: Path,
     follow_links: bool,
     output_dir: Path,
     assume_spacing: float | None,
     patient_regex: str | None,
+    patient_from: str | None,
     exclude: tuple[str, ...],
     val_fraction: float,
     test_fraction: float,
@@ -126,14 +147,17 @@ def prepare(
     """
     from mammostream.common.errors import BadInput
     from mammostream.common.parallel import available_cpus
+    from mammostream.shards.annotations.columns import parse_columns
     from mammostream.shards.annotations.datasets import tell_dataset
     from mammostream.shards.manifest import write_findings, write_manifest
-    from mammostream.shards.prepare.films import copy_films, prepare_films
+    from mammostream.shards.prepare.films import prepare_films
+    from mammostream.shards.prepare.layout import copy_films
 
     if copy and output_dir.resolve() == images_root.resolve():
         raise BadInput("--copy would lay images out among those of --images-root; choose another --output-dir")
+    mapped = parse_columns(columns, labels) if columns or labels else None
     if dataset == "auto":
-        dataset, reason = tell_dataset(csv_paths)
+        dataset, reason = ("folder", "--columns or --labels is given") if mapped else tell_dataset(csv_paths)
         click.echo(f"data set: {dataset} ({reason})")
     workers = workers or available_cpus()
     reading = ReadingConfig(**options)
@@ -142,8 +166,10 @@ def prepare(
         images_root,
         csv_paths,
         findings_csv,
+        columns=mapped,
         assume_spacing=assume_spacing,
         patient_regex=patient_regex,
+        patient_from=patient_from,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         seed=seed,
@@ -167,16 +193,25 @@ def prepare(
     write_manifest(films, path)
     write_yaml(output_dir / "config.yaml", resolved(ctx))
 
+    _report(films, made.findings, problems, notes, output_dir)
+
+
+def _report(
+    films: pd.DataFrame, findings: pd.DataFrame | None, problems: list[Problem], notes: list[str], output_dir: Path
+) -> None:
+    """Print what was left out, what the user should know, and the counts."""
     _print_problems(problems, output_dir / "problems.csv")
     for note in notes:
         click.echo(note if note.startswith("warning: ") else f"note: {note}", err=True)
-    _print_summary(films, made.findings)
+    _print_summary(films, findings)
     unknown = films["pixel_spacing_mm"].isna().sum()
     if unknown:
         click.echo(f"{unknown} images have no pixel spacing; give --assume-spacing MM if you know it", err=True)
     counts = Counter(problem.kind for problem in problems)
     left_out = "".join(f", {count} {kind}" for kind, count in counts.items())
-    click.echo(f"{len(films)} images of {films['patient_id'].nunique()} patients{left_out} -> {path}")
+    click.echo(
+        f"{len(films)} images of {films['patient_id'].nunique()} patients{left_out} -> {output_dir / 'manifest.parquet'}"
+    )
 
 
 def _write_problems(problems: list[Problem], path: Path) -> None:

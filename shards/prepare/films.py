@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from mammostream.common.errors import BadInput
-from mammostream.common.files import make_folder, whole_file
-from mammostream.common.parallel import map_processes
-from mammostream.preprocess.mammogram import PIXELS_MISSING, PLAUSIBLE_SPACING_MM, ReadingConfig
-from mammostream.preprocess.objects import OtherObject, why_left_out
-from mammostream.preprocess.plain import seems_cut
-from mammostream.preprocess.reading import AS_IT_COMES, Header, is_dicom, read_header, read_mammogram
+from mammostream.preprocess.mammogram import ReadingConfig
+from mammostream.preprocess.reading import AS_IT_COMES
 from mammostream.shards.annotations.annotations import Annotations, Problem
+from mammostream.shards.annotations.columns import ColumnMap
 from mammostream.shards.annotations.datasets import describe
+from mammostream.shards.annotations.names import FileNames
 from mammostream.shards.annotations.tree import ImageTree
-from mammostream.shards.archive import escape_id, short_name
 from mammostream.shards.manifest import (
     FINDING_COLUMNS,
     LABEL_PREFIX,
     MANIFEST_COLUMNS,
     OPTIONAL_COLUMNS,
-    SPLITS,
     check_manifest,
     split_by_patient,
 )
+from mammostream.shards.prepare.headers import fill_in_spacing, with_headers
 from mammostream.shards.prepare.patients import compile_regex, film_patients
 from mammostream.shards.prepare.sorting import sort_films, without_copies
-from mammostream.shards.prepare.views import check_excluded, leave_out, with_normal_views
-
-UNREADABLE = "unreadable"
+from mammostream.shards.prepare.view_names import with_named_views
+from mammostream.shards.prepare.views import check_excluded, leave_out
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,10 @@ def prepare_films(
     csv_paths: tuple[Path, ...] = (),
     findings_csv: Path | None = None,
     *,
+    columns: ColumnMap | None = None,
     assume_spacing: float | None = None,
     patient_regex: str | None = None,
+    patient_from: str | None = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.0,
     seed: int = 0,
@@ -87,29 +84,25 @@ def prepare_films(
         The folder of its images.
     csv_paths, findings_csv
         Its annotation files.
+    columns
+        Which columns of a plain folder's tables hold what.
     assume_spacing
         Pixel size in mm of films that neither the annotations nor the files tell one of.
     patient_regex
         What part of the patient id, or of the path if the id is missing or does not match, names the patient of a plain
         folder's film: the first group, else the whole match.
-    val_fraction
-        Share of the training patients for validation, 0-1, where the data set has no validation split.
-    test_fraction
-        Share of the training patients to hold out for the test split, 0-1, where the data set has none; those are drawn first.
-    seed
-        Seed of these choices.
+    patient_from
+        ``folder``: the first folder below `images_root` is the patient of a plain folder's film, whatever else says.
+    val_fraction, test_fraction, seed
+        Shares, 0-1, of the training patients for splits that the data set lacks, and the seed of drawing them, ``test`` first.
     workers
         Processes that read headers and masks.
     skip
         A folder below `images_root` that is none of the data set's.
-    follow_links
-        Whether symbolic links that lead outside `images_root` are followed.
     reading
         What the build is going to read of multi-frame and FOR PROCESSING files; without it they are left out.
-    allow_leakage
-        Keep a DICOM instance that is there under two patients.
-    exclude
-        Kinds of films to leave out, of :data:`mammostream.shards.prepare.views.EXCLUDABLE`.
+    follow_links, allow_leakage, exclude
+        As the options of the command.
 
     Raises
     ------
@@ -117,19 +110,23 @@ def prepare_films(
         The annotations or the folder are at fault, none of the films can be read, a patient is in two splits or unknown, or the
         same DICOM instance is there under two patients.
     """
-    pattern = compile_regex(patient_regex, dataset)
+    pattern = compile_regex(patient_regex, dataset, patient_from)
     exclude = check_excluded(exclude)
     tree = ImageTree.scan(images_root, skip, follow_links)
-    said = describe(dataset, tree, csv_paths, findings_csv)
+    said = describe(dataset, tree, csv_paths, findings_csv, columns)
     problems = [*tree.problems, *said.problems]
     notes = [*said.notes, *_ignored(tree)]
-    films = _present(said.films, images_root, problems)
-    films = sort_films(_with_headers(films, workers, reading, problems, notes), reading, problems)
+    films = sort_films(with_headers(_present(said.films, tree, problems), workers, reading, problems, notes), reading, problems)
+    if dataset == "folder":
+        films = with_named_views(films, images_root, notes)
     films = leave_out(films, exclude, problems, notes)
-    films["patient_id"] = film_patients(films, images_root, pattern, notes)
+    missing = [problem.message for problem in problems if problem.kind == "missing"]
+    films["patient_id"] = film_patients(films, images_root, pattern, notes, patient_from=patient_from, missing=missing)
     # An unreadable file's patient would have stood in its header.
     films = without_copies(films[films["patient_id"] != ""].reset_index(drop=True), allow_leakage, problems, notes)
-    _assume_spacing(films, assume_spacing)
+    if said.label_films is not None:
+        films = said.label_films(films)
+    fill_in_spacing(films, assume_spacing)
     findings = _boxes(said, films, workers, problems, notes)
     films["split"] = _with_test(films, test_fraction, seed, notes)
     films["split"] = _with_validation(films, val_fraction, seed)
@@ -144,120 +141,26 @@ def _ignored(tree: ImageTree) -> list[str]:
     return [f"{tree.ignored.total()} files below {tree.root} are left out, being no images: {kinds}"] if kinds else []
 
 
-def _present(films: pd.DataFrame, root: Path, problems: list[Problem]) -> pd.DataFrame:
+def _present(films: pd.DataFrame, tree: ImageTree, problems: list[Problem]) -> pd.DataFrame:
     """Return the films whose file is there."""
     missing = films["path"].isna()
     if missing.all():
         row = films.iloc[0]
         raise BadInput(
-            f"none of the {len(films)} images that the annotations name is below {root}, such as '{row['image_id']}' "
-            f"({row['where']}); check --images-root"
+            f"none of the {len(films)} images that the annotations name is below {tree.root}, such as '{row['image_id']}' "
+            f"({row['where']}){FileNames(tree).hint(row['image_id'])}; check --images-root"
         )
     problems += [
-        Problem("missing", f"{row.where}: no file for the image '{row.image_id}' below {root}")
+        Problem("missing", f"{row.where}: no file for the image '{row.image_id}' below {tree.root}")
         for row in films[missing].itertuples()
     ]
     return films[~missing].reset_index(drop=True)
 
 
-def _with_headers(
-    films: pd.DataFrame, workers: int, reading: ReadingConfig, problems: list[Problem], notes: list[str]
-) -> pd.DataFrame:
-    """Fill in what the annotations leave open from the files' headers; a file that cannot be read has 0 bits.
-
-    DICOM objects that are no mammograms are left out.
-    """
-    headers, faults = zip(*read_headers(list(films["path"]), workers, reading), strict=True)
-    if all(faults):
-        raise BadInput(f"none of the {len(films)} images can be read; the first: {faults[0].message}")
-    problems += [fault for fault in faults if fault]
-    taken = [fault is None or fault.kind == UNREADABLE for fault in faults]
-    films = films[taken].reset_index(drop=True)
-    headers = [header for header, take in zip(headers, taken, strict=True) if take]
-    known = pd.DataFrame(headers)
-    films = films.assign(
-        path=films["path"].map(str),
-        bits=known["bits"],
-        file_height=known["height"],
-        file_width=known["width"],
-        facts=known["facts"],
-    )
-    for column in ("patient_id", "study_id", "laterality", "view", "split", *OPTIONAL_COLUMNS):
-        given = films[column].fillna("") if column in films else pd.Series("", films.index)
-        films[column] = given.where(given != "", known.get(column, "")).astype(str)
-    films = with_normal_views(films, notes)
-    spacing = known["spacing_mm"].astype(float)
-    ignored = [header.flags["spacing_ignored"] for header in headers if "spacing_ignored" in header.flags]
-    if ignored:
-        notes.append(f"the pixel spacing of {len(ignored)} files counts as unknown, such as {ignored[0]}")
-    if "pixel_spacing_mm" in films:
-        given = films["pixel_spacing_mm"].astype(float)
-        given = given.where(~_implausible(given, films, notes))
-        films["spacing_source"] = films["spacing_source"].where(given.notna(), known["spacing_source"])
-        films["pixel_spacing_mm"] = given.fillna(spacing)
-    else:
-        films["spacing_source"], films["pixel_spacing_mm"] = known["spacing_source"], spacing
-    return films
-
-
-def _assume_spacing(films: pd.DataFrame, spacing_mm: float | None) -> None:
-    if spacing_mm is not None:
-        unknown = films["pixel_spacing_mm"].isna()
-        films.loc[unknown, "pixel_spacing_mm"] = spacing_mm
-        films.loc[unknown, "spacing_source"] = "assumed"
-
-
-def _implausible(spacings: pd.Series, films: pd.DataFrame, notes: list[str]) -> pd.Series:
-    """Tell which spacings of the annotations no film has; another unit than mm, mostly."""
-    low, high = PLAUSIBLE_SPACING_MM
-    wrong = spacings.notna() & ~spacings.between(low, high)
-    if wrong.any():
-        notes.append(
-            f"warning: {wrong.sum()} pixel spacings of the annotations are outside {low:g}-{high:g} mm and count as unknown, "
-            f"such as {spacings[wrong].iloc[0]:g} of image '{films.loc[wrong, 'image_id'].iloc[0]}'; pixel_spacing_mm is in mm"
-        )
-    return wrong
-
-
-def read_headers(
-    paths: list[Path], workers: int = 1, reading: ReadingConfig = AS_IT_COMES
-) -> list[tuple[Header, Problem | None]]:
-    """Return the header of each image, and None or why it cannot be used (then it has 0 bits), with a progress bar.
-
-    Next to the header it is looked at whether the file is whole, without decoding it.
-    """
-    # Below that, starting processes takes longer than reading.
-    workers = workers if len(paths) > 1000 else 1
-    return map_processes(partial(_read_whole_header, reading=reading), paths, workers, "reading headers", "file", chunk=32)
-
-
-def _read_whole_header(path: Path, reading: ReadingConfig) -> tuple[Header, Problem | None]:
-    header = Header(0, 0, bits=0)
-    try:
-        header = read_header(path)
-        if not why_left_out(header.facts, reading) and _seems_torn(path, header):
-            read_mammogram(path, reading)  # knows for certain, and says why
-    except OtherObject as error:
-        return header, Problem(error.kind, str(error))
-    except BadInput as error:
-        return replace(header, bits=0), Problem(UNREADABLE, str(error))
-    except OSError as error:
-        reason = f"image {path} cannot be read ({error.strerror}); check its permissions"
-        return replace(header, bits=0), Problem(UNREADABLE, reason)
-    return header, None
-
-
-def _seems_torn(path: Path, header: Header) -> bool:
-    """Tell at a glance whether a file may lack pixels: never wrongly False for a PNG that was cut or a DICOM without any."""
-    if is_dicom(path):
-        return PIXELS_MISSING in header.flags
-    return seems_cut(path)
-
-
 def _boxes(
     said: Annotations, films: pd.DataFrame, workers: int, problems: list[Problem], notes: list[str]
 ) -> pd.DataFrame | None:
-    """Return the boxes of the films, from the annotations or from files, or None where the data set has none."""
+    """Return the boxes of the films, inside them, from the annotations or from files; None where the data set has none."""
     findings = said.findings
     if said.read_boxes is not None:
         findings, faults = said.read_boxes(films.assign(height=films["file_height"], width=films["file_width"]), workers)
@@ -330,81 +233,3 @@ def _with_validation(films: pd.DataFrame, val_fraction: float, seed: int) -> pd.
     training = splits == "train"
     dealt = films.loc[training, "patient_id"].map(split_by_patient(films.loc[training, "patient_id"], val_fraction, seed))
     return dealt.reindex(films.index).fillna(splits)
-
-
-def copy_films(
-    films: pd.DataFrame, output_dir: Path, workers: int, reading: ReadingConfig = AS_IT_COMES
-) -> tuple[pd.DataFrame, list[Problem], list[str]]:
-    """Lay readable films out as ``<output_dir>/<split>/<study>_<image>.png``, 8 or 16 bits, brighter = denser.
-
-    Copies that are there are left as they are; one in another split's folder is moved. Copies hold stored values: a DICOM
-    file's VOI LUT or window does not travel, its spacing does.
-
-    Returns
-    -------
-    films, problems, notes
-        `films` with the copies' paths and bits where there is a copy, what could not be copied, and what else lies there.
-
-    Raises
-    ------
-    BadInput
-        Two films have the same name there, or the folder cannot be written.
-    """
-    # A study's UID is full of dots, which harm no file.
-    names = pd.Series(
-        [
-            short_name("_".join(escape_id(part).replace("%2E", ".") for part in (study, image) if part)) + ".png"
-            for study, image in zip(films["study_id"], films["image_id"], strict=True)
-        ],
-        films.index,
-        dtype=str,
-    )
-    twice = names.duplicated()
-    if twice.any():
-        raise BadInput(f"two films would be copied to the name {names[twice].iloc[0]}; give them other image ids or study ids")
-    targets = pd.Series([output_dir / split / name for split, name in zip(films["split"], names, strict=True)], films.index)
-    for split in films["split"].unique():
-        make_folder(output_dir / split)
-    for target in targets:
-        if not target.exists():
-            strays = [p for split in SPLITS if (p := output_dir / split / target.name) != target and p.exists()]
-            if strays:
-                strays[0].replace(target)
-    readable = films["bits"] > 0
-    jobs = list(zip(films.loc[readable, "path"], targets[readable], strict=True))
-    done = map_processes(partial(copy_film, reading=reading), jobs, workers, "copying", "film", chunk=1)
-    copied = pd.Series(done, films.index[readable], dtype=object)
-    failed = copied.map(lambda bits: isinstance(bits, str)).astype(bool)
-    problems = [Problem("not copied", reason) for reason in copied[failed]]
-    copied = copied[~failed]
-    films = films.copy()
-    films.loc[copied.index, "bits"] = copied.astype(int)
-    films.loc[copied.index, "path"] = targets[copied.index].map(str)
-    return films, problems, _foreign_copies(output_dir, set(targets))
-
-
-def copy_film(job: tuple[str, Path], reading: ReadingConfig = AS_IT_COMES) -> int | str:
-    """Write one film as PNG and return its bits per pixel, or why it cannot be read."""
-    import imagecodecs
-
-    source, target = job
-    if target.exists():
-        return read_header(target).bits
-    try:
-        pixels = read_mammogram(source, reading).pixels
-    except BadInput as error:
-        return str(error)
-    try:
-        with whole_file(target) as temporary:
-            temporary.write_bytes(imagecodecs.png_encode(pixels, level=1))
-    except OSError as error:
-        raise BadInput(f"cannot write {target}: {error.strerror}; make room, or choose another output directory") from error
-    return 8 * pixels.dtype.itemsize
-
-
-def _foreign_copies(output_dir: Path, targets: set[Path]) -> list[str]:
-    """Say so where the folders of the splits hold images that are none of these films: an old run's, perhaps."""
-    others = [path for split in SPLITS for path in (output_dir / split).glob("*.png") if path not in targets]
-    if not others:
-        return []
-    return [f"{len(others)} images next to the copies are not of this manifest, such as {others[0]}; remove them"]

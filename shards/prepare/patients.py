@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -10,17 +11,24 @@ import pandas as pd
 from mammostream.common.errors import BadInput
 from mammostream.shards.identity import clean_ids, describe_lookalikes, lookalikes, names_nobody, stands_for_all, without_views
 
-_MEND = "give --patient-regex (such as '[^/]+$' if each film is of another patient), or a CSV with image_id and patient_id"
+_MEND = (
+    "give --patient-regex (such as '[^/]+$' if each film is of another patient), --patient-from folder if each patient has a "
+    "folder, or a CSV with image_id and patient_id"
+)
 
 
-def compile_regex(patient_regex: str | None, dataset: str) -> re.Pattern[str] | None:
+def compile_regex(patient_regex: str | None, dataset: str, patient_from: str | None = None) -> re.Pattern[str] | None:
     """Return ``--patient-regex`` as a pattern.
 
     Raises
     ------
     BadInput
-        It is no regular expression, or the data set names its patients itself.
+        It is no regular expression, ``--patient-from`` is given too, or the data set names its patients itself.
     """
+    if patient_regex and patient_from:
+        raise BadInput("--patient-regex and --patient-from both say where the patient stands; give one")
+    if patient_from and dataset != "folder":
+        raise BadInput(f"--patient-from is for plain folders; {dataset} names its patients itself")
     if patient_regex and dataset != "folder":
         raise BadInput(f"--patient-regex is for plain folders; {dataset} names its patients itself")
     try:
@@ -29,7 +37,15 @@ def compile_regex(patient_regex: str | None, dataset: str) -> re.Pattern[str] | 
         raise BadInput(f"--patient-regex {patient_regex!r} is not a regular expression: {error}") from error
 
 
-def film_patients(films: pd.DataFrame, root: Path, pattern: re.Pattern[str] | None, notes: list[str]) -> pd.Series:
+def film_patients(
+    films: pd.DataFrame,
+    root: Path,
+    pattern: re.Pattern[str] | None,
+    notes: list[str],
+    *,
+    patient_from: str | None = None,
+    missing: Sequence[str] = (),
+) -> pd.Series:
     """Return each film's patient; "" if the file cannot be read and nothing else tells.
 
     Parameters
@@ -42,12 +58,20 @@ def film_patients(films: pd.DataFrame, root: Path, pattern: re.Pattern[str] | No
         ``--patient-regex``: applied to the id, and to the path if there is no id or it does not match.
     notes
         What was repaired, and what looks wrong, is added here.
+    patient_from
+        ``folder``: the first folder below `root` is the patient.
+    missing
+        Rows of tables that name no file: the likely cause where a film has no patient.
 
     Raises
     ------
     BadInput
         A readable film has no patient.
     """
+    if patient_from == "folder":
+        patients = _first_folders(films, root)
+        notes += _doubts(patients)
+        return patients
     patients = _known(films, notes)
     if pattern is not None:
         patients = _matched(films, patients, root, pattern, notes)
@@ -64,6 +88,11 @@ def film_patients(films: pd.DataFrame, root: Path, pattern: re.Pattern[str] | No
     if len(nameless):
         path = Path(nameless["path"].iloc[0]).relative_to(root)
         why = f": {notes[0]}" if notes and "names nobody" in notes[0] else ""
+        if missing:
+            raise BadInput(
+                f"{len(missing)} rows of the tables name no file: {missing[0]}; {len(nameless)} films stand in no row with a "
+                f"patient, such as {path}: write their names as the files are called, or {_MEND}{why}"
+            )
         raise BadInput(f"{path} names no patient; {_MEND} ({len(nameless)} such films{why})")
     notes += _doubts(patients[patients != ""])
     return patients
@@ -81,6 +110,15 @@ def _known(films: pd.DataFrame, notes: list[str]) -> pd.Series:
         notes.insert(0, f"the patient id '{name}' of all {studies} studies names nobody: treated as unknown")
         ids = ids.where(ids == "", "")
     return ids
+
+
+def _first_folders(films: pd.DataFrame, root: Path) -> pd.Series:
+    """Return the first folder below `root` that each film lies in."""
+    parts = [Path(path).relative_to(root).parts for path in films["path"]]
+    outside = next((path for path, names in zip(films["path"], parts, strict=True) if len(names) < 2), None)
+    if outside is not None:
+        raise BadInput(f"--patient-from folder: {outside} lies in no folder below {root}; move it, or give --patient-regex")
+    return clean_ids(pd.Series([names[0] for names in parts], films.index, dtype=object))
 
 
 def _matched(films: pd.DataFrame, patients: pd.Series, root: Path, pattern: re.Pattern[str], notes: list[str]) -> pd.Series:

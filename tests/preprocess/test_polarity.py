@@ -98,7 +98,7 @@ def test_as_is_flags_and_leaves_it(film, expected):
     assert made.segmentation.side != expected.segmentation.side
 
 
-@pytest.mark.parametrize("window", [{}, {"WindowCenter": -2000, "WindowWidth": 4000}])
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": -30000, "WindowWidth": 60000}])
 def test_a_falling_rescale_is_applied_before_the_breast_is_looked_for(tmp_path, film, expected, window):
     said = {"RescaleSlope": -1, "RescaleIntercept": 0, "PixelSpacing": [0.2, 0.2], **window}
     stored = over(film)
@@ -109,7 +109,7 @@ def test_a_falling_rescale_is_applied_before_the_breast_is_looked_for(tmp_path, 
     assert "inverted" not in made.flags  # the file says itself how it is meant
     np.testing.assert_array_equal(made.segmentation.mask, expected.segmentation.mask)
     if window:  # the display that PS3.3 C.11.2.1.2.1 defines
-        shown = np.clip(((-stored.astype(float) + 2000.5) / 3999) + 0.5, 0, 1)
+        shown = np.clip(((-stored.astype(float) + 30000.5) / 59999) + 0.5, 0, 1)
         np.testing.assert_allclose(made.image, shown, atol=1e-6)
     else:
         check_same_tiles(made, expected)

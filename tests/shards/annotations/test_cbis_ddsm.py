@@ -6,10 +6,13 @@ import csv
 import shutil
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
+from PIL import Image
 
 from mammostream.common.errors import BadInput
 from mammostream.shards.annotations.datasets import tell_dataset
@@ -137,7 +140,7 @@ def test_films_labels_and_boxes(cbis):
     assert film[["patient_id", "laterality", "view", "split", "bits"]].tolist() == ["P_00001", "L", "CC", "train", 16]
     assert pydicom.dcmread(film["path"]).BitsStored == 16
     labels = {name.removeprefix("label:") for name in frame if name.startswith("label:") and film[name] == 1}
-    assert labels == {"mass", "malignant", "benign", "architectural_distortion", "birads_4", "birads_3"}
+    assert labels == {"mass", "malignant", "benign", "architectural_distortion", "birads_4", "birads_3", "density_c"}
     assert film["label:calcification"] == 0
 
     found = boxes_of(made)
@@ -279,3 +282,129 @@ def test_a_real_film_and_its_mask(films, tmp_path, write_dicom):
         *["Mass-Test_P_00173_RIGHT_CC", "P_00173", "R", "CC", "test"]
     ]
     assert boxes_of(made) == {(row["image_id"], label): lesion.box for label in ("mass", "malignant")}
+
+
+# --- by series alone, masks of other sizes, as JPEG -------------------------------------------------------------------------
+
+
+def test_films_and_masks_in_folders_of_their_series_alone(tmp_path, write_dicom):
+    """As download programs lay them out: <series>/1-1.dcm, without case and study."""
+    rng = np.random.default_rng(0)
+    for lesion in LESIONS:
+        _, series, _, roi_series = lesion.uids
+        mask = np.zeros(SHAPE, np.uint8)
+        xmin, ymin, xmax, ymax = lesion.box
+        mask[ymin:ymax, xmin:xmax] = 255
+        crop = rng.integers(0, 65536, (ymax - ymin, xmax - xmin)).astype(np.uint16)
+        write_dicom(tmp_path / f"images/{series}/1-1.dcm", rng.integers(0, 65536, SHAPE).astype(np.uint16))
+        write_dicom(tmp_path / f"images/{roi_series}/1-1.dcm", crop)
+        write_dicom(tmp_path / f"images/{roi_series}/1-2.dcm", mask)
+    made = prepare_films("cbis-ddsm", tmp_path / "images", write_csvs(tmp_path, LESIONS))
+    assert made.problems == []
+    found = boxes_of(made)
+    for lesion in LESIONS:
+        kind = "mass" if lesion.kind == "Mass" else "calcification"
+        if lesion.case != "Mass-Training_P_00001_LEFT_CC":  # two masses
+            assert found[lesion.case, kind] == lesion.box
+
+
+@pytest.mark.parametrize("cbis", ["as in the CSVs"], indirect=True)
+def test_a_mask_of_another_size_but_the_films_shape_is_scaled(cbis, write_dicom):
+    root, csvs = cbis
+    crop, path = sorted(next(root.rglob("Mass-Training_P_00001_LEFT_MLO_1")).rglob("*.dcm"))
+    mask = np.zeros((93, 62), np.uint8)  # of 90 x 60
+    mask[31:62, 6:60] = 255
+    write_dicom(path, mask)
+    made = prepare_films("cbis-ddsm", root, csvs)
+    (problem,) = made.problems
+    assert problem.kind == "scaled box"
+    assert problem.message.endswith("train_set.csv line 6: mask 000001.dcm is 62 x 93, its film 60 x 90: the box is scaled")
+    box = boxes_of(made)["Mass-Training_P_00001_LEFT_MLO", "mass"]
+    np.testing.assert_allclose(box, (6 * 60 / 62, 30, 60 * 60 / 62, 60))
+
+
+KINDS = {"film": "full mammogram images", "crop": "cropped images", "mask": "ROI mask images"}
+
+
+@pytest.fixture
+def jpeg(tmp_path, breast):
+    """The copy as JPEG: folders of series, files numbered in the order of conversion, dicom_info.csv that says what is what."""
+    rows = []
+
+    def save(series, kind, pixels, case):
+        path = tmp_path / f"cbis/jpeg/{series}/{len(rows) % 2 + 1}-{len(rows):03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=90)
+        names = (f"CBIS-DDSM/dicom/{series}/1-1.dcm", f"CBIS-DDSM/jpeg/{series}/{path.name}", case, KINDS[kind])
+        rows.append((*names, len(rows)))
+
+    shape = (400, 300)
+    lesions = []
+    for number in range(12):
+        official = "Test" if number >= 9 else "Training"
+        side = ("LEFT", "RIGHT")[number % 2]
+        x = 70 if side == "LEFT" else 230
+        box = (x - 13, 185, x + 14, 216)
+        lesion = Lesion("Mass", official, f"P_{number:05d}", side, "CC", 1, ("BENIGN", "MALIGNANT")[number // 2 % 2], 4, box)
+        lesions.append(lesion)
+        _, series, _, roi_series = lesion.uids
+        film = (breast(number, side[0], lesion=True) // 16).astype(np.uint8)
+        mask = np.zeros(shape, np.uint8)
+        mask[box[1] : box[3], box[0] : box[2]] = 255
+        save(series, "film", film, lesion.case)
+        for kind, pixels in (("crop", film[box[1] : box[3], box[0] : box[2]]), ("mask", mask)):
+            save(roi_series, kind, np.ascontiguousarray(pixels), f"{lesion.case}_1")
+    (tmp_path / "cbis/csv").mkdir()
+    write_csvs(tmp_path / "cbis/csv", lesions)
+    for name, header in (("mass", MASS_HEADER), ("calc", CALC_HEADER)):
+        for split in ("train", "test"):
+            path = tmp_path / f"cbis/csv/{name}_case_description_{split}_set.csv"
+            if not path.exists():  # the page's line names all four; one calcification each
+                case = f"Calc-{'Training' if split == 'train' else 'Test'}_P_09999_LEFT_CC"
+                row = "P_09999,0,LEFT,CC,1,calcification,PUNCTATE,CLUSTERED,2,BENIGN,4"
+                paths = f"{case}/1/2/000000.dcm,{case}_1/1/3/000000.dcm,{case}_1/1/3/000001.dcm"
+                path.write_text(f"{header}\n{row},{paths}\n")
+    names = ["file_path", "image_path", "PatientID", "SeriesDescription", "Rows"]
+    pd.DataFrame(rows, columns=names).to_csv(tmp_path / "cbis/csv/dicom_info.csv", index=False)
+    return tmp_path / "cbis", lesions
+
+
+def jpeg_csvs(root):
+    return tuple(sorted((root / "csv").glob("*.csv")))
+
+
+def test_the_copy_as_jpeg(jpeg):
+    root, lesions = jpeg
+    assert tell_dataset(jpeg_csvs(root))[0] == "cbis-ddsm"
+    made = prepare_films("cbis-ddsm", root / "jpeg", jpeg_csvs(root), val_fraction=0)
+    frame = made.manifest.set_index("image_id")
+    assert sorted(frame.index) == sorted(lesion.case for lesion in lesions)
+    assert set(frame["bits"]) == {8}
+    info = pd.read_csv(root / "csv/dicom_info.csv")
+    films = set(info.loc[info["SeriesDescription"] == KINDS["film"], "image_path"].str.rsplit("/", n=1).str[1])
+    assert {Path(path).name for path in frame["path"]} == films
+    assert {p.kind for p in made.problems} == {"missing"}  # the calcifications
+    # A lossy mask's edges are where they were drawn.
+    for lesion in lesions:
+        np.testing.assert_allclose(boxes_of(made)[lesion.case, "mass"], lesion.box, atol=1)
+
+
+def test_the_copy_as_jpeg_without_its_table_and_with_holes_in_it(jpeg):
+    root, _ = jpeg
+    whole = prepare_films("cbis-ddsm", root / "jpeg", jpeg_csvs(root))
+    cases = tuple(path for path in jpeg_csvs(root) if path.name != "dicom_info.csv")
+    without = prepare_films("cbis-ddsm", root / "jpeg", cases)
+    assert without.manifest.equals(whole.manifest)
+    assert without.findings.equals(whole.findings)  # a mask has two values, a crop has not
+    info = root / "csv/dicom_info.csv"
+    info.write_text(info.read_text().replace(KINDS["mask"], "").replace(KINDS["film"], ""))
+    assert prepare_films("cbis-ddsm", root / "jpeg", jpeg_csvs(root)).findings.equals(whole.findings)
+    with pytest.raises(BadInput, match="dicom_info.csv says which JPEG file is what; give the four case description CSVs"):
+        prepare_films("cbis-ddsm", root / "jpeg", (info,))
+
+
+def test_the_pages_steps_lead_to_labels_of_tiles_as_jpeg(jpeg, run_page):
+    root, _ = jpeg
+    both = pd.concat(run_page("CBIS-DDSM as JPEG", root.parent, rest="CBIS-DDSM").values())
+    assert set(both["mass"].dropna()) == {0, 1}
+    assert set(both["malignant"].dropna()) == {0, 1}

@@ -67,11 +67,11 @@ def test_films_patients_and_labels(mias):
     def labels(film):
         return {name.removeprefix("label:") for name in frame if name.startswith("label:") and frame.loc[film, name] == 1}
 
-    assert labels("mdb001") == {"circumscribed_mass", "mass", "benign"}
-    assert labels("mdb003") == {"normal"}
-    assert labels("mdb005") == {"circumscribed_mass", "spiculated_mass", "mass", "benign", "malignant"}
-    assert labels("mdb216") == {"calcification", "malignant"}
-    assert labels("mdb218") == {"ill_defined_mass", "mass", "benign"}
+    assert labels("mdb001") == {"circumscribed_mass", "mass", "benign", "density_fatty_glandular"}
+    assert labels("mdb003") == {"normal", "density_dense_glandular"}
+    assert labels("mdb005") == {"circumscribed_mass", "spiculated_mass", "mass", "benign", "malignant", "density_fatty"}
+    assert labels("mdb216") == {"calcification", "malignant", "density_dense_glandular"}
+    assert labels("mdb218") == {"ill_defined_mass", "mass", "benign", "density_fatty_glandular"}
     assert frame[[name for name in frame if name.startswith("label:")]].notna().all(axis=None)
 
 
@@ -137,4 +137,40 @@ def test_a_file_without_rows_is_refused(mias):
         prepare(mias)
     (mias / "Info.txt").unlink()
     with pytest.raises(BadInput, match=r"Info.txt cannot be read: No such file"):
+        prepare(mias)
+
+
+def as_csv(separator, empty):
+    rows = [line.strip().split(" ") for line in INFO.splitlines() if line.startswith(("REFNUM", "mdb"))]
+    rows = [[*row[:4], " ".join(row[4:])] if "*NOTE" in row else row for row in rows]
+    return "\n".join(separator.join([*row, *[empty] * (7 - len(row))]) for row in rows) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        as_csv(",", ""),
+        as_csv(";", ""),
+        as_csv("\t", "NaN"),
+        as_csv(",", "nan").replace("*NOTE", '"*NOTE').replace("3*", '3*"'),
+        as_csv(" ", "nan").replace("197", "197.0").replace("REFNUM BG", "REFNUM  BG"),
+        "".join(
+            f"{number - 1},{line}\n" if number else f",{line}\n" for number, line in enumerate(as_csv(",", "").splitlines())
+        ),
+    ],
+    ids=["commas", "semicolons", "tabulators", "nan", "blanks and floats", "an index"],
+)
+def test_copies_of_the_table_say_the_same(mias, text):
+    before = prepare(mias)
+    (mias / "Info.txt").write_text(text)
+    assert tell_dataset((mias / "Info.txt",))[0] == "mias"
+    made = prepare(mias)
+    assert made.manifest.equals(before.manifest)
+    assert made.findings.equals(before.findings)
+    assert len(made.problems) == len(before.problems) == 2
+
+
+def test_a_torn_row_of_a_csv_is_named(mias):
+    (mias / "Info.txt").write_text(as_csv(",", "").replace("510,290,70", "510,290,"))
+    with pytest.raises(BadInput, match=r"Info.txt line 3: 'mdb002,G,CIRC,B,510,290,' is no row like"):
         prepare(mias)

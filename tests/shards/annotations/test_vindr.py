@@ -93,6 +93,7 @@ def test_films_and_splits(vindr):
     birads = frame[[f"label:birads_{n}" for n in range(1, 6)]]
     assert birads.sum(axis=1).eq(1).all()
     assert birads.loc["1dc41dc4"].tolist() == [0, 0, 0, 0, 1]
+    assert frame[[f"label:density_{d}" for d in "abcd"]].to_numpy().tolist() == [[0, 0, 1, 0]] * len(frame)
     assert not any("mass" in column for column in frame)
 
 
@@ -114,7 +115,7 @@ def test_findings_are_clipped_boxes_and_labels(vindr):
     assert "3 boxes reach out of their film and are clipped to it" in made.notes
 
     frame = made.manifest.set_index("image_id")
-    assert sorted(c for c in frame if c.startswith("label:") and "birads" not in c) == [
+    assert sorted(c for c in frame if c.startswith("label:") and "birads" not in c and "density" not in c) == [
         f"label:{n}" for n in ("architectural_distortion", "mass", "skin_thickening", "suspicious_calcification")
     ]
     assert frame["label:mass"].fillna(-1).tolist() == [1, 1, -1, 0, 0, 0]

@@ -27,7 +27,8 @@ from mammostream.preprocess.reading import read_mammogram
 from mammostream.shards.annotations.datasets import tell_dataset
 from mammostream.shards.annotations.tree import ImageTree
 from mammostream.shards.manifest import read_findings, read_manifest, write_manifest
-from mammostream.shards.prepare.films import _with_test, _with_validation, copy_films, prepare_films
+from mammostream.shards.prepare.films import _with_test, _with_validation, prepare_films
+from mammostream.shards.prepare.layout import copy_films
 
 NOBODY = 65534
 MAMMOSTREAM = [sys.executable, "-m", "mammostream"]
@@ -58,6 +59,15 @@ CBIS = (
         # Columns that other data sets have as well make no data set.
         ("image_id,study_id,patient_id,laterality,view,split,cancer,biopsy\n", "folder"),
         ("\ufeff" + VINDR.replace("\n", "\r\n"), "vindr"),
+        (VINDR.upper().replace(",", ";"), "vindr"),
+        ("site_id,patient_id,image_id,laterality,view,age,implant,machine_id,prediction_id\n", "rsna"),
+        ("file_path,image_path,PatientID,SeriesDescription,Rows\n", "cbis-ddsm"),
+        ("Patient ID;Patient age;Laterality;View;Acquisition date;File Name;ACR;Bi-Rads\n", "inbreast"),
+        (",empi_anon,acc_anon,anon_dicom_path,FinalImageType,ImageLateralityFinal,ViewPosition,num_roi\n", "embed"),
+        ("empi_anon,acc_anon,numfind,side,asses,tissueden,massshape,calcfind,path_severity,bside\n", "embed"),
+        ("ID1,LeftRight,Age,number,abnormality,classification,subtype\n", "cmmd"),
+        ('"Percentage of\n grandular tissue(density)",PatientID,Breast  type,Breast view,Assesment,Image path\n', "kau-bcmd"),
+        ("Path\tmass\n", "folder"),
     ],
 )
 def test_data_sets_are_told_by_their_columns(tmp_path, content, name):
