@@ -10,6 +10,7 @@ import pytest
 from mammostream.preprocess import tiling
 from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.energy import pixel_energy, speck_response
+from mammostream.preprocess.pectoral import pectoral_muscle
 from mammostream.preprocess.reading import Header, Mammogram
 from mammostream.preprocess.resampling import block_mean, resample
 from mammostream.preprocess.segmentation import segment_breast
@@ -59,6 +60,19 @@ def test_masks(cupy, native):
         assert isinstance(device.mask, cupy.ndarray)
         assert overlap(to_host(device.mask), host.mask) >= 0.999, name
         assert (device.side, device.method, device.flags, device.factor) == (host.side, host.method, host.flags, host.factor)
+
+
+def test_muscles(cupy, native):
+    for name, mammogram in native.items():
+        segmentation = segment_breast(mammogram.pixels, 0.05)
+        coarse = block_mean(mammogram.pixels, segmentation.factor)
+        there = replace(segmentation, mask=cupy.asarray(segmentation.mask))
+        for view in ("", "MLO"):
+            host = pectoral_muscle(coarse, segmentation, view)
+            device = pectoral_muscle(cupy.asarray(coarse), there, view)
+            assert isinstance(device, cupy.ndarray)
+            assert host.any() == bool(device.any()), (name, view)
+            assert not host.any() or overlap(to_host(device), host) >= 0.98, (name, view)
 
 
 def odd_images() -> dict[str, np.ndarray]:
