@@ -31,7 +31,7 @@ TISSUE_BEYOND_MM = 4.0  # the skin line, with nothing beyond, is no edge of the 
 BAND_MM, BEND_COST, DEVIATION_COST, END_MM = 12.0, 0.06, 0.2, 2.0
 SMOOTHING_MM = 3.0
 # Mean edge along the curve, 0-1: below it, there is no muscle. Where the view is unknown the shape has to show more.
-MIN_EDGE, MIN_CLEAR_EDGE = 0.36, 0.5
+MIN_EDGE, MIN_CLEAR_EDGE = 0.4, 0.5
 CLEAR_PART, MIN_CLEAR_PART = 0.3, 0.85  # this part of the curve has an edge of at least so much
 MAX_ABOVE_MM, MIN_TOP_MM, MIN_WIDTH_MM, MIN_WIDENING = 4.0, 20.0, 40.0, 0.8
 

@@ -135,7 +135,7 @@ class ShardSet:
     def _read(self, name: str, what: str, schema: pa.Schema) -> pd.DataFrame:
         frame = read_parquet(self.table(name), what, "run 'mammostream shards build' again")
         missing = [column for column in schema.names if column in ADDED_COLUMNS and column not in frame.columns]
-        return frame.assign(**dict.fromkeys(missing))  # type: ignore[arg-type]
+        return frame.assign(**dict.fromkeys(missing))
 
     def table(self, name: str) -> Path:
         """Return the path of the table ``tiles`` or ``images``; a bucket's is fetched first."""

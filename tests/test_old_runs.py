@@ -74,6 +74,14 @@ def test_a_film_is_predicted_as_its_model_was_made(old_run, mammostream, cropped
     assert len(pd.read_parquet(old_run / "film/predictions.parquet"))
 
 
+def test_old_tiles_can_be_unpacked_and_packed_again(old_run, mammostream):
+    mammostream("shards unpack shards --output-dir tiles --workers 1")
+    mammostream("shards pack --csv tiles/tiles.csv --tiles-dir tiles --output-dir packed --workers 1")
+    old, new = (open_shards(old_run / name) for name in ("shards", "packed"))
+    assert new.preprocessing["mapping"] == old.preprocessing["mapping"]
+    assert sorted(new.tiles()["crc32"]) == sorted(old.tiles()["crc32"])
+
+
 def test_a_classifier_answers_as_it_did(old_run, mammostream):
     model = "finetune/final_classification_model.pth"
     mammostream(f"infer --model-path {model} --shards shards --output-dir again {ONE_THREAD}")
