@@ -105,7 +105,7 @@ class Mammogram:
         (H, W) uint8 or uint16; brighter is denser (MONOCHROME1 is undone), padding is 0. A NumPy array, perhaps read-only,
         or a CuPy array where it was read with ``device="cuda"``.
     header
-        What the file says of it; `with_spacing` overrides the spacing.
+        What the file says of it; `with_spacing` and `with_view` override it.
     voi
         (N,) float32 in [0, 1]: ``voi[pixels]`` is the display by the file's own VOI LUT or window; N > ``pixels.max()``.
         None where the file has none.
@@ -121,6 +121,10 @@ class Mammogram:
     def with_spacing(self, spacing_mm: float | None, source: str) -> Mammogram:
         """Return the mammogram with another pixel spacing (mm) and where it came from."""
         return replace(self, header=replace(self.header, spacing_mm=spacing_mm, spacing_source=source))
+
+    def with_view(self, view: str) -> Mammogram:
+        """Return the mammogram with another view; an empty one leaves the file's."""
+        return replace(self, header=replace(self.header, view=view)) if view else self
 
 
 def check_size(height: int, width: int) -> None:

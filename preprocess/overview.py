@@ -48,7 +48,7 @@ _SHEET = "contact_sheet"
 _RULES = ("breast rule", "frequency rule", "both rules", "rescue tile")  # as RULE_COLOURS
 _PERCENTILES = (50, 75, 90, 95, 99)
 _FACTS = "mammostream"  # the PNG text's name
-_DRAWING = 1  # raise it when pictures are drawn otherwise: old ones are drawn again then
+_DRAWING = 2  # raise it when pictures are drawn otherwise: old ones are drawn again then
 
 _CELL_WIDTH, _CAPTION, _GAP, _HEADING = 300, 54, 8, 54  # pixels
 _CELL = (_CELL_WIDTH, round(_CELL_WIDTH * FILM_PANEL[3] * SIZE_INCHES[1] / (FILM_PANEL[2] * SIZE_INCHES[0])))
@@ -66,8 +66,8 @@ class PictureJob:
         The film, and the PNG to write.
     spacing_mm, spacing_source
         Size of a native pixel in mm and where it is from; None leaves it to the file.
-    laterality
-        L or R as the metadata have it, or empty.
+    laterality, view
+        As the metadata have them (L or R; CC, MLO and others), or empty.
     boxes
         Annotated boxes (xmin, ymin, xmax, ymax) in native pixels.
     """
@@ -78,6 +78,7 @@ class PictureJob:
     spacing_mm: float | None = None
     spacing_source: str = ""
     laterality: str = ""
+    view: str = ""
     boxes: tuple[Box, ...] = ()
 
 
@@ -95,6 +96,8 @@ class FilmPicture:
         As :attr:`mammostream.preprocess.selection.TileSelection.counts`.
     flags
         What is doubtful: the film's flags, and ``side_disagrees`` where the breast is not at the side that the metadata say.
+    plausibility
+        Of the breast mask, 0-1; 0 where there is no picture.
     energies
         As :func:`mammostream.preprocess.preview.energy_counts`.
     """
@@ -104,6 +107,7 @@ class FilmPicture:
     reason: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    plausibility: float = 0.0
     energies: tuple[int, ...] = ()
 
 
@@ -147,12 +151,18 @@ def draw_picture(job: PictureJob, config: TilingConfig, overwrite: bool = False)
             job.picture.unlink(missing_ok=True)
             return FilmPicture(job.image_id, job.picture, reason=str(error))
     return FilmPicture(
-        job.image_id, job.picture, "", facts["counts"], flags=tuple(facts["flags"]), energies=tuple(facts["energies"])
+        job.image_id,
+        job.picture,
+        "",
+        facts["counts"],
+        flags=tuple(facts["flags"]),
+        plausibility=facts["plausibility"],
+        energies=tuple(facts["energies"]),
     )
 
 
 def _draw(job: PictureJob, config: TilingConfig, source: str) -> dict[str, Any]:
-    mammogram = read_mammogram(job.image, config)
+    mammogram = read_mammogram(job.image, config).with_view(job.view)
     if job.spacing_mm is not None:
         mammogram = mammogram.with_spacing(job.spacing_mm, job.spacing_source)
     film = tile_film(mammogram, config)
@@ -162,6 +172,7 @@ def _draw(job: PictureJob, config: TilingConfig, source: str) -> dict[str, Any]:
         "source": source,
         "counts": film.selection.counts,
         "flags": flags,
+        "plausibility": film.segmentation.plausibility,
         "energies": energy_counts(film.selection).tolist(),
     }
     spacing = f"{header.spacing_mm:g} mm a pixel ({header.spacing_source})" if header.spacing_mm else "pixel size unknown"
@@ -174,7 +185,7 @@ def _source(job: PictureJob, config: TilingConfig) -> str:
     """Return a hash of all that decides what a picture shows."""
     state = job.image.stat() if job.image.is_file() else None
     file = [str(job.image.absolute()), state.st_size, state.st_mtime_ns] if state else []
-    shown = [job.image_id, job.spacing_mm, job.spacing_source, job.laterality, job.boxes]
+    shown = [job.image_id, job.spacing_mm, job.spacing_source, job.laterality, job.view, job.boxes]
     return sha256_json({"film": shown, "file": file, "options": asdict(config), "drawing": _DRAWING})
 
 

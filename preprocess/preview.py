@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 
 RULE_COLOURS = {"breast": "#3fa7ff", "frequency": "#ff5d5d", "both": "#ffc83d", "rescue": "#ff3dff"}
-FATE_COLOURS = {"intensity": "#7d8fa3", "nonzero": "#c79bff", "rules": "#ff9966", "limit": "#e8e8e8"}
-CONTOUR_COLOUR, CLUSTER_COLOUR, BOX_COLOUR = "#5dff8f", "#00f0ff", "#ffffff"
+FATE_COLOURS = {"intensity": "#7d8fa3", "nonzero": "#c79bff", "rules": "#ff9966", "pectoral": "#ff8fc7", "limit": "#e8e8e8"}
+CONTOUR_COLOUR, PECTORAL_COLOUR, CLUSTER_COLOUR, BOX_COLOUR = "#5dff8f", "#ff7ab0", "#00f0ff", "#ffffff"
 BAD_COLOUR, GOOD_COLOUR = "#c02020", "#207020"
 RESPONSE_COLOURS, RESPONSE_LIMIT = "plasma", 8.0
 SHOWN_FOG_MM2 = 100.0  # a smaller area that was cut as fog is not worth a word
@@ -46,7 +46,8 @@ _KEPT = {
     "both": ("kept_both_rules", "both rules"),
     "rescue": ("kept_rescue", "rescue tile"),
 }
-_REJECTED = {"intensity": "too dark", "nonzero": "too much black", "rules": "no rule met", "limit": "over the limit"}
+_REJECTED = {"intensity": "too dark", "nonzero": "too much black", "rules": "no rule met"}
+_REJECTED |= {"pectoral": "too much muscle", "limit": "over the limit"}
 _DASHES = (0, (2, 1))
 
 
@@ -95,7 +96,7 @@ def draw_film(
     bar.ax.tick_params(labelsize=6.5, length=2)
     bar.set_label(f"speck response (noise deviations), highest of {PEAK_MM} mm", fontsize=7)
     draw_energies(figure.add_axes(_ENERGY_PANEL), energy_counts(film.selection), film.selection.threshold)
-    _draw_legend(figure, film.selection.counts, len(boxes))
+    _draw_legend(figure, film, len(boxes))
     canvas.draw()
     info = PngInfo()
     for name, text in (facts or {}).items():
@@ -105,7 +106,7 @@ def draw_film(
 
 
 def draw_tiles(axes: Axes, film: Film, tile_size: int, boxes: Sequence[Box] = ()) -> None:
-    """Draw a film with its mask's contour, its tiles, clusters of specks, and boxes.
+    """Draw a film with the contours of breast and pectoral muscle, its tiles, clusters of specks, and boxes.
 
     The film is brightened by a square root, so that the skin line shows. A kept tile is a square with a mark in its middle, in
     the colour of its rule; another candidate is a dot in its middle, in the colour of what rejected it.
@@ -196,7 +197,8 @@ def few_colours(picture: PILImage.Image) -> PILImage.Image:
     from matplotlib.colors import to_rgba_array
     from PIL import Image
 
-    named = (*RULE_COLOURS.values(), *FATE_COLOURS.values(), CONTOUR_COLOUR, CLUSTER_COLOUR, BAD_COLOUR, GOOD_COLOUR)
+    outlines = (CONTOUR_COLOUR, PECTORAL_COLOUR, CLUSTER_COLOUR, BAD_COLOUR, GOOD_COLOUR)
+    named = (*RULE_COLOURS.values(), *FATE_COLOURS.values(), *outlines)
     marks = to_rgba_array(named)[:, :3]
     # Pillow looks colours up in steps of 4: a grey near white would take white's place.
     greys = np.append(np.linspace(0, 0.96, 99), 1.0)[:, None] * np.ones(3)
@@ -219,7 +221,7 @@ def _draw_titles(figure: Figure, film: Film, title: str, flags: Sequence[str]) -
     figure.text(0.99, 0.91, verdict, fontsize=8, ha="right", color=colour)
 
 
-def _draw_legend(figure: Figure, counts: dict[str, int], boxes: int) -> None:
+def _draw_legend(figure: Figure, film: Film, boxes: int) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -229,13 +231,16 @@ def _draw_legend(figure: Figure, counts: dict[str, int], boxes: int) -> None:
     def line(label: str, **style: Any) -> Line2D:
         return Line2D([], [], label=label, **style)
 
+    counts = film.selection.counts
     handles: list[Any] = [line(f"kept {counts['kept']} of {counts['candidates']} candidates", linestyle="none")]
     handles += [outline(RULE_COLOURS[rule], f"{counts[name]}  {label}") for rule, (name, label) in _KEPT.items()]
     handles += [line("rejected", linestyle="none")]
     dot: dict[str, Any] = {"linestyle": "none", "marker": "s", "markersize": 4}
     handles += [line(f"{counts[f'rejected_{why}']}  {_REJECTED[why]}", color=c, **dot) for why, c in FATE_COLOURS.items()]
     clusters = f"{counts['clusters']}  clusters of specks, {counts['clusters_unheld']} in no tile"
-    handles += [line("breast", color=CONTOUR_COLOUR), outline(CLUSTER_COLOUR, clusters, _DASHES)]
+    handles += [line("breast", color=CONTOUR_COLOUR)]
+    handles += [line("pectoral muscle", color=PECTORAL_COLOUR)] if bool(film.pectoral.any()) else []
+    handles += [outline(CLUSTER_COLOUR, clusters, _DASHES)]
     handles += [outline(BOX_COLOUR, f"{boxes}  annotated boxes")] if boxes else []
     style = {"fontsize": 7, "facecolor": "#303030", "labelcolor": "white", "framealpha": 1, "labelspacing": 0.55}
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=_LEGEND_CORNER, borderpad=0.8, **style)
@@ -251,11 +256,12 @@ def _show_film(axes: Axes, film: Film, white: float = 1.0) -> None:
 
 
 def _draw_contour(axes: Axes, film: Film, width: float) -> None:
-    mask = backend_of(film.image).to_host(film.segmentation.mask)
-    if min(mask.shape) > 1 and mask.any() and not mask.all():
-        edge = film.segmentation.factor / film.scale
-        rows, columns = ((np.arange(n) + 0.5) * edge for n in mask.shape)
-        axes.contour(columns, rows, mask, levels=[0.5], colors=CONTOUR_COLOUR, linewidths=width)
+    edge = film.segmentation.factor / film.scale
+    for found, colour in ((film.pectoral, PECTORAL_COLOUR), (film.segmentation.mask, CONTOUR_COLOUR)):
+        mask = backend_of(film.image).to_host(found)
+        if min(mask.shape) > 1 and mask.any() and not mask.all():
+            rows, columns = ((np.arange(n) + 0.5) * edge for n in mask.shape)
+            axes.contour(columns, rows, mask, levels=[0.5], colors=colour, linewidths=width)
 
 
 def _draw_rescues(axes: Axes, film: Film, tile_size: int) -> None:

@@ -18,6 +18,7 @@ from mammostream.common.options import option
 from mammostream.preprocess.backend import backend_of
 
 NONZERO_ABOVE = 15 / 255
+REJECTIONS = ("intensity", "nonzero", "rules", "pectoral", "limit")
 # Positions that are tried along each axis for a rescue tile.
 RESCUE_POSITIONS = 16
 
@@ -40,6 +41,9 @@ class SelectionConfig:
     freq_percentile: float | None = option(
         None, "Frequency threshold as a percentile (0-100) of each film's candidates, instead of --min-freq-energy."
     )
+    max_pectoral_ratio: float = option(
+        1.0, "Maximum share of pectoral muscle in a tile, 0-1; the default drops no tile. 'preview' draws the muscle."
+    )
     max_tiles_per_image: int | None = option(None, "Keep at most this many tiles per film, those of highest energy.")
     min_speck: float = option(4.0, "Rescue tiles: minimum response of a speck, in deviations of the noise around.")
     cluster_specks: int = option(5, "Rescue tiles: minimum number of specks of a cluster; 0 makes no rescue tiles.")
@@ -49,7 +53,7 @@ class SelectionConfig:
         for name in ("tile_size", "stride"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)} is not a positive number of pixels")
-        for name in ("min_breast_ratio", "min_nonzero"):
+        for name in ("min_breast_ratio", "min_nonzero", "max_pectoral_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"--{name.replace('_', '-')} {getattr(self, name)} is not a share between 0 and 1")
         if not 0 <= self.min_intensity <= 255:
@@ -77,8 +81,8 @@ class ScoreMaps:
         (h, w) mean intensity in [0, 1], and share of pixels above 15/255.
     energy
         (h, w) pixel energy of :func:`mammostream.preprocess.energy.pixel_energy`.
-    mask
-        (h', w') bool breast mask.
+    mask, pectoral
+        (h', w') bool, the breast and the pectoral muscle; None for no muscle.
     scale, mask_scale
         Pixels of the image an edge of a pixel of the maps, and of the mask.
     """
@@ -89,6 +93,7 @@ class ScoreMaps:
     mask: Any
     scale: float
     mask_scale: float
+    pectoral: Any = None
 
     def measure(self, x: np.ndarray, y: np.ndarray, size: int) -> Scores:
         """Return the scores of tiles of `size` pixels whose left and top edges are `x` and `y`."""
@@ -97,6 +102,7 @@ class ScoreMaps:
         def means(values: Any, scale: float) -> np.ndarray:
             return to_host(box_means(values, y / scale, x / scale, size / scale, size / scale))
 
+        muscle = np.zeros(len(x)) if self.pectoral is None else means(self.pectoral, self.mask_scale)
         return Scores(
             x=x,
             y=y,
@@ -104,6 +110,8 @@ class ScoreMaps:
             freq_energy=np.maximum(means(self.energy, self.scale), 0),
             mean_intensity=np.clip(means(self.intensity, self.scale), 0, 1),
             nonzero_ratio=np.clip(means(self.nonzero, self.scale), 0, 1),
+            # Differences of sums leave 1e-12 where there is no muscle, which a maximum of 0 would reject.
+            pectoral_ratio=np.clip(muscle, 0, 1).round(6),
         )
 
 
@@ -115,8 +123,8 @@ class Scores:
     ----------
     x, y
         Left and top edge in pixels of the image that was given.
-    breast_ratio, mean_intensity, nonzero_ratio
-        In [0, 1].
+    breast_ratio, mean_intensity, nonzero_ratio, pectoral_ratio
+        In [0, 1]. The muscle is part of the breast.
     freq_energy
         Energy of bright specks per cm², 0 to 20,000.
     """
@@ -127,6 +135,7 @@ class Scores:
     freq_energy: np.ndarray
     mean_intensity: np.ndarray
     nonzero_ratio: np.ndarray
+    pectoral_ratio: np.ndarray
 
     def take(self, chosen: np.ndarray) -> Scores:
         """Return the rows that an index or a mask chooses."""
@@ -149,7 +158,7 @@ class TileSelection:
         ``breast``, ``frequency`` or ``both``: the rules that each tile meets; or ``rescue``.
     candidates, fate
         All tiles of the grid in row order, and for each ``kept`` or what rejected it first: ``intensity``, ``nonzero``,
-        ``rules``, ``limit``.
+        ``rules``, ``pectoral``, ``limit``.
     clusters
         (K, 4) xmin, ymin, xmax, ymax of the speck clusters that were looked at.
     unheld
@@ -171,7 +180,7 @@ class TileSelection:
         """Counts for ``images.parquet``: candidates, ``rejected_*`` (each candidate once), kept, ``kept_*``, clusters."""
         return {
             "candidates": len(self.fate),
-            **{f"rejected_{why}": int((self.fate == why).sum()) for why in ("intensity", "nonzero", "rules", "limit")},
+            **{f"rejected_{why}": int((self.fate == why).sum()) for why in REJECTIONS},
             "kept": len(self.rule),
             "kept_breast_only": int((self.rule == "breast").sum()),
             "kept_frequency_only": int((self.rule == "frequency").sum()),
@@ -270,7 +279,8 @@ def select_tiles(
         "breast": by_breast,
         "frequency": by_frequency,
     }[config.select]
-    fate = np.select([~bright, ~full, ~chosen], ["intensity", "nonzero", "rules"], "kept").astype(object)
+    muscle = scores.pectoral_ratio > config.max_pectoral_ratio
+    fate = np.select([~bright, ~full, ~chosen, muscle], REJECTIONS[:4], "kept").astype(object)
     rule = np.select([by_breast & by_frequency, by_breast], ["both", "breast"], "frequency").astype(object)
 
     on_grid = np.flatnonzero(fate == "kept")
@@ -326,7 +336,7 @@ def _rescue_tile(
     apart |= np.abs(y[:, None] - kept.y) >= min_step
     scores = maps.measure(x, y, size)
     bright, full = _gates(scores, config)
-    fits = bright & full & apart.all(axis=1)
+    fits = bright & full & apart.all(axis=1) & (scores.pectoral_ratio <= config.max_pectoral_ratio)
     if config.select == "both":
         fits &= scores.breast_ratio >= config.min_breast_ratio
     if not fits.any():

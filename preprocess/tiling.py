@@ -15,6 +15,7 @@ from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.energy import pixel_energy, speck_response
 from mammostream.preprocess.intensity import MAPPINGS, map_to_unit, to_stored, useless
 from mammostream.preprocess.mammogram import Mammogram, ReadingConfig
+from mammostream.preprocess.pectoral import pectoral_muscle, view_of
 from mammostream.preprocess.polarity import upright
 from mammostream.preprocess.resampling import block_mean, resample
 from mammostream.preprocess.segmentation import Segmentation, coarse_factor, fine_factor, segment_breast
@@ -61,10 +62,10 @@ class TilingConfig(SelectionConfig, ReadingConfig):
             raise BadInput(f"--pixel-spacing {self.pixel_spacing} is not between 0.01 and 2 mm")
 
 
-# Recorded with the tiles since version 0.1.0: earlier ones were made with these.
-RECORDED_SINCE = {"polarity": "as-is"}
 # Recorded with the tiles by their own names; the spacing is recorded as ``pixel_spacing_mm``, the mapping by its version.
 RECORDED = tuple(f.name for f in fields(TilingConfig) if f.name not in ("pixel_spacing", "mapping"))
+# Options since version 0.1.0, whose records lack them, and what that version did.
+_ADDED = {"polarity": "as-is", "max_pectoral_ratio": 1.0}
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,16 @@ class Film:
         Native pixels an edge of a pixel of `image`.
     segmentation, selection
         The breast, and the selection of tiles in pixels of `image`.
+    pectoral
+        (h, w) bool, the pectoral muscle on the grid of the breast's mask, which it is part of.
     response, response_scale
         Speck response in noise deviations, and how many pixels of `image` make an edge of its pixels.
     mapping
         How stored values became [0, 1].
     flags
-        The header's, ``inverted`` (see :func:`mammostream.preprocess.polarity.upright`), the segmentation's, ``padded`` (the
-        film is smaller than a tile), ``cluster_not_held`` (a cluster of specks lies where no tile passes the gates).
+        The header's, ``inverted`` (see :func:`mammostream.preprocess.polarity.upright`), the segmentation's, ``no_pectoral``
+        (an MLO view on which no pectoral muscle was found), ``padded`` (the film is smaller than a tile),
+        ``cluster_not_held`` (a cluster of specks lies where no tile passes the gates).
     remarks
         The particulars of flags that have any.
     guide_8bit_kept
@@ -95,6 +99,7 @@ class Film:
     image: Any
     scale: float
     segmentation: Segmentation
+    pectoral: Any
     selection: TileSelection
     response: Any
     response_scale: int
@@ -102,6 +107,11 @@ class Film:
     flags: tuple[str, ...]
     guide_8bit_kept: int
     remarks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def pectoral_area_mm2(self) -> float:
+        """Area of the pectoral muscle in mm², 0 where none was found."""
+        return float(self.pectoral.sum()) * self.segmentation.spacing_mm**2
 
     @property
     def tiles(self) -> Scores:
@@ -150,21 +160,26 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     small = block_mean(image, fine)
     response = speck_response(small, segmentation.mask, spacing * fine)
     flags = tuple(dict.fromkeys((*header.flags, *remarks, *segmentation.flags)))
-    mask = segmentation.mask
+    thumbnail = block_mean(mammogram.pixels, segmentation.factor)
+    pectoral = pectoral_muscle(thumbnail, segmentation, header.view)
+    if view_of(header.view) == "MLO" and segmentation.side and not bool(pectoral.any()):
+        flags = (*flags, "no_pectoral")
+    masks = [segmentation.mask, pectoral]
     if min(image.shape) < config.tile_size:
         flags = (*flags, "padded")
         image = _padded(image, [max(n, config.tile_size) for n in image.shape])
         small, energies = (_padded(a, [-(-n // fine) for n in image.shape]) for a in (small, pixel_energy(response)))
-        mask = _padded(mask, [math.ceil(n * scale / segmentation.factor) for n in image.shape])
+        masks = [_padded(mask, [math.ceil(n * scale / segmentation.factor) for n in image.shape]) for mask in masks]
     else:
         energies = pixel_energy(response)
     maps = ScoreMaps(
         intensity=block_mean(small, coarse // fine),
         nonzero=block_mean(small > NONZERO_ABOVE, coarse // fine),
         energy=block_mean(energies, coarse // fine),
-        mask=mask,
+        mask=masks[0],
         scale=coarse,
         mask_scale=segmentation.factor / scale,
+        pectoral=masks[1],
     )
     clusters = None
     if config.cluster_specks and config.select != "breast":
@@ -178,8 +193,8 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     selection = select_tiles(image.shape, maps, config, clusters, min_step=math.ceil(1 / scale), inside=(rows, columns))
     if selection.unheld:
         flags = (*flags, "cluster_not_held")
-    guide = _guide_8bit_kept(mammogram, segmentation, config, scale)
-    return Film(image, scale, segmentation, selection, response, fine, mapping, flags, guide, remarks)
+    guide = _guide_8bit_kept(mammogram.pixels.shape, thumbnail / (2**header.bits - 1), segmentation, config, scale)
+    return Film(image, scale, segmentation, pectoral, selection, response, fine, mapping, flags, guide, remarks)
 
 
 def _display(mammogram: Mammogram, config: TilingConfig, breast_values: Any) -> tuple[Any | None, dict[str, str]]:
@@ -208,11 +223,11 @@ def _values_inside(backend: Backend, pixels: Any, segmentation: Segmentation) ->
     return sample[segmentation.mask[rows[:, None], columns[None, :]]]
 
 
-def _guide_8bit_kept(mammogram: Mammogram, segmentation: Segmentation, config: TilingConfig, scale: float) -> int:
-    full_range = 2**mammogram.header.bits - 1
-    coarse = block_mean(mammogram.pixels, segmentation.factor) / full_range
+def _guide_8bit_kept(
+    shape: tuple[int, int], coarse: Any, segmentation: Segmentation, config: TilingConfig, scale: float
+) -> int:
     size, stride = config.tile_size * scale, max(1, round(config.stride * scale))
-    rows, columns = (grid_positions(n, round(size), stride) for n in mammogram.pixels.shape)
+    rows, columns = (grid_positions(n, round(size), stride) for n in shape)
     y, x = (grid.ravel() / segmentation.factor for grid in np.meshgrid(rows, columns, indexing="ij"))
     edge = size / segmentation.factor
     bright = box_means(coarse, y, x, edge, edge) >= config.intensity_gate
@@ -248,6 +263,11 @@ def check_spacings(spacings: np.ndarray, config: TilingConfig) -> None:
             f"pixel spacings from {known.min():g} to {known.max():g} mm in one set differ by more than {SPACING_TOLERANCE}x; "
             "resample them with --pixel-spacing MM, or build one set a spacing"
         )
+
+
+def whole_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a :func:`preprocessing_record` with the options that the version that wrote it did not have."""
+    return _ADDED | record
 
 
 def preprocessing_record(config: TilingConfig, spacings: np.ndarray, bits: int) -> dict[str, Any]:

@@ -15,9 +15,11 @@ from mammostream.common.buckets import BucketPath, as_bucket, cache_folder
 from mammostream.common.errors import BadInput, nearest
 from mammostream.common.files import read_parquet, sha256_file
 from mammostream.preprocess.tiling import SPACING_TOLERANCE
+from mammostream.shards.tables import ADDED_COLUMNS, IMAGE_SCHEMA, TILE_SCHEMA
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 FORMAT_VERSION = 2
 SHARDS_JSON = "shards.json"
@@ -128,7 +130,12 @@ class ShardSet:
 
     @cached_property
     def _tiles(self) -> pd.DataFrame:
-        return read_parquet(self.table("tiles"), "tile table", "run 'mammostream shards build' again")
+        return self._read("tiles", "tile table", TILE_SCHEMA)
+
+    def _read(self, name: str, what: str, schema: pa.Schema) -> pd.DataFrame:
+        frame = read_parquet(self.table(name), what, "run 'mammostream shards build' again")
+        missing = [column for column in schema.names if column in ADDED_COLUMNS and column not in frame.columns]
+        return frame.assign(**dict.fromkeys(missing))
 
     def table(self, name: str) -> Path:
         """Return the path of the table ``tiles`` or ``images``; a bucket's is fetched first."""
@@ -143,7 +150,7 @@ class ShardSet:
 
     def images(self) -> pd.DataFrame:
         """Return the image table (columns: :data:`mammostream.shards.tables.IMAGE_SCHEMA`)."""
-        return read_parquet(self.table("images"), "image table", "run 'mammostream shards build' again")
+        return self._read("images", "image table", IMAGE_SCHEMA)
 
 
 def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str, any_tile_size: bool = False) -> None:

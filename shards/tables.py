@@ -37,6 +37,7 @@ TILE_SCHEMA = pa.schema(
         ("freq_energy", pa.float32()),
         ("mean_intensity", pa.float32()),
         ("nonzero_ratio", pa.float32()),
+        ("pectoral_ratio", pa.float32()),  # share of the tile that is pectoral muscle
         ("rule", pa.string()),  # breast | frequency | both | rescue
         ("crc32", pa.uint32()),  # of the decoded pixels
         ("payload_crc32", pa.uint32()),  # of the encoded bytes
@@ -65,10 +66,12 @@ IMAGE_SCHEMA = pa.schema(
         ("breast_area_mm2", pa.float64()),
         ("plausibility", pa.float64()),  # of the breast mask, 0-1
         ("fog_mm2", pa.float64()),  # cut off the mask as film fog
+        ("pectoral_area_mm2", pa.float64()),  # of the pectoral muscle, which is part of the breast's; 0 where none was found
         ("candidates", pa.int32()),
         ("rejected_intensity", pa.int32()),
         ("rejected_nonzero", pa.int32()),
         ("rejected_rules", pa.int32()),
+        ("rejected_pectoral", pa.int32()),
         ("rejected_limit", pa.int32()),
         ("kept", pa.int32()),
         ("kept_breast_only", pa.int32()),
@@ -83,7 +86,10 @@ IMAGE_SCHEMA = pa.schema(
     ]
 )
 
-ADDED_COLUMNS = frozenset({"remarks", "lossy", "pixels_hash", "plausibility", "fog_mm2"})  # since version 0.1.0
+# Since version 0.1.0, of tiles or images.
+ADDED_COLUMNS = frozenset(
+    {"remarks", "lossy", "pixels_hash", "plausibility", "fog_mm2", "pectoral_ratio", "pectoral_area_mm2", "rejected_pectoral"}
+)
 
 
 def write_shard_table(path: Path, tiles: list[dict], images: list[dict], metadata: dict[str, Any]) -> None:

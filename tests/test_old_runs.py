@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from mammostream.demo import run_command
-from mammostream.shards.tables import ADDED_COLUMNS
+from mammostream.shards.reading import open_shards
+from mammostream.shards.tables import ADDED_COLUMNS, IMAGE_SCHEMA, TILE_SCHEMA
 
 ONE_THREAD = "--device cpu --num-workers 1"
 
@@ -46,13 +47,39 @@ def test_shards_verify(mammostream):
     assert "4 shards, 24 tiles: all well" in mammostream("shards verify shards --workers 1")
 
 
+def test_merged_tables_as_they_are_have_columns_added_since(old_run):
+    shards = open_shards(old_run / "shards")
+    assert "pectoral_ratio" not in pd.read_parquet(old_run / "shards/tiles.parquet")
+    assert list(shards.tiles().columns.sort_values()) == sorted(TILE_SCHEMA.names)
+    assert list(shards.images().columns.sort_values()) == sorted(IMAGE_SCHEMA.names)
+    assert shards.tiles()["pectoral_ratio"].isna().all()
+
+
 def test_columns_added_since_are_null(old_run, mammostream):
     mammostream("shards finish shards")  # merges the old tables anew
-    images = pd.read_parquet(old_run / "shards/images.parquet")
-    assert set(images.columns) >= ADDED_COLUMNS
-    assert images[sorted(ADDED_COLUMNS)].isna().all(axis=None)
+    tables = {name: pd.read_parquet(old_run / f"shards/{name}.parquet") for name in ("tiles", "images")}
+    assert set().union(*tables.values()) >= ADDED_COLUMNS
+    for table in tables.values():
+        assert table[sorted(ADDED_COLUMNS & set(table))].isna().all(axis=None)
+    images = tables["images"]
     assert (images["kept"] > 0).all()
     assert "4 shards, 24 tiles: all well" in mammostream("shards verify shards --workers 1")
+
+
+def test_a_film_is_predicted_as_its_model_was_made(old_run, mammostream, cropped_films):
+    """The record of 0.1.0 does not have the options that came later."""
+    film = cropped_films / "P0_lmlo.png"
+    model = "finetune/final_classification_model.pth"
+    mammostream(f"infer --model-path {model} --image-path {film} --assume-spacing 0.4 --output-dir film --device cpu")
+    assert len(pd.read_parquet(old_run / "film/predictions.parquet"))
+
+
+def test_old_tiles_can_be_unpacked_and_packed_again(old_run, mammostream):
+    mammostream("shards unpack shards --output-dir tiles --workers 1")
+    mammostream("shards pack --csv tiles/tiles.csv --tiles-dir tiles --output-dir packed --workers 1")
+    old, new = (open_shards(old_run / name) for name in ("shards", "packed"))
+    assert new.preprocessing["mapping"] == old.preprocessing["mapping"]
+    assert sorted(new.tiles()["crc32"]) == sorted(old.tiles()["crc32"])
 
 
 def test_a_classifier_answers_as_it_did(old_run, mammostream):

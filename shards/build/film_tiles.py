@@ -19,8 +19,8 @@ FilmTiles = tuple[dict[str, Any], list[tuple[dict[str, Any], np.ndarray]]]
 
 
 def read_film(row: dict[str, Any], plan: BuildPlan) -> Mammogram:
-    """Read a film with the spacing of its row in the manifest, onto the GPU where the build runs there."""
-    mammogram = read_mammogram(row["path"], plan.film_config, plan.recipe["options"]["device"])
+    """Read a film with the view and the spacing of its row in the manifest, onto the GPU where the build runs there."""
+    mammogram = read_mammogram(row["path"], plan.film_config, plan.recipe["options"]["device"]).with_view(row["view"])
     if pd.isna(row["pixel_spacing_mm"]):
         return mammogram
     return mammogram.with_spacing(float(row["pixel_spacing_mm"]), row["spacing_source"])
@@ -46,6 +46,7 @@ def cut_film(plan: BuildPlan, shard: ShardPlan, row: dict[str, Any], mammogram: 
             "freq_energy": film.tiles.freq_energy[index],
             "mean_intensity": film.tiles.mean_intensity[index],
             "nonzero_ratio": film.tiles.nonzero_ratio[index],
+            "pectoral_ratio": film.tiles.pectoral_ratio[index],
             "rule": film.selection.rule[index],
         }
         tiles.append((record, film.cut(index, size, plan.bits)))
@@ -84,6 +85,7 @@ def _film_facts(row: dict[str, Any], mammogram: Mammogram, film: Film) -> dict[s
         "breast_area_mm2": segmentation.area_mm2,
         "plausibility": segmentation.plausibility,
         "fog_mm2": segmentation.fog_mm2,
+        "pectoral_area_mm2": film.pectoral_area_mm2,
         "guide_8bit_kept": film.guide_8bit_kept,
         "lossy": header.lossy,
         "pixels_hash": pixels_hash(mammogram.pixels),

@@ -17,7 +17,7 @@ from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import make_folder, read_csv, whole_file, write_json, write_text
 from mammostream.common.progress import progress
 from mammostream.preprocess.reading import Mammogram, read_mammogram
-from mammostream.preprocess.tiling import RECORDED_SINCE, TilingConfig, preprocessing_record
+from mammostream.preprocess.tiling import TilingConfig, preprocessing_record, whole_record
 from mammostream.shards.archive import check_index, read_index, sample_key, short_name
 from mammostream.shards.build.build import ShardSummary, write_shard
 from mammostream.shards.build.film_tiles import FilmTiles, image_row
@@ -176,7 +176,7 @@ def _preprocessing(tiles_dir: Path, tile_size: int, bits: int) -> dict[str, Any]
     if not path.is_file():
         return unknown
     try:
-        record = RECORDED_SINCE | json.loads(path.read_text(encoding="utf-8"))
+        record = whole_record(json.loads(path.read_text(encoding="utf-8")))
         if set(record) != set(unknown) or (record["tile_size"], record["bits"]) != (tile_size, bits):
             raise ValueError("it is of other tiles")
     except (ValueError, TypeError) as error:

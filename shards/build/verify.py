@@ -24,7 +24,7 @@ from mammostream.shards.build.merge import describe_shard, merge_tables
 from mammostream.shards.codecs import META_EXTENSION, NUMBER_EXTENSION, decode, encode_number, pixel_crc32
 from mammostream.shards.lock import ALL, lock_shards
 from mammostream.shards.reading import ShardSet
-from mammostream.shards.tables import IMAGE_SCHEMA, read_shard_table, with_schema, write_shard_table
+from mammostream.shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_shard_table, with_schema, write_shard_table
 
 # What an interrupted check has found so far; a finished one removes it.
 _RECORD = ".verify.jsonl"
@@ -154,8 +154,9 @@ def _shard_faults(job: _Job) -> Iterator[tuple[str, ...]]:
     if not len(tiles):
         return
     try:
-        same = _same(pq.ParquetFile(job.directory / "tiles.parquet").read_row_group(job.row_group), tiles)
-    except (OSError, ValueError, IndexError):
+        merged = pq.ParquetFile(job.directory / "tiles.parquet").read_row_group(job.row_group)
+        same = _same(with_schema(merged, TILE_SCHEMA), tiles)
+    except (OSError, ValueError, KeyError, IndexError):
         same = False
     if not same:
         yield ("tiles.parquet says otherwise of its tiles than its own table",)

@@ -44,7 +44,7 @@ def preview(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Draw what 'shards build' would keep of each film: mask, tiles by rule, rejected tiles, response to specks.
+    """Draw what 'shards build' would keep of each film: mask, muscle, tiles by rule, rejected tiles, response to specks.
 
     Takes the options of 'shards build', so that thresholds can be tried out before hours are spent: contact sheets show a
     manifest's films side by side, those first whose side disagrees with the picture; energies.png the energies of all tiles
@@ -81,13 +81,14 @@ def preview(
             spacing_mm=None if math.isnan(row["pixel_spacing_mm"]) else row["pixel_spacing_mm"],
             spacing_source=row["spacing_source"],
             laterality=row["laterality"],
+            view=row["view"],
             boxes=tuple(map(tuple, found[row["image_id"]].to_numpy().tolist())) if row["image_id"] in found else (),
         )
         for row in rows
     ]
     found_films = progress(draw_pictures(jobs, config, workers, overwrite), "drawing", "film", total=len(jobs))
-    # A mirrored or mislabelled film is what people look for.
-    pictures = sorted(found_films, key=lambda picture: SIDE_DISAGREES not in picture.flags)
+    # A mirrored or mislabelled film is what people look for, and then a wrong mask.
+    pictures = sorted(found_films, key=lambda picture: (SIDE_DISAGREES not in picture.flags, picture.plausibility))
     bad = [picture for picture in pictures if picture.reason]
     for picture in pictures:
         if SIDE_DISAGREES in picture.flags:
@@ -120,5 +121,5 @@ def _one_film(path: Path, assume_spacing: float | None) -> list[dict[Any, Any]]:
 
     header = read_header(path)
     spacing = math.nan if header.spacing_mm or assume_spacing is None else assume_spacing
-    row = {"image_id": path.stem, "path": path, "laterality": header.laterality}
+    row = {"image_id": path.stem, "path": path, "laterality": header.laterality, "view": header.view}
     return [row | {"pixel_spacing_mm": spacing, "spacing_source": "assumed"}]

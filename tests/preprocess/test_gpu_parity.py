@@ -10,6 +10,7 @@ import pytest
 from mammostream.preprocess import tiling
 from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.energy import pixel_energy, speck_response
+from mammostream.preprocess.pectoral import pectoral_muscle
 from mammostream.preprocess.polarity import upright
 from mammostream.preprocess.reading import Header, Mammogram
 from mammostream.preprocess.resampling import block_mean, resample
@@ -75,6 +76,19 @@ def test_inverted_films_are_turned_over(cupy, native):
         np.testing.assert_array_equal(to_host(device.pixels), host.pixels)
         np.testing.assert_array_equal(to_host(device.voi), host.voi)
         assert "inverted" not in upright(on_device(cupy, mammogram), "auto").header.flags
+
+
+def test_muscles(cupy, native):
+    for name, mammogram in native.items():
+        segmentation = segment_breast(mammogram.pixels, 0.05)
+        coarse = block_mean(mammogram.pixels, segmentation.factor)
+        there = replace(segmentation, mask=cupy.asarray(segmentation.mask))
+        for view in ("", "MLO"):
+            host = pectoral_muscle(coarse, segmentation, view)
+            device = pectoral_muscle(cupy.asarray(coarse), there, view)
+            assert isinstance(device, cupy.ndarray)
+            assert host.any() == bool(device.any()), (name, view)
+            assert not host.any() or overlap(to_host(device), host) >= 0.98, (name, view)
 
 
 def odd_images() -> dict[str, np.ndarray]:

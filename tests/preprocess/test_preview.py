@@ -28,6 +28,7 @@ from mammostream.preprocess.preview import (
     CONTOUR_COLOUR,
     ENERGY_EDGES,
     FILM_PANEL,
+    PECTORAL_COLOUR,
     RULE_COLOURS,
     _draw_titles,
     draw_film,
@@ -168,6 +169,7 @@ def test_drawn_once_and_again_only_for_a_reason(job):
     other = replace(job, laterality="L" if job.laterality == "R" else "R")
     assert drawn(other)[0].flags == ("side_disagrees",)
     assert drawn(replace(other, boxes=((1, 2, 30, 40),)))[1]
+    assert drawn(replace(job, view="CC"))[1]
     job.image.write_bytes(job.image.read_bytes()[:5000])
     broken, _ = drawn()
     assert "film.png cannot be read" in broken.reason
@@ -254,6 +256,19 @@ def test_threshold_of_a_percentile(films):
     assert selection.threshold == np.percentile(selection.candidates.freq_energy[gated], 80)
     assert tiled(films[0].pixels).selection.threshold == CONFIG.min_freq_energy
     assert tiled(np.zeros((300, 200), np.uint16), replace(CONFIG, freq_percentile=80)).selection.threshold == np.inf
+
+
+@pytest.mark.parametrize("view", ["MLO", "CC"])
+def test_the_muscle_is_drawn_where_there_is_one(films, tmp_path, view):
+    pixels = next(film.pixels for film in films if film.name == "P0_lmlo")
+    film = tile_film(Mammogram(pixels, Header(*pixels.shape, bits=16, spacing_mm=SPACING, view=view)), CONFIG)
+    draw_film(film, 128, tmp_path / "film.png", "a film")
+    panel = film_panel(tmp_path / "film.png")
+    rows, columns = where(panel, PECTORAL_COLOUR)
+    assert (len(rows) > 0) == bool(film.pectoral.any()) == (view == "MLO")
+    if view == "MLO":
+        scale = panel.shape[0] / pixels.shape[0]
+        assert rows.max() == pytest.approx(2 * np.flatnonzero(film.pectoral.any(axis=1))[-1] * scale, abs=8)
 
 
 @pytest.mark.parametrize(("fog_mm2", "shown"), [(90.0, False), (1205.3, True)])

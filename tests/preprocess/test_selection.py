@@ -159,7 +159,7 @@ def test_tiles_lie_inside_and_counts_add_up(case):
     for tiles in (found.tiles, found.candidates):
         assert ((tiles.x >= 0) & (tiles.x + size <= case.shape[1])).all()
         assert ((tiles.y >= 0) & (tiles.y + size <= case.shape[0])).all()
-        for ratio in (tiles.breast_ratio, tiles.nonzero_ratio, tiles.mean_intensity):
+        for ratio in (tiles.breast_ratio, tiles.nonzero_ratio, tiles.mean_intensity, tiles.pectoral_ratio):
             assert ((ratio >= 0) & (ratio <= 1)).all()
         assert (tiles.freq_energy >= 0).all()
         assert len({len(getattr(tiles, field.name)) for field in fields(Scores)}) == 1
@@ -167,7 +167,7 @@ def test_tiles_lie_inside_and_counts_add_up(case):
     counts = found.counts
     on_grid = counts["kept"] - counts["kept_rescue"]
     rejected = {name: n for name, n in counts.items() if name.startswith("rejected_")}
-    assert set(rejected) == {"rejected_intensity", "rejected_nonzero", "rejected_rules", "rejected_limit"}
+    assert set(rejected) == {"rejected_intensity", "rejected_nonzero", "rejected_rules", "rejected_pectoral", "rejected_limit"}
     assert counts["candidates"] == on_grid + sum(rejected.values()) == len(found.candidates.x)
     assert counts["kept"] == len(found.rule) == sum(n for name, n in counts.items() if name.startswith("kept_"))
     assert (found.fate == "kept").sum() == on_grid
@@ -310,6 +310,26 @@ def test_rescue_tiles_hold_what_no_other_tile_holds(case):
     assert found.unheld == sum(not any(case.held_by(box, *place) for place in kept) for box in case.clusters)
 
 
+@given(cases(clusters=True), UNIT)
+def test_maximum_of_muscle_drops_exactly_the_tiles_above_it(case, maximum):
+    case.maps = replace(case.maps, pectoral=np.tril(np.ones(case.maps.mask.shape, bool))[:, ::-1])
+    case.config = replace(case.config, max_tiles_per_image=None)
+    everything, found = case.select(), case.select(max_pectoral_ratio=maximum)
+    for i, (x, y) in enumerate(places(everything.tiles)):
+        edge = case.config.tile_size / case.maps.mask_scale
+        expected = brute_mean(case.maps.pectoral, y / case.maps.mask_scale, x / case.maps.mask_scale, edge, edge)
+        assert everything.tiles.pectoral_ratio[i] == pytest.approx(expected, abs=1e-5)
+    on_grid = everything.rule != "rescue"
+    little = everything.tiles.pectoral_ratio <= maximum
+    grid = found.rule != "rescue"
+    assert places(found.tiles.take(grid)) == places(everything.tiles.take(on_grid & little))
+    assert found.rule[grid].tolist() == everything.rule[on_grid & little].tolist()
+    assert found.counts["rejected_pectoral"] == (on_grid & ~little).sum()
+    # A cluster that a dropped tile held may get a rescue tile, with no more muscle than that.
+    assert (found.tiles.pectoral_ratio <= maximum).all()
+    assert everything.counts["rejected_pectoral"] == 0
+
+
 @given(cases(clusters=True), st.integers(1, 4))
 def test_clusters_whose_tile_the_limit_takes_are_unheld(case, limit):
     found = case.select(max_tiles_per_image=limit)
@@ -353,6 +373,7 @@ def test_intensities_above_one_are_on_the_8_bit_scale():
         ({"stride": -1}, "--stride"),
         ({"min_breast_ratio": 1.5}, "--min-breast-ratio"),
         ({"min_nonzero": -0.1}, "--min-nonzero"),
+        ({"max_pectoral_ratio": 1.1}, "--max-pectoral-ratio"),
         ({"min_intensity": 256}, "--min-intensity"),
         ({"freq_percentile": 101}, "--freq-percentile"),
         ({"max_tiles_per_image": 0}, "--max-tiles-per-image"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from film_outlines import BORDERS, BREASTS, LETTERS
+from film_outlines import BORDERS, BREASTS, LETTERS, PECTORAL_OUTLINES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.draw import polygon2mask
@@ -300,6 +301,63 @@ def test_no_rescue_tiles_where_they_are_not_asked_for(films):
     for name in ("breast", "none", "bright"):
         assert counts[name]["kept_rescue"] == counts[name]["clusters"] == 0
     assert counts["none"]["kept"] == counts["either"]["kept"] - counts["either"]["kept_rescue"]
+
+
+def test_muscle_is_scored_and_dropped_only_where_asked(films):
+    film = next(f for f in films if f.name == "P0_rmlo")
+    mammogram = mammogram_of(film)
+    from_above, oblique = (tile_film(mammogram.with_view(view), SMALL) for view in ("CC", "MLO"))
+    assert not from_above.pectoral.any()
+    assert from_above.pectoral_area_mm2 == 0
+    assert (from_above.tiles.pectoral_ratio == 0).all()
+    # Whether there is a muscle changes neither mask nor tiles.
+    assert places(oblique) == places(from_above)
+    np.testing.assert_array_equal(oblique.segmentation.mask, from_above.segmentation.mask)
+    np.testing.assert_array_equal(oblique.tiles.breast_ratio, from_above.tiles.breast_ratio)
+    assert oblique.pectoral_area_mm2 == pytest.approx(oblique.pectoral.sum() * 0.16)
+    whole = polygon2mask(oblique.pectoral.shape, PECTORAL_OUTLINES[film.name])
+    for x, y, ratio in zip(oblique.tiles.x, oblique.tiles.y, oblique.tiles.pectoral_ratio, strict=True):
+        assert ratio == pytest.approx(whole[y // 2 : (y + 64) // 2, x // 2 : (x + 64) // 2].mean(), abs=0.25)
+    for maximum in (0.0, 0.5):
+        found = tile_film(mammogram.with_view("MLO"), replace(SMALL, max_pectoral_ratio=maximum))
+        kept = (oblique.tiles.pectoral_ratio <= maximum) & (oblique.selection.rule != "rescue")
+        assert places(found, found.selection.rule != "rescue") == places(oblique, kept)
+        assert found.selection.counts["rejected_pectoral"] > 10
+        assert (found.tiles.pectoral_ratio <= maximum).all()
+
+
+def places(film, chosen=slice(None)):
+    return list(zip(film.tiles.x[chosen].tolist(), film.tiles.y[chosen].tolist(), strict=True))
+
+
+def test_an_oblique_view_without_muscle_is_flagged(films):
+    film = films[1]
+    assert film.view.endswith("cc")
+    for view, flags in (("", ()), ("CC", ()), ("ML", ()), ("MLO", ("no_pectoral",))):
+        assert tile_film(mammogram_of(film).with_view(view), SMALL).flags == flags
+    black = np.zeros((300, 200), np.uint16)
+    found = tile_film(Mammogram(black, Header(300, 200, bits=16, spacing_mm=0.2, view="MLO")), SMALL)
+    assert found.flags == ("no_breast",)
+
+
+def test_muscle_of_a_film_smaller_than_a_tile_and_resampled(films):
+    film = next(f for f in films if f.name == "P0_lmlo")
+    mammogram = mammogram_of(film).with_view("MLO")
+    plain = tile_film(mammogram, TilingConfig(tile_size=128, stride=128))
+    coarse = tile_film(mammogram, TilingConfig(tile_size=64, stride=64, pixel_spacing=0.4))
+    place = np.flatnonzero((coarse.tiles.x == 0) & (coarse.tiles.y == 64))
+    same = np.flatnonzero((plain.tiles.x == 0) & (plain.tiles.y == 128))
+    assert coarse.tiles.pectoral_ratio[place] == pytest.approx(plain.tiles.pectoral_ratio[same], abs=0.02)
+    height, width = film.pixels.shape
+    padded = tile_film(mammogram, TilingConfig(tile_size=1500, stride=64, min_intensity=0, min_nonzero=0))
+    assert padded.pectoral.sum() == plain.pectoral.sum()
+    assert padded.tiles.pectoral_ratio[0] == pytest.approx(padded.pectoral.sum() * 4 / 1500**2, rel=1e-3)
+
+
+def test_a_view_of_its_own_is_what_an_empty_one_leaves(films):
+    mammogram = mammogram_of(films[0])
+    assert mammogram.with_view("MLO").with_view("").header.view == "MLO"
+    assert mammogram.with_view("MLO").with_view("CC").header.view == "CC"
 
 
 def test_common_spacing_needs_the_films_own(films):

@@ -20,7 +20,7 @@ from mammostream.preprocess.backend import backend_of
 from mammostream.preprocess.intensity import mapping_option
 from mammostream.preprocess.preview import Box
 from mammostream.preprocess.reading import read_mammogram
-from mammostream.preprocess.tiling import RECORDED, RECORDED_SINCE, SPACING_TOLERANCE, Film, TilingConfig, tile_film
+from mammostream.preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, TilingConfig, tile_film, whole_record
 from mammostream.shards.archive import escape_id, short_name, tile_key
 from mammostream.train.levels.aggregation import MAX, PROBABILITY, aggregate
 from mammostream.train.levels.calibration import IMAGE
@@ -108,7 +108,7 @@ def prepare_film(record: dict[str, Any], film_input: FilmInput) -> Film:
         The film cannot be read, has no tile to predict, or pixels of a size the model does not know.
     """
     config = _tiling_config(record)
-    mammogram = read_mammogram(film_input.path, config)
+    mammogram = read_mammogram(film_input.path, config).with_view(film_input.view)
     if film_input.spacing_mm is not None:
         mammogram = mammogram.with_spacing(film_input.spacing_mm, "given")
     _check_spacing(mammogram.header.spacing_mm, record, film_input.path)
@@ -216,7 +216,7 @@ def draw_film_heat_maps(
 
 
 def _tiling_config(record: dict[str, Any]) -> TilingConfig:
-    record = RECORDED_SINCE | record
+    record = whole_record(record)
     if not {*RECORDED, "pixel_spacing_mm"} <= record.keys():
         raise BadInput(
             "the model does not say how its tiles were made: another program wrote it; cut tiles as that one did and give them "

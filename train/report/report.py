@@ -214,6 +214,7 @@ _COUNTS = {
     "rejected_intensity": "rejected: too dark",
     "rejected_nonzero": "rejected: too much black",
     "rejected_rules": "rejected: no rule met",
+    "rejected_pectoral": "rejected: too much pectoral muscle",
     "rejected_limit": "rejected: over the limit a film",
     "kept_breast_only": "kept by the breast rule alone",
     "kept_frequency_only": "kept by the frequency rule alone",

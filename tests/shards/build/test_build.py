@@ -66,6 +66,26 @@ def test_tables_agree_with_the_tars(built):
         assert (rows["image_id"] != rows["image_id"].shift()).sum() > 10
 
 
+def test_muscle_is_measured_where_the_manifest_says_mlo_and_dropped_where_asked(built, build_at, manifest, tmp_path):
+    tiles, images = built.shards.tiles(), built.shards.images().set_index("image_id")
+    assert ((images["pectoral_area_mm2"] > 500) == (images["view"] == "MLO")).all()
+    assert (tiles.groupby("image_id")["pectoral_ratio"].max() > 0.9).equals(images["view"].sort_index() == "MLO")
+    assert (images["rejected_pectoral"] == 0).all()
+    assert (images["flags"] == "").all()
+    few = build_at(tmp_path / "few", max_pectoral_ratio=0.3)
+    kept = few.shards.tiles()
+    expected = tiles[(tiles["pectoral_ratio"] <= 0.3) & (tiles["rule"] != "rescue")]
+    assert kept.loc[kept["rule"] != "rescue", "key"].sort_values().tolist() == expected["key"].sort_values().tolist()
+    assert (kept["pectoral_ratio"] <= 0.3).all()
+    assert few.shards.images()["rejected_pectoral"].sum() == len(tiles[tiles["rule"] != "rescue"]) - len(expected)
+    assert few.shards.preprocessing["max_pectoral_ratio"] == 0.3
+    # The manifest's word is taken before the shape's.
+    said = read_manifest(manifest).assign(view="CC")
+    other = build_at(tmp_path / "cc", films=said).shards
+    assert (other.images()["pectoral_area_mm2"] == 0).all()
+    assert other.tiles()["key"].tolist() == tiles["key"].tolist()
+
+
 def test_tiles_are_where_the_table_says(built, films):
     """The mapping keeps the order of grey values, so a tile's ranks are those of the film's own pixels at its place."""
     from mammostream.preprocess.reading import read_mammogram
