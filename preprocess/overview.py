@@ -48,7 +48,7 @@ _SHEET = "contact_sheet"
 _RULES = ("breast rule", "frequency rule", "both rules", "rescue tile")  # as RULE_COLOURS
 _PERCENTILES = (50, 75, 90, 95, 99)
 _FACTS = "mammostream"  # the PNG text's name
-_DRAWING = 2  # raise it when pictures are drawn otherwise: old ones are drawn again then
+_DRAWING = 3  # raise it when pictures are drawn otherwise: old ones are drawn again then
 
 _CELL_WIDTH, _CAPTION, _GAP, _HEADING = 300, 54, 8, 54  # pixels
 _CELL = (_CELL_WIDTH, round(_CELL_WIDTH * FILM_PANEL[3] * SIZE_INCHES[1] / (FILM_PANEL[2] * SIZE_INCHES[0])))
