@@ -17,7 +17,9 @@ from scipy.ndimage import gaussian_filter1d
 from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.resampling import block_mean
 from mammostream.preprocess.segmentation import Segmentation
+from mammostream.preprocess.views import normal_view
 
+_FROM_ABOVE, _OF_A_PART = ("FB", "CV"), {"magnification", "spot", "tangential"}
 GRID_MM = 0.8
 EDGE_SIGMA_MM = 2.0
 HALF_GRADIENT = 0.015  # of tissue's range per mm: an edge of this gradient counts half, a steep one 1
@@ -37,14 +39,16 @@ MAX_ABOVE_MM, MIN_TOP_MM, MIN_WIDTH_MM, MIN_WIDENING = 4.0, 20.0, 40.0, 0.8
 
 
 def view_of(text: str) -> str:
-    """Return ``CC``, ``MLO`` or, for any other view and an unknown one, "".
+    """Return ``CC``, ``MLO`` or, for any other view, part of one and an unknown one, "".
 
-    ``RCC``, ``XCCL`` (exaggerated CC), ``CV`` (cleavage) and ``FB`` (from below) count as CC: seen along the same axis.
+    Exaggerated CC views, ``CV`` (cleavage) and ``FB`` (from below) count as CC: seen along the same axis. A magnified or spot
+    MLO view shows a part of the breast, most often without the muscle.
     """
-    letters = re.sub("[^A-Z]", "", str(text).upper())
-    if "CC" in letters or "CRANIOCAUD" in letters or letters in ("CV", "FB"):
+    view, letters = normal_view(str(text)), re.sub("[^A-Z]", "", str(text).upper())
+    # Also in words that name no known view: none is drawn where CC may be meant.
+    if view.name in _FROM_ABOVE or re.search("CC|CRANIOCAUD|CAUDOCRANI", letters):
         return "CC"
-    return "MLO" if "MLO" in letters or "MEDIOLATERALOBLIQUE" in letters else ""
+    return "MLO" if view.name == "MLO" and _OF_A_PART.isdisjoint(view.modifiers) else ""
 
 
 def pectoral_muscle(coarse: Any, segmentation: Segmentation, view: str = "") -> Any:

@@ -161,8 +161,9 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     response = speck_response(small, segmentation.mask, spacing * fine)
     flags = tuple(dict.fromkeys((*header.flags, *remarks, *segmentation.flags)))
     thumbnail = block_mean(mammogram.pixels, segmentation.factor)
-    pectoral = pectoral_muscle(thumbnail, segmentation, header.view)
-    if view_of(header.view) == "MLO" and segmentation.side and not bool(pectoral.any()):
+    view = f"{header.view} {header.view_modifiers}".strip()
+    pectoral = pectoral_muscle(thumbnail, segmentation, view)
+    if view_of(view) == "MLO" and segmentation.side and not bool(pectoral.any()):
         flags = (*flags, "no_pectoral")
     masks = [segmentation.mask, pectoral]
     if min(image.shape) < config.tile_size:

@@ -335,6 +335,9 @@ def test_an_oblique_view_without_muscle_is_flagged(films):
     assert film.view.endswith("cc")
     for view, flags in (("", ()), ("CC", ()), ("ML", ()), ("MLO", ("no_pectoral",))):
         assert tile_film(mammogram_of(film).with_view(view), SMALL).flags == flags
+    spot = mammogram_of(film).with_view("MLO")
+    spot = replace(spot, header=replace(spot.header, view_modifiers="magnification spot"))
+    assert tile_film(spot, SMALL).flags == ()
     black = np.zeros((300, 200), np.uint16)
     found = tile_film(Mammogram(black, Header(300, 200, bits=16, spacing_mm=0.2, view="MLO")), SMALL)
     assert found.flags == ("no_breast",)
