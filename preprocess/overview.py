@@ -96,10 +96,10 @@ class FilmPicture:
         As :attr:`mammostream.preprocess.selection.TileSelection.counts`.
     flags
         What is doubtful: the film's flags, and ``side_disagrees`` where the breast is not at the side that the metadata say.
-    plausibility
-        Of the breast mask, 0-1; 0 where there is no picture.
     energies
         As :func:`mammostream.preprocess.preview.energy_counts`.
+    plausibility
+        Of the breast mask, 0-1; 0 where there is no picture.
     """
 
     image_id: str
@@ -107,8 +107,8 @@ class FilmPicture:
     reason: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
-    plausibility: float = 0.0
     energies: tuple[int, ...] = ()
+    plausibility: float = 0.0
 
 
 def draw_pictures(
@@ -156,8 +156,8 @@ def draw_picture(job: PictureJob, config: TilingConfig, overwrite: bool = False)
         "",
         facts["counts"],
         flags=tuple(facts["flags"]),
-        plausibility=facts["plausibility"],
         energies=tuple(facts["energies"]),
+        plausibility=facts["plausibility"],
     )
 
 

@@ -21,7 +21,7 @@ from mammostream.preprocess.selection import (
     select_tiles,
 )
 
-UNIT = st.floats(0, 1)
+UNIT = st.floats(0, 1, width=32, allow_subnormal=False)  # ratios are of single precision
 
 
 @given(length=st.integers(1, 300), size=st.integers(1, 100), stride=st.integers(1, 120), min_step=st.integers(1, 20))

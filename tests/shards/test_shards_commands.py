@@ -158,7 +158,7 @@ def test_preview_lists_films_first_whose_side_disagrees(call, manifest, tmp_path
     code, out, err = call(*command, "--output-dir", tmp_path / "out")
     assert code == 0, err
     listed = [line.split(": ")[1] for line in out.splitlines() if line.startswith("side disagrees: ")]
-    assert listed == frame["image_id"][[4, 6]].tolist()
+    assert sorted(listed) == sorted(frame["image_id"][[4, 6]])
     assert any(line.split() == ["side_disagrees", "2", "films"] for line in out.splitlines())
     # The first cells of the contact sheet are theirs: the same as a sheet of their own begins with.
     frame.loc[[4, 6, 0, 1, 2, 3, 5, 7]].to_parquet(tmp_path / "sorted.parquet")

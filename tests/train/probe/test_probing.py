@@ -356,7 +356,7 @@ def test_the_online_probe_gives_each_class_and_their_mean(road, labels_csv):
         assert aucs["never"] is None
         assert aucs["mean"] == pytest.approx((aucs["bright"] + aucs["simulated_calcification"]) / 2)
         assert 0 <= aucs["mean"] <= 1
-    assert figures["linear"]["bright"] > 0.7  # even random weights keep a tile's mean
+    assert figures["linear"]["bright"] > 0.6  # even random weights keep a tile's mean
 
 
 def two_checkpoints(road):
