@@ -95,7 +95,7 @@ def test_evaluation_gives_the_figures_of_the_trainings_own_validation(finetuned,
         assert metrics[figure] == pytest.approx(wanted[figure], abs=1e-4), figure
     labels = pd.read_csv(finetuned.val_csv)[finetuned.classes]
     val = int(labels.notna().any(axis=1).sum())
-    others = len(pd.read_csv(finetuned.train_csv))
+    others = len(pd.read_csv(finetuned.train_csv)) + len(labels) - val
     assert metrics["counts"]["matched"] == metrics["rows"] == val
     assert metrics["counts"]["predictions_without_label"] == others
     assert f"{others} predictions have no label (the first: " in outcome.err
