@@ -162,7 +162,7 @@ def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float
     if float(image.max()) - float(image.min()) < 1e-6:
         return xp.zeros(image.shape, dtype=bool), 0.0, 0.0
     few = image[::STEP, ::STEP]
-    tissue, contrast = _largest_tissue(backend, _compress(xp, few, few), threshold, STEP * spacing)
+    tissue, _ = _largest_tissue(backend, _compress(xp, few, few), threshold, STEP * spacing)
     if not bool(tissue.any()):
         return xp.zeros(image.shape, dtype=bool), 0.0, 0.0
     # Once more on the scale of the tissue alone, which labels and borders have no part in.

@@ -6,6 +6,7 @@ Views are written as the acronyms of ACR's MQCM 1999, which DICOM gives next to 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ _MODIFIERS = (
 MODIFIERS = tuple(name for name, *_ in _MODIFIERS)
 _REPLACING = {name: acronym for name, acronym, *_ in _MODIFIERS if "-" not in acronym}
 VIEWS = (*(acronym for acronym, *_ in _VIEWS), *_REPLACING.values())
-_SIDES = {"L": "L", "LEFT": "L", "LT": "L", "R": "R", "RIGHT": "R", "RT": "R"}
+SIDES = {"L": "L", "LEFT": "L", "LT": "L", "R": "R", "RIGHT": "R", "RT": "R"}
 
 
 class View(NamedTuple):
@@ -92,7 +93,7 @@ _COMPOUND = re.compile(
 def normal_side(text: object) -> str:
     """Return ``L`` or ``R`` for a side in any case (``left``, ``Rt``), "" for everything else."""
     words = str(text).upper().replace("BREAST", "").strip(" .")
-    return _SIDES.get(words, "")
+    return SIDES.get(words, "")
 
 
 @cache
@@ -151,6 +152,6 @@ def coded_view(code: str, meaning: str, modifiers: list[tuple[str, str]]) -> Vie
     return View(name, _sorted(found))
 
 
-def _sorted(modifiers: object) -> tuple[str, ...]:
-    found = set(modifiers)  # type: ignore[call-overload]
+def _sorted(modifiers: Iterable[str]) -> tuple[str, ...]:
+    found = set(modifiers)
     return tuple(name for name in MODIFIERS if name in found)

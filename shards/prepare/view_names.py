@@ -7,11 +7,11 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from mammostream.preprocess.views import SIDES
 from mammostream.shards.annotations.tree import name_without_ending
 
-_SIDES = {"l": "L", "r": "R", "left": "L", "right": "R", "lt": "L", "rt": "R"}
 _VIEWS = ("CC", "MLO", "ML", "LM", "LMO", "XCC", "XCCL", "XCCM")
-_SIDE, _VIEW = "|".join(sorted(_SIDES, key=len, reverse=True)), "|".join(sorted(_VIEWS, key=len, reverse=True))
+_SIDE, _VIEW = "|".join(sorted(SIDES, key=len, reverse=True)), "|".join(sorted(_VIEWS, key=len, reverse=True))
 # Side and view next to each other, joined or with one mark between them, and nothing but marks around them.
 _NAMED = re.compile(
     rf"(?<![A-Za-z0-9])(?:(?P<side>{_SIDE})[ _.-]*(?P<view>{_VIEW})|(?P<view2>{_VIEW})[ _.-]*(?P<side2>{_SIDE}))"
@@ -23,7 +23,7 @@ _NAMED = re.compile(
 def named_view(name: str) -> tuple[str, str] | None:
     """Return the side (L or R) and the view that a file's name tells, or None if it tells none or several."""
     found = {
-        (_SIDES[(match["side"] or match["side2"]).lower()], (match["view"] or match["view2"]).upper())
+        (SIDES[(match["side"] or match["side2"]).upper()], (match["view"] or match["view2"]).upper())
         for match in _NAMED.finditer(name)
     }
     return found.pop() if len(found) == 1 else None

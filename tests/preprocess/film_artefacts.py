@@ -7,6 +7,7 @@ film on a grid of 0.4 mm. None of them covers so much of the breast's rim that i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from skimage.draw import ellipse, polygon
@@ -46,34 +47,23 @@ def label(pixels: np.ndarray, top: float, left: float, height: float, width: flo
         pixels[box(pixels, top + 0.25 * height, left + place * width, 0.5 * height, 0.08 * width, angle)] = 1500
 
 
-@artefact
-def plate_that_touches(pixels, mask, rng):
-    row, column = skin(mask, 0.3)
-    label(pixels, row - 10 * MM, column - 3 * MM, 20 * MM, 28 * MM, WHITE)
+# Plates at the skin line: share of the way down, mm over the breast, height and width in mm, grey, degrees.
+PLATES = {
+    "plate_that_touches": (0.3, 3, 20, 28, WHITE, 0),
+    "grey_plate_that_touches": (0.75, 2, 16, 20, WHITE // 2, 0),
+    "slanted_plate_that_touches": (0.4, 2, 24, 34, WHITE, 20),
+    "large_plate_that_touches": (0.25, 4, 30, 50, WHITE, 0),
+    "plate_close_to_the_skin": (0.35, -4, 20, 28, WHITE, 0),
+}
 
 
-@artefact
-def grey_plate_that_touches(pixels, mask, rng):
-    row, column = skin(mask, 0.75)
-    label(pixels, row - 8 * MM, column - 2 * MM, 16 * MM, 20 * MM, WHITE // 2)
+def plate(pixels, mask, rng, share, over, height, width, grey, angle):
+    row, column = skin(mask, share)
+    label(pixels, row - height * MM // 2, column - over * MM, height * MM, width * MM, grey, angle)
 
 
-@artefact
-def slanted_plate_that_touches(pixels, mask, rng):
-    row, column = skin(mask, 0.4)
-    label(pixels, row - 12 * MM, column - 2 * MM, 24 * MM, 34 * MM, WHITE, 20)
-
-
-@artefact
-def large_plate_that_touches(pixels, mask, rng):
-    row, column = skin(mask, 0.25)
-    label(pixels, row - 15 * MM, column - 4 * MM, 30 * MM, 50 * MM, WHITE)
-
-
-@artefact
-def plate_close_to_the_skin(pixels, mask, rng):
-    row, column = skin(mask, 0.35)
-    label(pixels, row - 10 * MM, column + 4 * MM, 20 * MM, 28 * MM, WHITE)
+for name, place in PLATES.items():
+    ARTEFACTS[name] = partial(plate, **dict(zip(("share", "over", "height", "width", "grey", "angle"), place, strict=True)))
 
 
 @artefact
