@@ -23,13 +23,11 @@ class ReadingConfig:
 
     frame: str | int | None = option(
         None,
-        "What to use of multi-frame DICOM files (tomosynthesis): a frame, counted from 1, 'middle', or 'max' for the maximum "
-        "intensity projection; default: such files are refused.",
+        "Read this of multi-frame DICOM (tomosynthesis): a frame from 1 on, 'middle', or 'max' (maximum intensity projection).",
     )
     allow_for_processing: bool = option(
         False,
-        "Read FOR PROCESSING DICOM files (raw detector data): turned over where MONOCHROME1, no logarithm, "
-        "then mapped by percentiles; default: such files are refused.",
+        "Read FOR PROCESSING (raw) DICOM: turned over where MONOCHROME1, no logarithm, mapped by percentiles.",
     )
 
     def __post_init__(self) -> None:

@@ -73,6 +73,7 @@ IMAGE_SCHEMA = pa.schema(
         ("rejected_rules", pa.int32()),
         ("rejected_pectoral", pa.int32()),
         ("rejected_limit", pa.int32()),
+        ("rejected_duplicate", pa.int32()),  # kept at first, but the film is a copy of another
         ("kept", pa.int32()),
         ("kept_breast_only", pa.int32()),
         ("kept_frequency_only", pa.int32()),
@@ -88,7 +89,17 @@ IMAGE_SCHEMA = pa.schema(
 
 # Since version 0.1.0, of tiles or images.
 ADDED_COLUMNS = frozenset(
-    {"remarks", "lossy", "pixels_hash", "plausibility", "fog_mm2", "pectoral_ratio", "pectoral_area_mm2", "rejected_pectoral"}
+    {
+        "remarks",
+        "lossy",
+        "pixels_hash",
+        "plausibility",
+        "fog_mm2",
+        "pectoral_ratio",
+        "pectoral_area_mm2",
+        "rejected_pectoral",
+        "rejected_duplicate",
+    }
 )
 
 
@@ -132,6 +143,19 @@ def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
             for kind, schema in (("tile", TILE_SCHEMA), ("image", IMAGE_SCHEMA))
         )
     return tiles, images, metadata
+
+
+def read_shard_images(path: Path) -> pa.Table:
+    """Read a shard's images only.
+
+    Raises
+    ------
+    BadInput
+        The file is not a shard table.
+    """
+    with _a_shard_table(path):
+        images = pq.read_table(path, filters=[("row", "=", "image")]).replace_schema_metadata()
+        return with_schema(images, IMAGE_SCHEMA)
 
 
 def with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import os
 import shutil
 import subprocess
@@ -187,3 +188,10 @@ def test_old_names_of_the_programs_still_start_in_a_checkout():
         done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"Usage: mammostream {name.rpartition('.')[2]} [OPTIONS]" in done.stdout
+
+
+def test_pytest_looks_into_every_folder_of_tests(pytestconfig):
+    left_out = pytestconfig.getini("norecursedirs")  # pytest's own list has 'build'
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert Path("tests/shards/build") in folders
+    assert [f for f in folders if any(fnmatch.fnmatch(part, pattern) for part in f.parts for pattern in left_out)] == []

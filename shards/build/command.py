@@ -89,8 +89,8 @@ def build(
 
     Finished shards are skipped, so the same command resumes after an interruption; other options refuse to mix with them.
     A film that cannot be read becomes a row of images.parquet with its reason, and the rest continues; one that has the pixels
-    of another is flagged 'duplicate'. The same films, options and library versions give the same bytes, however many processes
-    or machines build.
+    of another is flagged 'duplicate' and gives no tiles. The same films, options and library versions give the same bytes,
+    however many processes or machines build.
     """
     from mammostream.shards.build.build import build_all
     from mammostream.shards.build.launch import Launcher

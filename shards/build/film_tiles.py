@@ -64,6 +64,7 @@ def image_row(row: dict[str, Any], shard: ShardPlan) -> dict[str, Any]:
         "flags": "",
         "remarks": "",
         "kept": 0,
+        "rejected_duplicate": 0,
     }
 
 

@@ -1,4 +1,7 @@
-"""The tables of a whole shard directory: merges of its finished shards' own, in their order, and nothing else."""
+"""The tables of a whole shard directory: merges of its finished shards' own, in their order, and nothing else.
+
+What can be known only here, which films are copies of others, is written into the shards' own tables first.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput
 from mammostream.common.files import whole_file, write_json, write_parquet
-from mammostream.shards.build.duplicates import mark_duplicates, refuse_shared_films
+from mammostream.shards.build.duplicates import leave_out_copies, mark_duplicates, refuse_shared_films
 from mammostream.shards.build.plan import shard_name
 from mammostream.shards.lock import TABLES, lock_shards
 from mammostream.shards.manifest import SPLITS
 from mammostream.shards.reading import FORMAT_VERSION, SHARDS_JSON
-from mammostream.shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_shard_metadata, read_shard_table
+from mammostream.shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_shard_images, read_shard_metadata, read_shard_table
 
 MERGED = ("tiles.parquet", "images.parquet", SHARDS_JSON)
 
@@ -52,23 +55,21 @@ def merge_tables(directory: Path, demanded: Container[str], allow_leakage: bool 
             path.unlink(missing_ok=True)
     paths = finished_tables(directory, demanded)
     first = read_shard_metadata(paths[0])
-    images, shards = [], []
+    for path in paths:
+        if read_shard_metadata(path)["config_hash"] != first["config_hash"]:
+            raise BadInput(f"{path} and {paths[0]} were built with different options; build one of them again")
+    films = _without_copies(paths, directory, allow_leakage)
+    shards = []
     # A row group a shard: a million tiles pass through little memory, and each shard's rows can be read alone.
     with (
         whole_file(directory / "tiles.parquet") as temporary,
         pq.ParquetWriter(temporary, TILE_SCHEMA, compression="zstd") as writer,
     ):
         for path in paths:
-            tiles, its_images, metadata = read_shard_table(path)
-            if metadata["config_hash"] != first["config_hash"]:
-                raise BadInput(f"{path} and {paths[0]} were built with different options; build one of them again")
+            tiles, _, metadata = read_shard_table(path)
             if len(tiles):
                 writer.write_table(tiles, row_group_size=len(tiles))
-            images.append(its_images)
             shards.append(describe_shard(path.stem, metadata))
-    films = mark_duplicates(pa.concat_tables(images))
-    if not allow_leakage:  # before shards.json: nothing trains on it then
-        refuse_shared_films(films.to_pandas(), directory)
     write_parquet(directory / "images.parquet", films)
     meta = {
         "format_version": FORMAT_VERSION,
@@ -80,6 +81,21 @@ def merge_tables(directory: Path, demanded: Container[str], allow_leakage: bool 
     }
     write_json(directory / SHARDS_JSON, meta)
     return meta
+
+
+def _without_copies(paths: list[Path], directory: Path, allow_leakage: bool) -> pa.Table:
+    """Take the tiles of films that are copies out of their shards; return all films, marked."""
+    images = [read_shard_images(path) for path in paths]
+    films = mark_duplicates(pa.concat_tables(images))
+    if not allow_leakage:
+        refuse_shared_films(films.to_pandas(), directory)
+    start = 0
+    for path, as_built in zip(paths, images, strict=True):
+        marked = films.slice(start, len(as_built))
+        start += len(as_built)
+        if not marked["flags"].equals(as_built["flags"]):
+            leave_out_copies(path, marked)
+    return films
 
 
 def describe_shard(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -123,5 +139,5 @@ def _planned(counts: list[tuple[str, int]]) -> Iterator[tuple[str, str]]:
 
 def read_images(directory: Path, names: list[str]) -> pd.DataFrame:
     """Return the image rows (columns: :data:`mammostream.shards.tables.IMAGE_SCHEMA`) of some finished shards."""
-    tables = [read_shard_table(directory / f"{name}.parquet")[1] for name in names]
+    tables = [read_shard_images(directory / f"{name}.parquet") for name in names]
     return mark_duplicates(pa.concat_tables([IMAGE_SCHEMA.empty_table(), *tables])).to_pandas()

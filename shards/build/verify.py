@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import sha256_file
 from mammostream.common.progress import progress
-from mammostream.shards.archive import Member, Sample, check_index, read_index, sample_key, scan_archive, write_index
+from mammostream.shards.archive import Member, Sample, check_index, read_index, sample_key
 from mammostream.shards.build.build import encode_meta
-from mammostream.shards.build.duplicates import mark_duplicates
 from mammostream.shards.build.launch import ALONE, Launcher
+from mammostream.shards.build.leave_out import leave_out, read_or_scan_index
 from mammostream.shards.build.merge import describe_shard, merge_tables
 from mammostream.shards.codecs import META_EXTENSION, NUMBER_EXTENSION, decode, encode_number, pixel_crc32
 from mammostream.shards.lock import ALL, lock_shards
 from mammostream.shards.reading import ShardSet
-from mammostream.shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_shard_table, with_schema, write_shard_table
+from mammostream.shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_shard_table, with_schema
 
 # What an interrupted check has found so far; a finished one removes it.
 _RECORD = ".verify.jsonl"
@@ -233,18 +233,16 @@ def _image_faults(shards: ShardSet) -> Iterator[Fault]:
     except (OSError, ValueError, KeyError) as error:
         yield Fault("images.parquet", f"cannot be read ({first_line(error)})")
         return
-    own, first = [IMAGE_SCHEMA.empty_table()], 0
+    first = 0
     for entry in shards.meta["shards"]:
-        try:
-            own.append(read_shard_table(shards.folder / f"{entry['name']}.parquet")[1])
-        except BadInput:
-            own.append(merged.slice(first, entry["images"]))
+        its_rows = merged.slice(first, entry["images"])
         first += entry["images"]
-    marked, start = mark_duplicates(pa.concat_tables(own)), 0
-    for entry, images in zip(shards.meta["shards"], own[1:], strict=True):
-        if not _same(merged.slice(start, entry["images"]), marked.slice(start, len(images))):
+        try:
+            _, images, _ = read_shard_table(shards.folder / f"{entry['name']}.parquet")
+        except BadInput:
+            continue
+        if not _same(its_rows, images):
             yield Fault("images.parquet", f"says otherwise of the films of {entry['name']} than its own table")
-        start += len(images)
     if first != len(merged):
         yield Fault("images.parquet", f"has {len(merged)} films, the shards have {first}")
 
@@ -298,30 +296,19 @@ def _quarantine_shard(
     tar: Path, rows: list[dict[str, Any]], images: list[dict[str, Any]], metadata: dict[str, Any], codec: str
 ) -> list[Fault]:
     """Rewrite one shard's index and table to its whole samples; return those left out."""
-    index_path = tar.with_suffix(".idx")
     if not tar.is_file():
-        index, lost = [], {row["key"]: f"{tar.name} is missing" for row in rows}
+        index, facts, lost = [], {}, {row["key"]: f"{tar.name} is missing" for row in rows}
     else:
-        intact = index_path.is_file() and sha256_file(index_path) == metadata["idx_sha256"]
         size = tar.stat().st_size
-        index = [
-            s for s in (read_index(index_path) if intact else scan_archive(tar)) if all(m.offset + m.size <= size for m in s)
-        ]
+        index = [s for s in read_or_scan_index(tar, metadata) if all(m.offset + m.size <= size for m in s)]
+        facts = {"tar_sha256": sha256_file(tar), "tar_bytes": size}
         lost = {key: what for what, key in _sample_faults(tar, index, rows, codec, decoding=True)}
-    by_key = {sample_key(sample): sample for sample in index}
     kept = [row for row in rows if row["key"] not in lost]
-    left = metadata | {"tiles": len(kept)}
-    if kept:
-        write_index(index_path, [by_key[row["key"]] for row in kept])
-        left |= {"idx_sha256": sha256_file(index_path), "tar_sha256": sha256_file(tar), "tar_bytes": tar.stat().st_size}
-    else:
-        for name in ("idx_sha256", "tar_sha256", "tar_bytes"):
-            left.pop(name)
-    if left != metadata:
-        left["quarantined"] = metadata.get("quarantined", {}) | lost
-        films = {row["image_id"] for row in rows if row["key"] in lost}
-        images = [_flagged(image) if image["image_id"] in films else image for image in images]
-        write_shard_table(tar.with_suffix(".parquet"), kept, images, left)
+    films = {row["image_id"] for row in rows if row["key"] in lost}
+    images = [_flagged(image) if image["image_id"] in films else image for image in images]
+    if lost:
+        facts["quarantined"] = metadata.get("quarantined", {}) | lost
+    leave_out(tar, index, kept, images, metadata | facts)
     return [Fault(tar.stem, what, key) for key, what in lost.items() if key in {row["key"] for row in rows}]
 
 

@@ -27,89 +27,83 @@ _SHOWN = 10
     "--dataset",
     type=click.Choice(["auto", "vindr", "cbis-ddsm", "rsna", "mias", "inbreast", "embed", "cmmd", "kau-bcmd", "folder"]),
     default="auto",
-    help="Layout of the annotations; auto detects it from the columns of --csv-path and reports which.",
+    help="Layout of the annotations; auto detects it from the tables' columns.",
 )
 @click.option(
     "--csv-path",
     "csv_paths",
     cls=ListOption,
     type=FILE,
-    help="Annotations, CSV or .xlsx; several may follow. vindr: breast-level_annotations.csv. cbis-ddsm: its four CSVs, "
-    "and dicom_info.csv of the copy as JPEG. rsna: train.csv, test.csv. mias: Info.txt. inbreast: INbreast.csv. embed: "
-    "metadata and clinical CSV. cmmd: CMMD_clinicaldata_revision.xlsx. kau-bcmd: correctSheetlast.xlsx. folder: tables with "
-    "image_id and any of patient_id, study_id, laterality, view, split, pixel_spacing_mm; further columns of 0 and 1 become "
-    "labels.",
+    help="Tables, CSV or .xlsx; several may follow. vindr: breast-level_annotations.csv. cbis-ddsm: all four CSVs, JPEG copy: "
+    "dicom_info.csv too. rsna: train.csv, test.csv. mias: Info.txt. inbreast: INbreast.csv. embed: metadata and clinical CSV. "
+    "cmmd: CMMD_clinicaldata_revision.xlsx. kau-bcmd: correctSheetlast.xlsx. folder: image_id, any of patient_id, study_id, "
+    "laterality, view, split, pixel_spacing_mm, and labels.",
 )
 @click.option(
     "--columns",
     cls=ListOption,
-    help="folder: which columns hold what where they have other names, such as image_id=file_name,patient_id=case,"
-    "label:cancer=pathology==MALIGNANT. See docs/own_data.md.",
+    help="folder: columns by other names: image_id=file,label:cancer=type==MALIGNANT; see docs/own_data.md.",
 )
 @click.option(
     "--labels",
     cls=ListOption,
-    help="folder: the columns of 0 and 1 (or true, false, yes, no) that become labels, and no others.",
+    help="folder: the columns of 0/1, true/false or yes/no that are labels.",
 )
 @click.option(
     "--findings-csv",
     type=FILE,
-    help="Boxes. vindr: finding_annotations.csv. folder: image_id, label, xmin, ymin, xmax, ymax in native pixels.",
+    help="Boxes. vindr: finding_annotations.csv. folder: image_id, label, xmin, ymin, xmax, ymax (pixels).",
 )
 @click.option(
     "--images-root",
     type=FILE,
     required=True,
-    help="Folder of mammograms, searched recursively: DICOM with or without an ending, PNG, TIFF, PGM, JPEG, JPEG 2000, BMP, "
-    "WebP.",
+    help="Films, searched recursively: DICOM (with or without an ending), PNG, TIFF, PGM, JPEG, JPEG 2000, BMP, WebP.",
 )
-@click.option(
-    "--follow-links", is_flag=True, help="Also search folders and read files that are symbolic links to other places."
-)
-@click.option("--output-dir", type=FILE, required=True, help="Folder for manifest.parquet, findings.parquet and problems.csv.")
-@click.option("--assume-spacing", type=click.FloatRange(0.01, 2), help="Pixel size in mm for images whose own is unknown.")
+@click.option("--follow-links", is_flag=True, help="Follow symbolic links to other places.")
+@click.option("--output-dir", type=FILE, required=True, help="For manifest.parquet, findings.parquet and problems.csv.")
+@click.option("--assume-spacing", type=click.FloatRange(0.01, 2), metavar="MM", help="Pixel size where it is unknown.")
 @click.option(
     "--patient-regex",
-    help="folder: what part of the DICOM PatientID (of the path if the id is missing or does not match) names the patient, "
-    "e.g. 'P_\\d+'.",
+    metavar="REGEX",
+    help="folder: the part of PatientID or path that names the patient: 'P_\\d+'.",
 )
 @click.option(
     "--patient-from",
     type=click.Choice(["folder"]),
-    help="folder: the first folder below --images-root is the patient.",
+    help="folder: the first folder below --images-root names the patient.",
 )
 @click.option(
     "--exclude",
     cls=ListOption,
     callback=split_commas,
-    help="Leave these out, with a row in problems.csv: implant, partial (views), a modifier such as magnification, spot or "
-    "implant_displaced, or a view such as XCCL or SPECIMEN, as DICOM headers (or the annotations) name them.",
+    help="Leave out: implant, partial, a modifier (magnification, spot, implant_displaced, …) or a view (XCCL, SPECIMEN, …).",
 )
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1),
     default=0.1,
-    help="Share of the training patients for validation, where the data set has no validation split.",
+    metavar="SHARE",
+    help="Share of training patients for validation, if there is no such split.",
 )
 @click.option(
     "--test-fraction",
     type=click.FloatRange(0, 1),
     default=0.0,
-    help="Share of the training patients to hold out for testing, where the data set has no test split: figures count only on "
-    "patients that chose nothing.",
+    metavar="SHARE",
+    help="Share of training patients held out, if there is no test split.",
 )
 @click.option("--seed", default=0, help="Seed of these choices.")
 @click.option(
     "--copy/--no-copy",
     default=False,
-    help="Also lay the films out as OUTPUT_DIR/<split>/<study>_<image>.png, which the manifest then names: stored values, "
-    "8 or 16 bits, without a DICOM's window. Copies that are there are kept.",
+    help="Also copy the films' stored values to <split>/<study>_<image>.png.",
 )
 @config_options(ReadingConfig)
 @click.option(
     "--allow-leakage",
     is_flag=True,
-    help="Go on where the same DICOM instance is there under two patients, who may then be one person in two splits.",
+    help="Go on where two patients share a DICOM instance.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that read and copy.  [default: one per CPU]")
 @config_file_option
@@ -139,11 +133,9 @@ def prepare(
 ) -> None:
     """Describe a data set of mammograms in one table, split by patient.
 
-    Writes manifest.parquet: one row per image with its patient, side, view, split, pixel spacing and labels; findings.parquet
-    with boxes, where the data set has any; and problems.csv with everything that was left out. No patient is in two splits.
-    Images that cannot be read are listed; they stay in the table where their patient is known, and the build records why they
-    gave nothing. Of an archive's export, other modalities, reports, presentation states, and the multi-frame and FOR PROCESSING
-    files that a build refuses are left out and counted. Only headers are read: 'preview' compares the side with the picture.
+    Writes manifest.parquet (patient, side, view, split, pixel spacing and labels of each film; no patient is in two splits),
+    findings.parquet (boxes) and problems.csv (what was left out, or cannot be read). Other modalities, reports, presentation
+    states and what a build refuses are left out and counted. Only headers are read. See docs/data_sets.md.
     """
     from mammostream.common.errors import BadInput
     from mammostream.common.parallel import available_cpus

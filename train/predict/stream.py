@@ -139,6 +139,8 @@ def read_rows(shards: ShardSet, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _without_tiles(flags: str) -> str:
+    if "duplicate" in flags.split():
+        return "has the pixels of another film"
     return "no tile passed the gates and rules" + (f" ({flags})" if flags else "")
 
 

@@ -216,6 +216,7 @@ _COUNTS = {
     "rejected_rules": "rejected: no rule met",
     "rejected_pectoral": "rejected: too much pectoral muscle",
     "rejected_limit": "rejected: over the limit a film",
+    "rejected_duplicate": "rejected: the film is a copy of another",
     "kept_breast_only": "kept by the breast rule alone",
     "kept_frequency_only": "kept by the frequency rule alone",
     "kept_both_rules": "kept by both rules",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import imagecodecs
 import numpy as np
 import pandas as pd
@@ -12,6 +10,7 @@ from PIL import Image
 
 from mammostream.common.errors import BadInput
 from mammostream.preprocess.reading import read_mammogram
+from mammostream.shards.archive import read_index, sample_key
 from mammostream.shards.build.film_tiles import pixels_hash
 from mammostream.shards.build.verify import quarantine, verify_shards
 from mammostream.shards.manifest import read_manifest, write_manifest
@@ -48,7 +47,7 @@ def test_hashes_tell_pixels_apart_and_nothing_else():
     assert len({pixels_hash(p) for p in [pixels, *others]}) == 5
 
 
-def test_copies_are_flagged_with_what_they_equal(call, doubled, tmp_path):
+def test_copies_are_flagged_with_what_they_equal_and_give_no_tiles(call, doubled, tmp_path, contents):
     code, out, err = build(call, doubled, tmp_path, "--max-bad", "50%")
     assert code == 0, err
     shards = open_shards(tmp_path / "s")
@@ -61,20 +60,55 @@ def test_copies_are_flagged_with_what_they_equal(call, doubled, tmp_path):
         assert same.loc[name, "flags"] == "duplicate"
         assert same.loc[name, "remarks"] == f"duplicate: has the pixels of {first}"
         assert f"duplicate: {name} has the pixels of {first}" in err
+        assert same.loc[name, "kept"] == same.loc[name, "kept_both_rules"] == 0
+        assert same.loc[name, "rejected_duplicate"] == same.loc[first, "kept"] > 0
     assert images["flags"].str.contains("duplicate").sum() == 2  # blank films give no tiles: they are copies of nothing
     assert images.loc["blank0", "pixels_hash"] == images.loc["blank7", "pixels_hash"]
     assert any(line.split() == ["duplicate", "2", "films"] for line in out.splitlines())
     assert pixels_hash(read_mammogram(doubled["path"][0]).pixels) == images.loc["copy1", "pixels_hash"]
     assert not images["lossy"].any()
-    # What the merge adds is no fault, and survives a quarantine and a second merge.
+    assert shards.tiles().groupby("image_id").size().to_dict() == images.loc[images["kept"] > 0, "kept"].to_dict()
+    held = [sample_key(sample) for shard in shards.shards() for sample in read_index(shard.index)]
+    assert sorted(held) == sorted(shards.tiles()["key"])
+    # What the merge takes out is no fault, and a quarantine, a second merge and a second build change nothing.
     assert verify_shards(shards) == []
-    before = (tmp_path / "s/images.parquet").read_bytes()
+    before = contents(tmp_path / "s")
     quarantine(shards, [])
     call("shards", "finish", tmp_path / "s", "--max-bad", "50%")
-    assert (tmp_path / "s/images.parquet").read_bytes() == before
+    build(call, doubled, tmp_path, "--max-bad", "50%")
+    assert contents(tmp_path / "s") == before
     code, out, _ = call("shards", "info", tmp_path / "s")
     assert code == 0
     assert any(line.split() == ["duplicate", "2", "films"] for line in out.splitlines())
+
+
+def test_a_merge_that_was_killed_between_index_and_table_goes_on(call, doubled, tmp_path, contents):
+    films = doubled[~doubled["image_id"].str.startswith("blank")]
+    code, _, err = build(call, films, tmp_path, "--shard-range", "0:99")
+    assert code == 0, err
+    built = contents(tmp_path / "s")
+    assert call("shards", "finish", tmp_path / "s")[0] == 0
+    merged = contents(tmp_path / "s")
+    changed = {name for name in built if merged[name] != built[name]}
+    assert {name.rpartition(".")[2] for name in changed} == {"idx", "parquet"}
+    for name in changed:  # the indexes are the new ones, the tables still the old
+        if name.endswith(".parquet"):
+            (tmp_path / "s" / name).write_bytes(built[name])
+    for name in ("shards.json", "images.parquet", "tiles.parquet"):
+        (tmp_path / "s" / name).unlink()
+    assert call("shards", "finish", tmp_path / "s")[0] == 0
+    assert contents(tmp_path / "s") == merged
+
+
+def test_a_shard_of_copies_alone_has_no_tiles_left(call, manifest, tmp_path):
+    films = read_manifest(manifest).head(1)
+    films = pd.concat([films, films.assign(image_id="copy")], ignore_index=True)
+    code, _, err = build(call, films, tmp_path, "--images-per-shard", 1)
+    assert code == 0, err
+    shards = open_shards(tmp_path / "s")
+    assert sorted(entry["tiles"] > 0 for entry in shards.meta["shards"]) == [False, True]
+    assert verify_shards(shards) == []
+    assert call("shards", "info", tmp_path / "s")[0] == 0
 
 
 def test_two_patients_with_one_film_stop_the_build_before_it_is_finished(call, doubled, tmp_path, contents):
@@ -90,12 +124,13 @@ def test_two_patients_with_one_film_stop_the_build_before_it_is_finished(call, d
     with pytest.raises(BadInput, match="not a finished shard directory"):
         open_shards(tmp_path / "s")
     assert call("shards", "finish", tmp_path / "s")[0] == 2
-    finished = {name: data for name, data in contents(tmp_path / "s").items() if name.startswith(("train-", "val-"))}
+    tars = {name: data for name, data in contents(tmp_path / "s").items() if name.endswith(".tar")}
     code, _, err = build(call, films, tmp_path, "--allow-leakage")
     assert code == 0, err
-    # Only the merge was missing: every shard stays as it is.
-    assert {name: data for name, data in contents(tmp_path / "s").items() if name in finished} == finished
-    assert json.loads((tmp_path / "s/shards.json").read_text())["shards"]
+    # Only the merge was missing: nothing is built again.
+    assert {name: data for name, data in contents(tmp_path / "s").items() if name.endswith(".tar")} == tars
+    assert open_shards(tmp_path / "s").images()["rejected_duplicate"].gt(0).sum() == 2
+    assert call("shards", "finish", tmp_path / "s")[0] == 2  # the copies that are out already still count
 
 
 def test_ids_that_differ_in_zeros_only_are_one_patient(call, doubled, tmp_path):
@@ -126,7 +161,7 @@ def test_a_lossy_film_and_an_inverted_one_are_counted(call, manifest, tmp_path):
     Image.fromarray(grey).save(tmp_path / "film.jpg", quality=90)
     Image.fromarray(pixels.max() - pixels).save(tmp_path / "inverted.png")
     films.loc[[0, 1], "path"] = [str(tmp_path / "film.jpg"), str(tmp_path / "inverted.png")]
-    films.loc[1, "laterality"] = films.loc[0, "laterality"]
+    films.loc[1, ["laterality", "view"]] = films.loc[0, ["laterality", "view"]]
     code, out, err = build(call, films, tmp_path)
     assert code == 0, err
     images = open_shards(tmp_path / "s").images().set_index("image_id")
