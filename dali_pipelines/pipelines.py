@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
 
 from mammostream.dali_pipelines.intensity import ImageFormat
 from mammostream.dali_pipelines.readers import FileSource, ShardSource
@@ -18,6 +19,7 @@ from mammostream.dali_pipelines.recipes import View
 from mammostream.dali_pipelines.views import apply_view, normalise
 
 
+@do_not_convert
 def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **options: Any) -> tuple[Any, list[Any]]:
     """Return DALI nodes ``(tile, labels)``.
 

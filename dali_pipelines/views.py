@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, math, types
+from nvidia.dali.pipeline import do_not_convert
 
 from mammostream.dali_pipelines.intensity import ImageFormat, scale_and_shift
 from mammostream.dali_pipelines.recipes import View
 
 
+@do_not_convert
 def _uniform(low: float, high: float) -> Any:
     """Draw from [low, high); if they are equal, return the number: DALI rejects an empty range, and this saves a node."""
     return fn.random.uniform(range=[float(low), float(high)]) if low < high else float(low)
@@ -28,6 +30,7 @@ def _sign(flip_probability: float) -> Any:
     return 1.0 - 2.0 * fn.random.coin_flip(probability=flip_probability) if flip_probability else 1.0
 
 
+@do_not_convert
 def draw_homography(view: View, tile_size: int, size: int) -> Any:
     """Draw the homographies of a batch.
 
@@ -69,11 +72,13 @@ def draw_homography(view: View, tile_size: int, size: int) -> Any:
     return fn.stack(affine[0] + offset_x * weight, affine[1] + offset_y * weight, weight)
 
 
+@do_not_convert
 def _to_float(tile: Any) -> Any:
     # On the CPU the normalisation is twice as fast as the cast.
     return fn.cast(tile, dtype=types.FLOAT) if tile.device == "gpu" else _times_plus(tile, 1.0, 0.0)
 
 
+@do_not_convert
 def _gaussian_blur(tile: Any, sigma: Any, radius: int) -> Any:
     """Blur with a Gaussian kernel of edge ``2 * radius + 1`` pixels, mirrored at the border; returns float32 (H, W, 1)."""
     if tile.device == "gpu":
@@ -88,6 +93,7 @@ def _gaussian_blur(tile: Any, sigma: Any, radius: int) -> Any:
     return tile
 
 
+@do_not_convert
 def _times_plus(tile: Any, gain: Any, offset: Any) -> Any:
     """Return ``tile * gain + offset`` as float32; `gain` must not be 0."""
     if tile.device == "gpu":
@@ -99,6 +105,7 @@ def _times_plus(tile: Any, gain: Any, offset: Any) -> Any:
     return fn.normalize(tile, mean=mean, stddev=stddev, dtype=types.FLOAT)
 
 
+@do_not_convert
 def _finish(tile: Any, dtype: str) -> Any:
     return tile if dtype == "float32" else fn.cast(tile, dtype=types.FLOAT16)
 
@@ -108,6 +115,7 @@ def normalise(tile: Any, form: ImageFormat) -> Any:
     return _finish(_times_plus(tile, *scale_and_shift(form.mean, form.std)), form.dtype)
 
 
+# Only the functions that lead to the ``if`` on a node are left for DALI to convert: that takes as long as all else at a start.
 def apply_view(tile: Any, view: View, tile_size: int, form: ImageFormat) -> Any:
     """Draw a view of a tile, normalised.
 
