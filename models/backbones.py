@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from mammostream.common.errors import BadInput, first_line, nearest
 from mammostream.models.architectures import ARCHITECTURES
@@ -28,8 +29,9 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     Parameters
     ----------
     arch
-        ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101`` (He et al. 2016, arXiv:1512.03385), or ``convnext_tiny``
-        (Liu et al. 2022, arXiv:2201.03545).
+        ``resnet18``, ``resnet34``, ``resnet50`` or ``resnet101`` (He et al. 2016, arXiv:1512.03385), ``convnext_tiny``
+        (Liu et al. 2022, arXiv:2201.03545), or ``resnet18_narrow``, a ResNet-18 with a quarter of the channels: a sixteenth of
+        the weights, for trials on a CPU.
     weights
         ``"none"`` (random), ``"imagenet"`` (torchvision's, from its cache or the network), or the path of a file with
         torchvision's tensor names, or of a checkpoint, whose online backbone is used. Three channels are folded into one,
@@ -40,7 +42,7 @@ def build_backbone(arch: str, weights: str | Path = "none") -> nn.Module:
     nn.Module
         Maps (N, 1, H, W) normalised by :mod:`mammostream.common.normalisation` to (N, num_features). Two attributes describe
         it: ``arch`` (str) and ``num_features`` (int: 512 for resnet18 and 34, 2048 for resnet50 and 101, 768 for
-        convnext_tiny).
+        convnext_tiny, 128 for resnet18_narrow).
 
     Raises
     ------
@@ -116,11 +118,23 @@ def feature_dim(backbone: nn.Module, given: int | None = None) -> int:
     return dim
 
 
+class _NarrowResNet(ResNet):
+    """A ResNet with a quarter of the channels everywhere."""
+
+    def _make_layer(
+        self, block: type[BasicBlock | Bottleneck], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        if planes == 64:  # the first stage, behind the stem
+            self.inplanes //= 4
+            self.bn1 = nn.BatchNorm2d(self.inplanes)
+        return super()._make_layer(block, planes // 4, blocks, stride, dilate)
+
+
 def _build_resnet(arch: str) -> nn.Module:
-    backbone = torchvision.models.get_model(arch, weights=None)
-    backbone.num_features = backbone.fc.in_features
+    backbone = _NarrowResNet(BasicBlock, [2, 2, 2, 2]) if arch == "resnet18_narrow" else torchvision.models.get_model(arch)
+    backbone.num_features = backbone.layer4[-1].conv1.in_channels
     backbone.fc = nn.Identity()
-    backbone.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    backbone.conv1 = nn.Conv2d(1, backbone.bn1.num_features, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     return backbone
 
@@ -139,6 +153,8 @@ def _build_convnext(arch: str) -> nn.Module:
 def _read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
     """Read a state dict with torchvision's names: the ImageNet one, or a file's."""
     if str(weights) == "imagenet":
+        if arch == "resnet18_narrow":
+            raise BadInput("there are no ImageNet weights of resnet18_narrow; pass --weights none")
         entry = torchvision.models.get_model_weights(arch)[_IMAGENET_RECIPE]
         try:
             return entry.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -75,8 +75,8 @@ def test_from_films_to_report(tmp_path, monkeypatch, capsys):
     for split in ("train", "val"):
         run(f"shards labels {out}/shards --split {split} --findings {findings_path} --output {out}/{split}.csv")
     run(
-        f"pretrain --shards {out}/shards --output-dir {out}/pretrain --arch resnet18 --hidden-dim 32 --proj-dim 16 --epochs 1 "
-        f"--wandb-mode offline {small}"
+        f"pretrain --shards {out}/shards --output-dir {out}/pretrain --arch resnet18_narrow --hidden-dim 32 --proj-dim 16 "
+        f"--epochs 1 --wandb-mode offline {small}"
     )
     assert f"{len(tiles)} tiles: all well" in verified
     assert "tile_size: 64" in info

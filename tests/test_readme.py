@@ -22,7 +22,7 @@ HEIGHT, WIDTH, PATIENTS, RADIUS = 400, 300, 12, 12
 SMALL = {
     "prepare": "--assume-spacing 0.4 --val-fraction 0.25",
     "shards build": "--pixel-spacing 0.4 --tile-size 64 --stride 64 --workers 1 --device cpu",
-    "pretrain": "--arch resnet18 --hidden-dim 32 --proj-dim 16 --epochs 1 --max-steps 2 --batch-size 8",
+    "pretrain": "--arch resnet18_narrow --hidden-dim 32 --proj-dim 16 --epochs 1 --max-steps 2 --batch-size 8",
     "finetune": "--epochs 1 --freeze-backbone-epochs 1 --batch-size 16",
     "infer": "--batch-size 16 --sheet-tiles 0",
 }

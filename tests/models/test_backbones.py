@@ -44,7 +44,14 @@ def imagenet_input(x: torch.Tensor) -> torch.Tensor:
     return (x.expand(-1, 3, -1, -1) - m) / s
 
 
-DIMS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "convnext_tiny": 768}
+DIMS = {
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet50": 2048,
+    "resnet101": 2048,
+    "convnext_tiny": 768,
+    "resnet18_narrow": 128,
+}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -124,6 +131,17 @@ def test_the_online_backbone_of_a_checkpoint_starts_another(tmp_path):
     backbone = build_backbone("resnet18", tmp_path / "mammogram_byol_best.pth")
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(backbone.state_dict()[name], tensor), name
+
+
+def test_the_narrow_resnet_is_a_resnet18_with_a_quarter_of_the_channels():
+    wide, narrow = (build_backbone(arch).state_dict() for arch in ("resnet18", "resnet18_narrow"))
+    assert set(narrow) == set(wide)
+    for name, tensor in wide.items():
+        if tensor.ndim:
+            quarter = [1 if n == 1 else n if n in (3, 7) and at > 1 else n // 4 for at, n in enumerate(tensor.shape)]
+            assert list(narrow[name].shape) == quarter, name
+    with pytest.raises(BadInput, match="no ImageNet weights of resnet18_narrow"):
+        build_backbone("resnet18_narrow", "imagenet")
 
 
 def test_weights_none_are_drawn_by_the_seed():

@@ -337,17 +337,22 @@ def noise(film):
     return mask_of(np.clip(added, 0, 65535).astype(np.uint16)), film.found.mask
 
 
+def every_second(films: list[Segmented], name: str, names: dict[str, Any]) -> list[Segmented]:
+    """The even films for every other name, the odd ones for the rest: all would take a minute more."""
+    return films[list(names).index(name) % 2 :: 2]
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_leave_the_mask(segmented, name):
     bound, function = CHANGES[name]
-    for film in segmented:
+    for film in every_second(segmented, name, CHANGES):
         found, expected = function(film)
         assert overlap(found, expected) > bound, film.name
 
 
 @pytest.mark.parametrize("name", ARTEFACTS)
 def test_objects_are_outside_and_what_they_cover_is_inside(segmented, name):
-    for film in segmented:
+    for film in every_second(segmented, name, ARTEFACTS):
         pixels, clean = film.facing(film.pixels).copy(), film.facing(film.found.mask)
         ARTEFACTS[name](pixels, clean, np.random.default_rng(0))
         assert overlap(mask_of(pixels), clean) > 0.97, film.name
@@ -369,7 +374,7 @@ def test_plausibility_tells_wrong_masks_from_right_ones(segmented, monkeypatch):
     close = segmentation.closed
     for name, change_mask in wrong.items():
         monkeypatch.setattr(segmentation, "closed", lambda *args, change=change_mask: change(close(*args)))
-        for film in segmented:
+        for film in every_second(segmented, name, wrong):
             found = segment_breast(film.pixels, SPACING)
             assert overlap(found.mask, film.found.mask) < 0.85
             assert "doubtful_mask" in found.flags, (name, film.name, found.plausibility)

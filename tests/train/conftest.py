@@ -51,7 +51,7 @@ class Road:
 
     root: Path
 
-    films = property(lambda self: self.root / "films")  # two DICOM films, one a patient
+    films = property(lambda self: self.root / "films")  # two DICOM films of 0.2 mm, one a patient
     film_manifest = property(lambda self: self.root / "prepared/manifest.parquet")
     manifest = property(lambda self: self.root / "simulated/manifest.parquet")
     findings = property(lambda self: self.root / "simulated/findings.parquet")
@@ -63,7 +63,7 @@ class Road:
     finetuned = property(lambda self: self.root / "finetune")
     tile_size, tiling, small, classes = TILE, TILING, SMALL, CLASSES
     # The run that a resumed one must equal.
-    pretrain_options = f"--arch resnet18 --hidden-dim 32 --proj-dim 16 --batch-size 16 --epochs 4 --save-every 3 {SMALL}"
+    pretrain_options = f"--arch resnet18_narrow --hidden-dim 32 --proj-dim 16 --batch-size 16 --epochs 4 --save-every 3 {SMALL}"
 
     @property
     def finetune_options(self) -> str:
@@ -134,15 +134,22 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
 
 
 def _make_road(road: Road) -> None:
+    import pydicom
+
     from mammostream.common.real_films import film_cases
+    from mammostream.preprocess.resampling import block_mean
     from mammostream.shards import open_shards
 
     shutil.rmtree(road.root, ignore_errors=True)
     road.films.mkdir(parents=True)
     for case in film_cases():
-        shutil.copy(case["lcc"], road.films)
+        film = pydicom.dcmread(case["lcc"])
+        pixels = np.rint(block_mean(film.pixel_array, 4)).astype(np.uint16)
+        film.Rows, film.Columns = pixels.shape
+        film.set_pixel_data(pixels, "MONOCHROME2", 16)
+        film.save_as(road.films / case["lcc"].name)
     _run(
-        f"prepare --images-root {road.films} --output-dir {road.film_manifest.parent} --assume-spacing 0.05 "
+        f"prepare --images-root {road.films} --output-dir {road.film_manifest.parent} --assume-spacing 0.2 "
         "--patient-regex 'P_\\d+' --val-fraction 0.5"
     )
     _run(f"simulate --manifest {road.film_manifest} --output-dir {road.manifest.parent} --clusters-per-image 6 --contrast 20")

@@ -10,7 +10,7 @@ from mammostream.train.run.charts import read_metrics
 
 
 def small_config(**options):
-    small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 16, "epochs": 1}
+    small = {"arch": "resnet18_narrow", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 16, "epochs": 1}
     return PretrainConfig(**(small | {"device": "cpu", "num_workers": 2, "wandb_mode": "disabled"} | options))
 
 

@@ -26,7 +26,7 @@ from mammostream.train.run.runtime import Runtime
 CPU = Runtime(torch.device("cpu"), "fp32")
 # 12 and 13 tiles per process: four batches, two steps an epoch.
 RUN = (
-    "--arch resnet18 --hidden-dim 32 --proj-dim 16 --batch-size 3 --accumulate 2 --limit-tiles 25 --epochs 3 --lr 1e-3 "
+    "--arch resnet18_narrow --hidden-dim 32 --proj-dim 16 --batch-size 3 --accumulate 2 --limit-tiles 25 --epochs 3 --lr 1e-3 "
     "--save-every 10"
 )
 
@@ -96,7 +96,7 @@ os._exit(0)
 
 def small_state(change=lambda model: model, parallel=lambda model: model) -> TrainingState:
     torch.manual_seed(0)
-    model = change(MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16)).double().train()
+    model = change(MammogramBYOL(build_backbone("resnet18_narrow"), hidden_dim=32, proj_dim=16)).double().train()
     model.classification_head.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9, fused=True)
     return TrainingState(model, parallel(model), optimizer, CPU.scaler(), [0.5, 0.3, 0.1, 0.1], [0.9, 0.95, 0.99, 0.99])

@@ -12,7 +12,7 @@ from mammostream.models.checkpoints import load_checkpoint
 from mammostream.train.byol.run import CHECKPOINT_NAME
 
 # What is wrong -> the command and a part of its one line. {road} etc. are filled in below.
-PRETRAIN = "pretrain --shards {shards} --output-dir {out} --arch resnet18 --epochs 1 {small}"
+PRETRAIN = "pretrain --shards {shards} --output-dir {out} --arch resnet18_narrow --epochs 1 {small}"
 FINETUNE = (
     "finetune --byol-checkpoint {byol} --train-csv {train} --val-csv {val} --shards {shards} --class-names bright "
     "--output-dir {out} --epochs 1 {small}"
@@ -24,7 +24,7 @@ BAD = {
     "a patient on both sides": (FINETUNE.replace("{val}", "{train}"), "in both --train-csv and --val-csv: 1 patient (P_"),
     "two sources of tiles": (f"{FINETUNE} --tiles-dir {{tmp}}", "give either --tiles-dir or --shards"),
     "no source of tiles": (FINETUNE.replace("--shards {shards}", ""), "give either --tiles-dir or --shards"),
-    "another architecture": (f"{FINETUNE} --arch resnet50", "holds resnet18, not resnet50; pass --arch resnet18"),
+    "another architecture": (f"{FINETUNE} --arch resnet50", "holds resnet18_narrow, not resnet50; pass --arch resnet18_narrow"),
     "a classifier for a BYOL model": (FINETUNE.replace("{byol}", "{classifier}"), "holds a classifier model, not a byol model"),
     "no checkpoint": (FINETUNE.replace("{byol}", "{tmp}/gone.pth"), "gone.pth does not exist"),
     "garbage for a checkpoint": (FINETUNE.replace("{byol}", "{tmp}/garbage.pth"), "garbage.pth is damaged"),
@@ -95,7 +95,7 @@ def test_bad_input_is_one_line_and_leaves_no_run_behind(what, places, mammostrea
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_a_config_file_gives_defaults_and_flags_win(road, mammostream, tmp_path, suffix):
-    options = {"epochs": 3, "batch-size": 4, "limit_tiles": 8, "hidden_dim": 32, "proj_dim": 16, "arch": "resnet18"}
+    options = {"epochs": 3, "batch-size": 4, "limit_tiles": 8, "hidden_dim": 32, "proj_dim": 16, "arch": "resnet18_narrow"}
     path = tmp_path / f"config.{suffix}"
     path.write_text(json.dumps(options) if suffix == "json" else yaml.safe_dump(options))
     out = tmp_path / "run"
@@ -104,7 +104,15 @@ def test_a_config_file_gives_defaults_and_flags_win(road, mammostream, tmp_path,
     )
     assert outcome.code == 0, outcome.err
     resolved = yaml.safe_load((out / "config.yaml").read_text())
-    wanted = {"epochs": 1, "batch_size": 4, "limit_tiles": 8, "hidden_dim": 32, "proj_dim": 8, "arch": "resnet18", "seed": 0}
+    wanted = {
+        "epochs": 1,
+        "batch_size": 4,
+        "limit_tiles": 8,
+        "hidden_dim": 32,
+        "proj_dim": 8,
+        "arch": "resnet18_narrow",
+        "seed": 0,
+    }
     assert {name: resolved[name] for name in wanted} == wanted
     checkpoint = load_checkpoint(out / CHECKPOINT_NAME.format("final"), "byol")
     assert {name: checkpoint["config"][name] for name in wanted} == wanted

@@ -11,7 +11,7 @@ from mammostream.train.bench import step as step_bench
 from mammostream.train.bench.ladder import RUNGS, Task
 from mammostream.train.bench.step import Result
 
-TASK = Task("resnet18", batch_size=2, tile_size=32, device="cpu", steps=1, warmup=2, rounds=1)
+TASK = Task("resnet18_narrow", batch_size=2, tile_size=32, device="cpu", steps=1, warmup=2, rounds=1)
 
 
 @pytest.mark.parametrize("name", ["channels-last", "sync-free", "fused", "channels-8", "space-to-depth"])
@@ -47,7 +47,7 @@ def test_rungs_take_the_same_step(name):
 def test_measuring_the_step(mammostream, tmp_path, road):
     page = tmp_path / "results/step.md"
     outcome = mammostream(
-        "bench step --device cpu --tile-size 32 --batch-size 2,4 --steps 1 --rounds 1 "
+        "bench step --device cpu --arch resnet18_narrow --tile-size 32 --batch-size 2,4 --steps 1 --rounds 1 "
         f"--rungs naive fused cuda-graphs real-data --shards {road.shards} --profile fused --output {page}"
     )
     assert outcome.code == 0, outcome.err
@@ -68,7 +68,7 @@ def test_measuring_the_step(mammostream, tmp_path, road):
         if row["rung"] == "naive":
             assert row["times_naive"] == 1
     text = page.read_text()
-    assert "resnet18 on two views of 32×32 pixels, cpu, fp32" in text
+    assert "resnet18_narrow on two views of 32×32 pixels, cpu, fp32" in text
     assert "**failed**: BadInput: --cuda-graphs need a GPU" in text
     assert str(road.root) not in text
     assert str(tmp_path) not in text
@@ -126,7 +126,7 @@ def test_bad_input(mammostream, options, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_every_rung_runs_on_a_gpu():
-    task = Task("resnet18", batch_size=8, tile_size=64, device="cuda", steps=2, warmup=3, rounds=2)
+    task = Task("resnet18_narrow", batch_size=8, tile_size=64, device="cuda", steps=2, warmup=3, rounds=2)
     names = step_bench.default_rungs(task)
     results = step_bench.measure(task, names)
     assert "cuda-graphs" in names

@@ -27,7 +27,7 @@ CPU = Runtime(torch.device("cpu"), "fp32")
 
 def small_state():
     torch.manual_seed(0)
-    model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16).train()
+    model = MammogramBYOL(build_backbone("resnet18_narrow"), hidden_dim=32, proj_dim=16).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     return TrainingState(model, model, optimizer, CPU.scaler(), [1e-3] * 4, [0.9] * 4)
 

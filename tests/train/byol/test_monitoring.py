@@ -147,7 +147,7 @@ def test_retrieval_is_chance_where_all_rows_are_equal_and_one_where_views_agree(
 
 
 def test_target_distance_is_a_share_of_the_online_networks_length():
-    model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=8, proj_dim=4)
+    model = MammogramBYOL(build_backbone("resnet18_narrow"), hidden_dim=8, proj_dim=4)
     assert target_distance(model).item() == 0
     with torch.no_grad():
         for parameter in (*model.backbone_momentum.parameters(), *model.projection_head_momentum.parameters()):
@@ -371,7 +371,7 @@ def _read_often():
 
 def train(road, folder, resume=None, **options):
     """A tiny run; return its lines."""
-    small = {"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 40, "epochs": 100}
+    small = {"arch": "resnet18_narrow", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8, "limit_tiles": 40, "epochs": 100}
     small |= {"device": "cpu", "num_workers": 2, "wandb_mode": "disabled", "lr": 1e-3, "warmup_epochs": 0.0}
     config = PretrainConfig(**(small | {"max_steps": 40, "momentum": 0.99, "save_every": 1000} | options))
     pretrain(open_shards(road.shards), folder, config, resume)
@@ -423,7 +423,7 @@ def test_a_run_that_learns_is_silent_and_logs_every_measure(road, healthy):
     epochs = [line for line in lines if "epoch_mean/loss" in line]
     assert all(line["epoch_mean/collapsed"] == 0 for line in epochs)
     with torch.device("meta"):
-        flops = flops_per_pair(MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16), road.tile_size)
+        flops = flops_per_pair(MammogramBYOL(build_backbone("resnet18_narrow"), hidden_dim=32, proj_dim=16), road.tile_size)
     for line in epochs:
         assert line["epoch_mean/mfu_percent"] == pytest.approx(100 * line["epoch_mean/pairs_per_second"] * flops / 1e12)
 

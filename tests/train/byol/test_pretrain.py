@@ -46,7 +46,7 @@ def test_a_step_trains_the_online_network_and_moves_the_target_after_it(road):
     loader = PretrainLoader(
         open_shards(road.shards).shards("train"), batch_size=8, tile_size=road.tile_size, mean=0.449, std=0.226
     )
-    model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16).train()
+    model = MammogramBYOL(build_backbone("resnet18_narrow"), hidden_dim=32, proj_dim=16).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     lrs, momenta = learning_rates(1e-2, 4, 1), byol_momenta(0.9, 4)
     state = TrainingState(model, model, optimizer, CPU.scaler(), lrs, momenta)
@@ -77,7 +77,7 @@ def test_a_step_clips_the_gradient(road):
     deltas = {}
     for clip in (1e-3, 1e9):
         torch.manual_seed(0)
-        model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16).train()
+        model = MammogramBYOL(build_backbone("resnet18_narrow"), hidden_dim=32, proj_dim=16).train()
         before = model.backbone.conv1.weight.detach().clone()
         # Plain SGD: its step is the gradient, so the step's length tells the clipping.
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
@@ -99,7 +99,7 @@ def some_batches(count: int, tiles: int = 4):
 def test_accumulated_batches_give_the_mean_of_their_gradients_and_see_their_own_statistics(checkpointed):
     batches = some_batches(3)
     torch.manual_seed(0)
-    model = MammogramBYOL(build_backbone("resnet18"), hidden_dim=32, proj_dim=16).double().train()
+    model = MammogramBYOL(build_backbone("resnet18_narrow"), hidden_dim=32, proj_dim=16).double().train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     alone = copy.deepcopy(model)  # one batch after the other through the same weights: its statistics move three times
     losses = [alone(*views).loss for views in batches]
@@ -156,7 +156,7 @@ def test_a_run_writes_its_checkpoints_metrics_and_pictures(pretrained):
     assert names == [f"mammogram_byol_{name}.pth" for name in ("best", "epoch_003", "final", "last")]
     final = load_checkpoint(pretrained.byol, "byol")
     tiles = len(open_shards(pretrained.shards).tiles("train"))
-    assert (final["epoch"], final["step"], final["arch"]) == (4, 4 * (tiles // 16), "resnet18")
+    assert (final["epoch"], final["step"], final["arch"]) == (4, 4 * (tiles // 16), "resnet18_narrow")
     assert load_checkpoint(folder / "mammogram_byol_epoch_003.pth", "byol")["epoch"] == 3
     assert_equal_states(
         final["model_state_dict"], load_checkpoint(folder / "mammogram_byol_last.pth", "byol")["model_state_dict"]
@@ -276,8 +276,8 @@ def test_options_out_of_range_are_refused_before_anything_starts(name, value):
 def test_a_run_that_ended_between_two_checkpoints_of_an_epoch_writes_both_on_resuming(road, mammostream, tmp_path):
     """The last checkpoint says that the epoch is done: so it must be written after all others of that epoch."""
     command = (
-        f"pretrain --shards {road.shards} --output-dir {tmp_path} --arch resnet18 --hidden-dim 32 --proj-dim 16 --epochs 1 "
-        f"--batch-size 8 --limit-tiles 16 {road.small} --resume auto"
+        f"pretrain --shards {road.shards} --output-dir {tmp_path} --arch resnet18_narrow --hidden-dim 32 --proj-dim 16 "
+        f"--epochs 1 --batch-size 8 --limit-tiles 16 {road.small} --resume auto"
     )
     final = tmp_path / "mammogram_byol_final.pth"
     (final / "in_the_way").mkdir(parents=True)

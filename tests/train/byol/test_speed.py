@@ -25,7 +25,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 
 def small_config(**options) -> PretrainConfig:
-    return PretrainConfig(**({"arch": "resnet18", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8} | options))
+    return PretrainConfig(**({"arch": "resnet18_narrow", "hidden_dim": 32, "proj_dim": 16, "batch_size": 8} | options))
 
 
 def small_state(config: PretrainConfig, runtime: Runtime, compiling: str = "off", steps: int = 20) -> TrainingState:

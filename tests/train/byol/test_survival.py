@@ -27,8 +27,8 @@ from mammostream.train.run.stopping import StopSignals
 
 # Nine batches an epoch, two a step: the fifth and last step of each epoch has one. A step's line at step 10.
 RUN = (
-    "--arch resnet18 --hidden-dim 32 --proj-dim 16 --batch-size 3 --accumulate 2 --limit-tiles 28 --epochs 3 --save-every 2 "
-    "--lr 1e-3"
+    "--arch resnet18_narrow --hidden-dim 32 --proj-dim 16 --batch-size 3 --accumulate 2 --limit-tiles 28 --epochs 3 "
+    "--save-every 2 --lr 1e-3"
 )
 CPU = Runtime(torch.device("cpu"), "fp32")
 
@@ -195,8 +195,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(road, small_disk, mammostr
 def test_too_little_memory_is_one_line_with_the_peak_and_half_the_batch(road, mammostream, tmp_path):
     """More heads than any machine has room for: torch's allocation really fails."""
     outcome = mammostream(
-        f"pretrain --shards {road.shards} --output-dir {tmp_path} --arch resnet18 --hidden-dim 100000000000 --batch-size 16 "
-        f"{road.small}"
+        f"pretrain --shards {road.shards} --output-dir {tmp_path} --arch resnet18_narrow --hidden-dim 100000000000 "
+        f"--batch-size 16 {road.small}"
     )
     assert outcome.code == 2
     assert outcome.error.startswith("out of memory with --batch-size 16: the process took ")
@@ -224,8 +224,8 @@ def test_a_full_gpu_names_each_pool(road, mammostream, tmp_path):
     torch.cuda.set_per_process_memory_fraction(0.01)  # the network alone then fills the GPU, not the host's memory
     try:
         outcome = mammostream(
-            f"pretrain --shards {road.shards} --output-dir {tmp_path} --arch resnet18 --hidden-dim 200000 --batch-size 16 "
-            "--device cuda --compile off --wandb-mode disabled"
+            f"pretrain --shards {road.shards} --output-dir {tmp_path} --arch resnet18_narrow --hidden-dim 200000 "
+            "--batch-size 16 --device cuda --compile off --wandb-mode disabled"
         )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

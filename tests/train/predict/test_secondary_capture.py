@@ -161,7 +161,7 @@ def predicted(sharp_classifier, finetuned, run_cli, tmp_path_factory):
     del dataset.StudyInstanceUID
     dataset.save_as(bad)
     run_cli(
-        f"infer --model-path {sharp_classifier} --images-dir {folder}/films --assume-spacing 0.05 --device cpu "
+        f"infer --model-path {sharp_classifier} --images-dir {folder}/films --assume-spacing 0.2 --device cpu "
         f"--output-dir {folder}/out --secondary-capture --sheet-tiles 3"
     )
     return folder

@@ -85,7 +85,7 @@ def test_tile_images_are_read_in_the_rows_order(predictor, tmp_path):
 
 def test_tiles_of_films_come_from_memory_or_from_the_film_again(predictor, finetuned, monkeypatch, tmp_path):
     """Films of an earlier run of a resumed prediction, or of another process, are not in memory."""
-    films = [FilmInput(path, path.stem, (0, 0), spacing_mm=0.05) for path in sorted(finetuned.films.iterdir())]
+    films = [FilmInput(path, path.stem, (0, 0), spacing_mm=0.2) for path in sorted(finetuned.films.iterdir())]
     kept, fresh, tables = FilmTiles(predictor, films, 4), FilmTiles(predictor, films, 4), []
     for film_input in films:
         film, tiles = predict_film(predictor, film_input)

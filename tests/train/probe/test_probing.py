@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
 from types import SimpleNamespace
 
 import imagecodecs
@@ -11,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -368,7 +366,7 @@ def probed(pretrained, labels_csv, run_cli, tmp_path_factory):
     """The command's output folder: two checkpoints, and a file in place of the ImageNet weights."""
     folder = tmp_path_factory.mktemp("probe")
     torch.manual_seed(1)
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), folder / "imagenet.pth")
+    torch.save(build_backbone("resnet18_narrow").state_dict(), folder / "imagenet.pth")
     run_cli(
         f"probe --checkpoint {two_checkpoints(pretrained)} --shards {pretrained.shards} --labels {labels_csv} "
         f"--weights-file {folder}/imagenet.pth --seeds 0 1 --bootstrap 50 --output-dir {folder}/out {SMALL}"
@@ -380,7 +378,12 @@ def probed(pretrained, labels_csv, run_cli, tmp_path_factory):
 def test_the_command_sets_networks_side_by_side(probed):
     result = json.loads((probed / "out/probe.json").read_text())
     rows = pd.DataFrame(result["rows"])
-    names = ["pretrain/mammogram_byol_final", "pretrain/mammogram_byol_epoch_003", "random resnet18", "ImageNet resnet18"]
+    names = [
+        "pretrain/mammogram_byol_final",
+        "pretrain/mammogram_byol_epoch_003",
+        "random resnet18_narrow",
+        "ImageNet resnet18_narrow",
+    ]
     assert list(rows["network"].unique()) == names
     assert len(rows) == len(names) * 3 * len(PROBES) * len(SHARES) * len(LEVELS)
     assert rows.loc[rows["class"] == "never", "auc"].isna().all()
@@ -400,7 +403,7 @@ def test_the_command_sets_networks_side_by_side(probed):
     assert result["folds"] == "fitted on train, scored on val"
 
 
-def test_features_are_computed_once(probed, pretrained, labels_csv, mammostream, monkeypatch):
+def test_features_are_computed_once(probed, pretrained, labels_csv, mammostream):
     before = {path.name: path.stat().st_mtime_ns for path in (probed / "out/features").iterdir()}
     assert len(before) == 5  # two checkpoints, two random networks, one file
     figures = (probed / "out/probe.json").read_text()
@@ -410,23 +413,18 @@ def test_features_are_computed_once(probed, pretrained, labels_csv, mammostream,
     )
     assert outcome.code == 0
     assert "**bright**, by tile" in outcome.out
-    assert "| random resnet18 | kNN |" in outcome.out
+    assert "| random resnet18_narrow | kNN |" in outcome.out
     assert "undefined" in outcome.out
     assert {path.name: path.stat().st_mtime_ns for path in (probed / "out/features").iterdir()} == before
     assert (probed / "out/probe.json").read_text() == figures
-
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("Name or service not known")
-
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     outcome = mammostream(
         f"probe --checkpoint {pretrained.byol} --shards {pretrained.shards} --labels {labels_csv} --class-names bright "
         f"--seeds 0 --bootstrap 0 --output-dir {probed}/out {SMALL}"
     )
     assert outcome.code == 0
-    assert "without ImageNet: cannot get the ImageNet weights of resnet18" in outcome.err
+    assert "without ImageNet: there are no ImageNet weights of resnet18_narrow" in outcome.err
     rows = json.loads((probed / "out/probe.json").read_text())["rows"]
-    assert {row["network"] for row in rows} == {"pretrain/mammogram_byol_final", "random resnet18"}
+    assert {row["network"] for row in rows} == {"pretrain/mammogram_byol_final", "random resnet18_narrow"}
 
 
 def test_checkpoints_of_other_tiles_are_refused(pretrained, labels_csv, mammostream, tmp_path):
