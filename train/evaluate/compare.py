@@ -220,7 +220,7 @@ def _class_differences(
     for figure in draws.names:
         drawn = draws.of(figure)
         values = [one["per_class"][name][figure] for one in each]
-        differences[figure] = _tested(*values, drawn[c] - drawn[count + c])
+        differences[figure] = _tested(values, drawn[c] - drawn[count + c])
     known = ~np.isnan(labels)
     test = delong(labels[known], *(p[known] for p in scores)) if differences["auc"]["difference"] is not None else None
     differences["auc"]["delong"] = test._asdict() | {"interval": list(test.interval)} if test else None
@@ -234,22 +234,23 @@ def _overall_differences(each: Sequence[Mapping[str, Any]], draws: Draws, count:
             for name, figure in MEANS.items()
         }
         drawn["exact_match"] = (draws.sums[:, 0] - draws.sums[:, 1]) / draws.sums[:, 2]
-    return {name: _tested(*(one[name] for one in each), values) for name, values in drawn.items()}
+    return {name: _tested([one[name] for one in each], values) for name, values in drawn.items()}
 
 
-def _tested(first: float | None, second: float | None, drawn: np.ndarray) -> dict[str, Any]:
+def _tested(values: Sequence[float | None], drawn: np.ndarray) -> dict[str, Any]:
     """Return a figure of both with its difference, interval and two-sided p-value from the resampled differences.
 
     The p-value is twice the smaller share of resamples on one side of 0, the share above which percentile intervals leave out
     0; with the observation itself counted in, so that it is never 0.
     """
-    defined = first is not None and second is not None
-    known = drawn[~np.isnan(drawn)] if defined else drawn[:0]
+    first, second = values
+    difference = first - second if first is not None and second is not None else None
+    known = drawn[~np.isnan(drawn)] if difference is not None else drawn[:0]
     sides = ((known <= 0).sum() + 1, (known >= 0).sum() + 1)
     return {
         "first": first,
         "second": second,
-        "difference": first - second if first is not None and second is not None else None,
+        "difference": difference,
         "interval": interval(known),
         "p": min(1.0, float(2 * min(sides) / (len(known) + 1))) if len(known) else None,
     }

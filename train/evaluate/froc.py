@@ -113,7 +113,7 @@ def mark(tiles: pd.DataFrame, boxes: pd.DataFrame, images: pd.DataFrame) -> Mark
             mine = box_rows[image]
             fraction = overlap_fraction(edges, mine[["xmin", "ymin", "xmax", "ymax"]].to_numpy(np.float64))
             best[mine.index] = np.where(fraction >= HIT, scores[:, None], -np.inf).max(0, initial=-np.inf)
-            away = (fraction <= 0).all(1)
+            away = np.all(fraction <= 0, axis=1)
         false.append((patients[image], scores[away]))
     lesions = boxes[["image"]].reset_index(drop=True).assign(score=best).merge(images, on="image")
     false_rows = pd.DataFrame(

@@ -87,15 +87,15 @@ def groups_of(matched: Matched, path: Path, wanted: Sequence[Wanted]) -> dict[st
     sources = {one: _source(one, table, path) for one in wanted}
     names, keys = _joined(matched, table, path)
     mine = keys.isin(names[names != ""])  # bands and numbers of values are those of the judged rows
-    table, keys = table[mine], keys[mine]
+    keys = keys[mine]
     found = {}
     for one, column in sources.items():
-        values, order, how = _valued(one, table[column], path)
+        values, order, how = _valued(one, column[mine], path)
         known = pd.DataFrame({"key": keys.to_numpy(str), "value": values})
         known = known[(known["key"] != "") & (known["value"] != "")].drop_duplicates()
         each = known.groupby("key")["value"].agg(lambda group: group.iloc[0] if len(group) == 1 else SEVERAL)
         own = names.map(each).fillna(MISSING).to_numpy(str)
-        found[one.text] = own, [value for value in (*order, SEVERAL, MISSING) if (own == value).any()], how
+        found[one.text] = own, [value for value in dict.fromkeys((*order, SEVERAL, MISSING)) if (own == value).any()], how
     return found
 
 
@@ -122,7 +122,7 @@ def judge_subgroups(
             rows = values == value
             labels = matched.labels[rows]
             counts = np.stack([(labels == 1).sum(0), (labels == 0).sum(0)], 1)
-            enough = (counts >= MIN_CASES).all(1)
+            enough = np.all(counts >= MIN_CASES, axis=1)
             judged = [c for c in range(len(matched.class_names)) if enough[c]]
             figures = evaluate_predictions(
                 labels[:, judged],
@@ -174,11 +174,20 @@ def _too_few(positives: int, negatives: int) -> dict[str, Any]:
     }
 
 
-def _source(one: Wanted, table: pd.DataFrame, path: Path) -> str:
-    """Return the table's column for what was asked for: its name, a label's, or that without ``_band``."""
+def _source(one: Wanted, table: pd.DataFrame, path: Path) -> pd.Series:
+    """Return the table's column for what was asked for: its name, a label's, that without ``_band``, or one of its labels.
+
+    A manifest has the density as labels ``density_a`` to ``density_d``: of those that are 1, the rest of the name is the value.
+    """
     for name in (one.column, LABEL_PREFIX + one.column, one.column.removesuffix(_BAND)):
         if name in table:
-            return name
+            return table[name]
+    prefix = f"{LABEL_PREFIX}{one.column}_"
+    if len(parts := table[[c for c in table if str(c).startswith(prefix)]].columns) > 1:
+        held = table[parts].apply(pd.to_numeric, errors="coerce").fillna(0).to_numpy(np.float64) == 1
+        named = np.array([part.removeprefix(prefix) for part in parts])
+        values = np.where(held.sum(1) > 1, SEVERAL, np.where(held.any(1), named[held.argmax(1)], ""))
+        return pd.Series(values, table.index, name=one.column)
     columns = list(map(str, table.columns))
     raise BadInput(
         f"--by {one.text}: {path} has no column '{one.column}'{nearest(one.column, columns)}; its columns are: "

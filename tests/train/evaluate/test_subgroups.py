@@ -132,6 +132,17 @@ def test_tiles_have_the_values_of_their_image(divided):
     assert groups["view"][0].tolist() == np.repeat(manifest["view"], 2).tolist()
 
 
+def test_labels_of_one_thing_are_its_values(divided):
+    manifest, predictions = make(16)
+    for i, name in enumerate("abcd"):
+        manifest[f"label:density_{name}"] = pd.array((np.arange(16) % 4 == i).astype(int), "Int8")
+    manifest.loc[4, [f"label:density_{name}" for name in "abcd"]] = pd.NA
+    _, groups = divided(manifest, predictions, ["density", "density_a"])
+    assert groups["density"][0].tolist() == [*"abcd", "missing", *"bcd", *"abcd" * 2]
+    assert groups["density"][1] == [*"abcd", "missing"]
+    assert groups["density_a"][1] == ["0", "1", "missing"]
+
+
 def test_numbers_come_in_bands(divided):
     manifest, predictions = make(120)
     ages = 38.5 + np.arange(120) // 4
