@@ -204,8 +204,8 @@ def froc(
 ) -> tuple[dict[str, Any], dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]]:
     """Return the FROC of each predicted class that has boxes.
 
-    Judged are predicted images that have a box of the class, or that the labels call negative: an image that is positive
-    without a box, or of which nobody knows, has no false positives to count.
+    Judged are predicted images that the labels name and that have a box of the class or are negative: an image that is
+    positive without a box, or of which nobody knows, has no false positives to count.
 
     Parameters
     ----------
@@ -235,45 +235,55 @@ def froc(
         The predictions have no tiles with positions, or no class or image has a box.
     """
     tiles = _positioned(predictions)
-    findings = read_findings(findings_path)
+    labels, class_names = read_label_table(labels_path, predictions.class_names)
+    films = _described(tiles, labels, class_names, patient_column)
+    images = films[films["predicted"]]
+    findings = _boxes(findings_path, class_names, images["image"])
+    metrics: dict[str, Any] = dict.fromkeys(class_names)
+    curves = {}
+    unnamed = int((~tiles["image"].drop_duplicates().isin(films["image"])).sum())
+    for name in class_names:
+        boxes = findings[findings["label"] == name]
+        if not len(boxes):
+            continue
+        has_box = images["image"].isin(boxes["image"])
+        judged = images[has_box | (images[_CLASS + name] == 0)]
+        boxes_there = boxes[boxes["image"].isin(judged["image"])]
+        marked = mark(tiles.assign(score=tiles[PROBABILITY + name]), boxes_there, judged[_ABOUT])
+        metrics[name], curves[name] = _judge(marked, bootstrap)
+        lost = films.loc[~films["predicted"], "image"]
+        metrics[name]["left_out"] = {
+            "boxes_on_images_without_prediction": int(boxes["image"].isin(lost).sum()),
+            "positive_images_without_box": int((~has_box & (images[_CLASS + name] == 1)).sum()),
+            "images_without_label": int((~has_box & images[_CLASS + name].isna()).sum()) + unnamed,
+        }
+    return metrics, curves
+
+
+def _boxes(path: Path, class_names: Sequence[str], images: pd.Series) -> pd.DataFrame:
+    """Return the boxes with their ``image``; at least one is of a judged class and on one of the images."""
+    findings = read_findings(path)
     findings["image"] = clean_ids(findings["image_id"])
     real = (findings["xmax"] > findings["xmin"]) & (findings["ymax"] > findings["ymin"])
     if not real.all():
         row = findings[~real].iloc[0]
         raise BadInput(
-            f"--findings {findings_path} row {row.name + 1}, image '{row.image}': xmin {row.xmin:g}, ymin {row.ymin:g}, xmax "
+            f"--findings {path} row {row.name + 1}, image '{row.image}': xmin {row.xmin:g}, ymin {row.ymin:g}, xmax "
             f"{row.xmax:g}, ymax {row.ymax:g} is no box; correct or remove it"
         )
-    labels, class_names = read_label_table(labels_path, predictions.class_names)
-    images = _described(tiles, labels, class_names, patient_column)
-    boxed = [name for name in class_names if (findings["label"] == name).any()]
-    if not boxed:
+    mine = findings["label"].isin(class_names)
+    if not mine.any():
         have = ", ".join(sorted(map(str, findings["label"].dropna().unique()))) or "none"
         raise BadInput(
-            f"--findings {findings_path}: no box has the label of a judged class ({', '.join(class_names)}); its labels are: "
-            f"{have}"
+            f"--findings {path}: no box has the label of a judged class ({', '.join(class_names)}); its labels are: {have}"
         )
-    if not findings["image"].isin(images["image"]).any():
+    if not findings.loc[mine, "image"].isin(images).any():
+        first = repr(findings.loc[mine, "image"].iloc[0]), repr(images.iloc[0]) if len(images) else "none"
         raise BadInput(
-            f"--findings {findings_path} has no box on a predicted image (the first of each: "
-            f"{findings['image'].iloc[0]!r} and {images['image'].iloc[0]!r}); give the findings of these images"
+            f"--findings {path} has no box of a judged class on an image that is predicted and labelled (the first of each: "
+            f"{' and '.join(first)}); give the findings of these images"
         )
-    metrics: dict[str, Any] = dict.fromkeys(class_names)
-    curves = {}
-    for name in boxed:
-        boxes = findings[findings["label"] == name]
-        has_box = images["image"].isin(boxes["image"])
-        judged = images[has_box | (images[_CLASS + name] == 0)]
-        marked = mark(
-            tiles.assign(score=tiles[PROBABILITY + name]), boxes[boxes["image"].isin(judged["image"])], judged[_ABOUT]
-        )
-        metrics[name], curves[name] = _judge(marked, bootstrap)
-        metrics[name]["left_out"] = {
-            "boxes_on_images_without_prediction": int((~boxes["image"].isin(images["image"])).sum()),
-            "positive_images_without_box": int((~has_box & (images[_CLASS + name] == 1)).sum()),
-            "images_without_label": int((~has_box & images[_CLASS + name].isna()).sum()),
-        }
-    return metrics, curves
+    return findings
 
 
 def froc_lines(metrics: Mapping[str, Any]) -> list[str]:
@@ -301,9 +311,9 @@ def froc_lines(metrics: Mapping[str, Any]) -> list[str]:
 _ABOUT = ["image", "patient", "breast"]
 _CLASS = "class:"  # column of the images' labels: a class may be called like the other columns
 _LEFT_OUT = {
-    "boxes_on_images_without_prediction": "boxes are on images without prediction: not judged",
+    "boxes_on_images_without_prediction": "boxes are on labelled images without prediction: not judged, which may flatter",
     "positive_images_without_box": "predicted images are positive but have no box: not judged",
-    "images_without_label": "predicted images have neither label nor box: not judged",
+    "images_without_label": "predicted images are not labelled: not judged",
 }
 
 
@@ -345,22 +355,25 @@ def _positioned(predictions: Predictions) -> pd.DataFrame:
 
 
 def _described(tiles: pd.DataFrame, labels: pd.DataFrame, class_names: Sequence[str], patient_column: str) -> pd.DataFrame:
-    """Return one row per predicted image: ``image, patient, breast`` and its label of each class, ``class:<name>``."""
-    if "image_id" in labels:
-        films = clean_ids(labels["image_id"])
-    elif "tile_path" in labels:
-        films = pd.Series([film_of_tile(path) or "" for path in clean_ids(labels["tile_path"])], labels.index)
-    else:
-        raise BadInput("--findings needs labels of images or tiles: give --labels with image_id or tile_path")
+    """Return one row per film that the labels name: ``image, patient, breast, predicted`` and its labels, ``class:<name>``.
+
+    Films of splits of which nothing was predicted are left out, as they are for all other figures.
+    """
+    films = clean_ids(labels["image_id"]) if "image_id" in labels else pd.Series("", labels.index)
+    if "tile_path" in labels:
+        films = films.where(films != "", [film_of_tile(path) or "" for path in clean_ids(labels["tile_path"])])
+    own = dict(zip(tiles["image"], tiles["patient_id"] if "patient_id" in tiles else [""] * len(tiles), strict=True))
+    if "split" in labels:
+        asked_for = labels["split"].isin(labels.loc[films.isin(own.keys()), "split"].unique())
+        labels, films = labels[asked_for], films[asked_for]
+    labels, films = labels[films != ""], films[films != ""]
     names, first, units = np.unique(films.to_numpy(str), return_index=True, return_inverse=True)
     values = labels_of_units(labels[list(class_names)].to_numpy(np.float64), units)
-    by_film = pd.DataFrame(values, columns=[_CLASS + name for name in class_names])
-    for column, source, clean in (("labelled", patient_column, clean_patients), ("side", "laterality", clean_sides)):
-        by_film[column] = clean(labels[source]).to_numpy()[first] if source in labels else ""
-    images = tiles.drop_duplicates("image")[["image"]].reset_index(drop=True)
-    own = tiles.drop_duplicates("image")["patient_id"].to_numpy(str) if "patient_id" in tiles else np.full(len(images), "")
-    images = images.merge(by_film.assign(image=names), on="image", how="left")
-    patient = np.where(own != "", own, images["labelled"].fillna("").to_numpy(str))
-    breast = known_breast(patient, images["side"].fillna("").to_numpy(str))
-    unknown = np.char.add("image:", images["image"].to_numpy(str))
-    return images.assign(patient=np.where(patient != "", np.char.add("patient:", patient), unknown), breast=breast)
+    images = pd.DataFrame(values, columns=[_CLASS + name for name in class_names]).assign(image=names)
+    of_labels, sides = (
+        clean(labels[source]).to_numpy(str)[first] if source in labels else np.full(len(names), "")
+        for source, clean in ((patient_column, clean_patients), ("laterality", clean_sides))
+    )
+    patients = np.array([own.get(name) or of_label for name, of_label in zip(names, of_labels, strict=True)], dtype=str)
+    known = np.where(patients != "", np.char.add("patient:", patients), np.char.add("image:", names))
+    return images.assign(patient=known, breast=known_breast(patients, sides), predicted=images["image"].isin(own.keys()))

@@ -94,7 +94,8 @@ def groups_of(matched: Matched, path: Path, wanted: Sequence[Wanted]) -> dict[st
         known = pd.DataFrame({"key": keys.to_numpy(str), "value": values})
         known = known[(known["key"] != "") & (known["value"] != "")].drop_duplicates()
         each = known.groupby("key")["value"].agg(lambda group: group.iloc[0] if len(group) == 1 else SEVERAL)
-        own = names.map(each).fillna(MISSING).to_numpy(str)
+        value_of = dict(zip(each.index, each, strict=True))
+        own = np.array([value_of.get(name, MISSING) for name in names], dtype=str)
         found[one.text] = own, [value for value in dict.fromkeys((*order, SEVERAL, MISSING)) if (own == value).any()], how
     return found
 

@@ -117,7 +117,8 @@ def test_of_overlapping_tiles_the_highest_is_the_mark():
 
 @pytest.fixture
 def files(tmp_path):
-    """Six films of three patients with tiles, a manifest and findings: 'i0' has two lesions, 'i5' is positive without a box."""
+    """Six films of three patients with tiles, a manifest and findings: 'i0' has two lesions, 'i5' is positive without a box,
+    'i9' has no prediction, 'i7' is of a split that nobody asked for, and 'i8' is predicted but not labelled."""
     tiles = pd.DataFrame(
         [
             ("i0", 0, 0, 0.9),  # hits the first lesion of i0
@@ -128,6 +129,7 @@ def files(tmp_path):
             ("i3", 0, 0, np.nan),  # the tile could not be read: the lesion is missed
             ("i4", 0, 0, 0.5),  # touches a lesion by less than half: neither
             ("i5", 0, 0, 0.99),
+            ("i8", 0, 0, 0.98),
         ],
         columns=["image_id", "x", "y", "prob:mass"],
     )
@@ -136,10 +138,11 @@ def files(tmp_path):
     tiles["size"] = 100
     manifest = pd.DataFrame(
         {
-            "image_id": [f"i{i}" for i in range(6)],
-            "patient_id": [f"P{i // 2}" for i in range(6)],
-            "laterality": list("LLLRRR"),
-            "label:mass": [1, 0, 0, 1, 1, 1],
+            "image_id": [*(f"i{i}" for i in range(6)), "i9", "i7"],
+            "patient_id": [*(f"P{i // 2}" for i in range(6)), "P9", "P7"],
+            "laterality": list("LLLRRRLL"),
+            "label:mass": [1, 0, 0, 1, 1, 1, 1, 1],
+            "split": [*["test"] * 7, "train"],
         }
     )
     boxes = [
@@ -148,6 +151,8 @@ def files(tmp_path):
         ("i3", 10, 10, 50, 50),
         ("i4", 80, 80, 200, 200),
         ("i9", 0, 0, 9, 9),
+        ("i7", 0, 0, 9, 9),
+        ("i8", 0, 0, 60, 60),
     ]
     findings = pd.DataFrame(boxes, columns=["image_id", "xmin", "ymin", "xmax", "ymax"]).assign(label="mass")
 
@@ -177,7 +182,7 @@ def test_the_command_judges_lesions_and_breasts(files, mammostream, tmp_path):
     assert found["left_out"] == {
         "boxes_on_images_without_prediction": 1,
         "positive_images_without_box": 1,
-        "images_without_label": 0,
+        "images_without_label": 1,
     }
     assert "mass, 4 lesions on 5 images: 0.250" in outcome.out
     assert "1 predicted images are positive but have no box: not judged" in outcome.out
@@ -193,14 +198,14 @@ def test_without_sides_there_are_no_breasts(files, mammostream):
 
 BAD = {
     "images": (lambda t, m, f: (t.drop(columns=["key", "x"]).drop_duplicates("image_id"), m, f), "needs predictions of tiles"),
-    "tile images": (lambda t, m, f: (t.assign(x=None), m, f), "8 of 8 predictions have none (the first: 'i0_y0_x0')"),
+    "tile images": (lambda t, m, f: (t.assign(x=None), m, f), "9 of 9 predictions have none (the first: 'i0_y0_x0')"),
     "other labels": (
         lambda t, m, f: (t, m, f.assign(label="cyst")),
         "no box has the label of a judged class (mass); its labels are: cyst",
     ),
     "other images": (
         lambda t, m, f: (t, m, f.assign(image_id="j")),
-        "has no box on a predicted image (the first of each: 'j' and 'i0')",
+        "has no box of a judged class on an image that is predicted and labelled (the first of each: 'j' and 'i0')",
     ),
     "no box": (
         lambda t, m, f: (t, m, f.assign(xmax=f["xmin"])),
@@ -217,3 +222,12 @@ def test_what_has_no_boxes_or_positions_is_one_line(what, files, mammostream):
     outcome = mammostream(write(*change(*frames)))
     assert outcome.code == 2, outcome.err
     assert message in outcome.error
+
+
+def test_labels_of_tiles_name_the_films(files, mammostream):
+    write, tiles, *_ = files
+    some = tiles[tiles["image_id"].isin(["i0", "i1", "i2"])]
+    labels = pd.DataFrame({"tile_path": some["key"] + ".png", "mass": [1, 1, 0, 0, 0]})
+    outcome = mammostream(write(manifest=labels))
+    assert outcome.code == 0, outcome.err
+    assert "mass, 2 lesions on 3 images: 0.500" in outcome.out  # i4 has a box but is not in the labels
