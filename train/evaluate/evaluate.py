@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mammostream.common.files import write_json
 from mammostream.train.evaluate.doubts import seen_counts, warnings
 from mammostream.train.evaluate.matching import Matched
-from mammostream.train.evaluate.metrics import evaluate_predictions
+from mammostream.train.evaluate.metrics import ExtraFigure, evaluate_predictions
 from mammostream.train.evaluate.pictures import draw_precision_recall, draw_reliability, draw_roc
 from mammostream.train.evaluate.reading import Predictions
 from mammostream.train.levels.calibration import PROB, TILE
+
+
+@dataclass(frozen=True)
+class Further:
+    """What is asked for besides the figures that every evaluation has.
+
+    Attributes
+    ----------
+    extra
+        Further figures of each class.
+    sections
+        Further parts of ``metrics.json``, by their keys.
+    lines
+        The same for the console.
+    pictures
+        File name -> what draws it to a path.
+    """
+
+    extra: Sequence[ExtraFigure] = ()
+    sections: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    pictures: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 def choose_thresholds(
@@ -50,11 +73,16 @@ def choose_thresholds(
 
 
 def evaluate(
-    matched: Matched, thresholds: Sequence[float | None], bootstrap: int = 1000, output_dir: Path | None = None
+    matched: Matched,
+    thresholds: Sequence[float | None],
+    bootstrap: int = 1000,
+    output_dir: Path | None = None,
+    further: Further | None = None,
 ) -> dict[str, Any]:
     """Return the figures of matched predictions; write them and their pictures where a folder is given.
 
-    The folder gets ``metrics.json``, ``roc.png``, ``precision_recall.png`` and ``reliability.png``.
+    The folder gets ``metrics.json``, ``roc.png``, ``precision_recall.png`` and ``reliability.png``, and the pictures of what
+    `further` asks for.
 
     Returns
     -------
@@ -63,21 +91,25 @@ def evaluate(
         `matched`, ``left_out`` in each class, and ``seen``, the rows and patients that the model was fitted on.
     """
     data = matched.labels, matched.probabilities, matched.class_names
-    metrics = evaluate_predictions(*data, matched.patients, thresholds, bootstrap)
+    further = further or Further()
+    metrics = evaluate_predictions(*data, matched.patients, thresholds, bootstrap, extra=further.extra)
     for name, figures in metrics["per_class"].items():
         figures["left_out"] = matched.left_out[name]
     metrics |= {"level": matched.level, "counts": matched.counts, "warnings": warnings(matched), "seen": seen_counts(matched)}
+    metrics |= further.sections
     if output_dir is not None:
         write_json(output_dir / "metrics.json", metrics)
         draw_roc(*data, output_dir / "roc.png")
         draw_precision_recall(*data, output_dir / "precision_recall.png")
         draw_reliability(*data, output_dir / "reliability.png")
+        for name, draw in further.pictures.items():
+            draw(output_dir / name)
     return metrics
 
 
-def table_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the figures as a table for the console."""
-    columns = {
+def table_lines(metrics: Mapping[str, Any], extra: Sequence[ExtraFigure] = ()) -> list[str]:
+    """Return the figures, with the extra ones, as a table for the console."""
+    columns: dict[str, tuple[str, str | None]] = {
         "AUC": ("auc", "mean_auc"),
         "AP": ("ap", "mean_ap"),
         "bal. acc.": ("balanced_accuracy", None),
@@ -85,6 +117,7 @@ def table_lines(metrics: Mapping[str, Any]) -> list[str]:
         "Brier": ("brier", "brier"),
         "ECE": ("ece", "ece"),
     }
+    columns |= {figure.title: (figure.name, None) for figure in extra}
     rows = [["class", *columns, "threshold", "positive", "left out"]]
     for name, figures in metrics["per_class"].items():
         cells = [_cell(figures, figure) for figure, _ in columns.values()]

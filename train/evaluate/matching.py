@@ -26,6 +26,7 @@ from mammostream.train.levels.calibration import BREAST, IMAGE, TILE
 from mammostream.train.levels.labels import labels_of_units
 
 UNMATCHED = ("labels_without_prediction", "predictions_without_label")
+_DESCRIBED = ["_patient", "_side", "_labelled_split"]
 FAILED, CONFLICTING, ABSENT = "failed prediction", "conflicting predictions", "no prediction"
 
 NOTES = {
@@ -66,6 +67,9 @@ class Matched:
         Class -> ``positives`` and ``negatives`` -> reason -> number of labels that are not judged.
     notes
         The same for people, a line each, where it is not 0.
+    rows
+        What each of the N rows is, as text, "" where unknown: ``name`` (what labels and predictions joined by), ``image``,
+        ``patient``, ``side`` (``L`` or ``R``) and ``split``.
     """
 
     labels: np.ndarray
@@ -77,6 +81,7 @@ class Matched:
     counts: dict[str, int]
     left_out: dict[str, dict[str, dict[str, int]]]
     notes: list[str]
+    rows: pd.DataFrame
 
 
 def match_labels(
@@ -111,6 +116,8 @@ def match_labels(
     labels, table = labels.assign(_join=label_names), table.assign(_join=names)
     labels, other_splits = _of_predicted_splits(labels, table)
     labels["_patient"] = clean_patients(labels[patient_column]) if patient_column in labels else ""
+    labels["_side"] = clean_sides(labels["laterality"]) if "laterality" in labels else ""
+    labels["_labelled_split"] = clean_ids(labels["split"]) if "split" in labels else ""
 
     counts = {"labels_of_other_splits": other_splits}
     scores = [PROBABILITY + name for name in class_names]
@@ -130,7 +137,7 @@ def match_labels(
         raise BadInput(
             f"no label of {labels_path} belongs to a prediction (the first of each: {named}){why}; {HINT} for these {level}s"
         )
-    joined = table.merge(labels[["_join", "_patient", *class_names]], on="_join")
+    joined = table.merge(labels[["_join", *_DESCRIBED, *class_names]], on="_join")
     counts["matched"] = len(joined)
     patients, counts["unknown_patients"] = _patients(joined)
     lost = labels[unpredicted]
@@ -149,6 +156,7 @@ def match_labels(
         counts,
         {name: _lost(lost[name], reasons) for name in class_names},
         [NOTES[name].format(n, *examples.get(name, ())) for name, n in counts.items() if n and name != "matched"],
+        _rows(joined, level),
     )
 
 
@@ -218,6 +226,9 @@ def _gather_images(predictions: Predictions, score: str) -> pd.DataFrame:
     calibration = predictions.calibration(IMAGE, score, names)
     images = aggregate(table, by, int(top[1]) if top else TOP_TILES, {score: calibration} if calibration else None)
     images = images[[*by, *(f"{score}:{c}" for c in names)]].rename(columns={f"{score}:{c}": PROBABILITY + c for c in names})
+    if "_split" in table:
+        images["_split"] = images["image_id"].map(table.drop_duplicates("image_id").set_index("image_id")["_split"])
+        by = [*by, "_split"]
     # Images none of whose tiles could be read are failed predictions, not images that nobody predicted.
     lost = table[~table["image_id"].isin(images["image_id"])].drop_duplicates("image_id")[by]
     return pd.concat([images, lost], ignore_index=True)
@@ -236,6 +247,27 @@ def _patients(joined: pd.DataFrame) -> tuple[np.ndarray, int]:
     return ("patient:" + patients).where(~unknown, "image:" + images).to_numpy(str), int(unknown.sum())
 
 
+def _rows(joined: pd.DataFrame, level: str) -> pd.DataFrame:
+    """Return what each row is, see :class:`Matched`; what the predictions say goes first."""
+
+    def either(column: str, labelled: str) -> pd.Series:
+        own = joined[column] if column in joined else pd.Series("", joined.index)
+        return own.where(own != "", joined[labelled])
+
+    rows = pd.DataFrame({"name": joined["_join"], "image": image_names(joined, level)})
+    rows["patient"], rows["side"] = either("patient_id", "_patient"), either("laterality", "_side")
+    return rows.assign(split=either("_split", "_labelled_split")).astype(str).reset_index(drop=True)
+
+
+def image_names(table: pd.DataFrame, level: str) -> pd.Series:
+    """Return the image of each prediction, "" where unknown: tiles of a folder have their own path for an image."""
+    images = table["image_id"] if "image_id" in table else pd.Series("", table.index)
+    if level != TILE:
+        return images
+    of_key = table["key"].map(lambda name: film_of_tile(name) or "") if "key" in table else images
+    return images.where((images != "") & ~images.map(lambda image: image.lower().endswith(ENDINGS)), of_key)
+
+
 def _keep(frame: pd.DataFrame, kept: pd.Series) -> tuple[pd.DataFrame, int]:
     return frame[kept], int((~kept).sum())
 
@@ -248,7 +280,8 @@ def _combined(labels: pd.DataFrame, class_names: Sequence[str]) -> tuple[pd.Data
     combined = int(distinct.loc[distinct["_join"].duplicated(), "_join"].nunique())
     names, first, units = np.unique(labels["_join"].to_numpy(str), return_index=True, return_inverse=True)
     values = labels_of_units(labels[class_names].to_numpy(np.float64), units)
-    frame = pd.DataFrame(values, columns=list(class_names)).assign(_join=names, _patient=labels["_patient"].to_numpy()[first])
+    described = labels[_DESCRIBED].iloc[first].reset_index(drop=True)
+    frame = pd.concat([pd.DataFrame(values, columns=list(class_names)).assign(_join=names), described], axis=1)
     frame = frame.iloc[np.argsort(first)].reset_index(drop=True)  # in the order of the file
     kept = frame[class_names].notna().any(axis=1)
     return frame[kept], {"rows_without_label": empty, "repeated_labels": repeated, "combined_labels": combined}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -13,8 +13,28 @@ CALIBRATION_BINS = 15  # as Guo et al. 2017
 _FALSE_POSITIVE_RATE = 0.1  # 90 % specificity
 _OF_ONE_VALUE = ("accuracy", "brier", "ece")  # defined where a class has one value only, too
 _PER_CLASS = ("auc", "ap", "sensitivity_at_90_specificity", "balanced_accuracy", *_OF_ONE_VALUE)
-_MEANS = {"mean_auc": "auc", "mean_ap": "ap", "brier": "brier", "ece": "ece"}
+MEANS = {"mean_auc": "auc", "mean_ap": "ap", "brier": "brier", "ece": "ece"}
 _CELLS = 1 << 22  # numbers in memory at a time while bootstrapping
+
+
+class ExtraFigure(Protocol):
+    """A figure of a class that is computed on request only, such as :class:`mammostream.train.evaluate.figures.PartialAUC`."""
+
+    @property
+    def name(self) -> str:
+        """Its key in ``metrics.json``."""
+
+    @property
+    def title(self) -> str:
+        """Its column on the console."""
+
+    def prepare(
+        self, labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray, groups: int
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what gives the figure from (R, G) counts of the groups: (R,), NaN where undefined.
+
+        Takes (N,) labels of 0 and 1, their finite probabilities and the group, 0 to `groups` - 1, of each row.
+        """
 
 
 def evaluate_predictions(
@@ -25,6 +45,7 @@ def evaluate_predictions(
     thresholds: Sequence[float | None] | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
+    extra: Sequence[ExtraFigure] = (),
 ) -> dict[str, Any]:
     """Return :func:`classification_metrics` with 95 % intervals over patients.
 
@@ -43,6 +64,8 @@ def evaluate_predictions(
         Resamples; 0 for no intervals.
     seed
         Seed of the resampling; the same seed gives the same intervals.
+    extra
+        Further figures of each class.
 
     Returns
     -------
@@ -59,33 +82,90 @@ def evaluate_predictions(
     labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
     if np.shape(patients) != (len(labels),):
         raise ValueError(f"patients {np.shape(patients)} for {len(labels)} rows")
-    unique, group = np.unique(np.asarray(patients), return_inverse=True)
     cuts = np.array([figures["threshold"] for figures in metrics["per_class"].values()])
-    gathered = [_gather(labels[:, c], probabilities[:, c], cuts[c], group, len(unique)) for c in range(len(class_names))]
     complete = ~np.isnan(labels).any(1)
     matches = ((probabilities >= cuts) == (labels == 1)).all(1) & complete
-    exact = _sum_by(group, len(unique), np.stack([matches, complete], 1))
+    draws = bootstrap_draws(labels, probabilities, cuts, patients, bootstrap, seed, extra, np.stack([matches, complete], 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        overall = {name: mean_over_classes(draws.of(figure)) for name, figure in MEANS.items()}
+        overall["exact_match"] = draws.sums[:, 0] / draws.sums[:, 1]
+    for c, figures in enumerate(metrics["per_class"].values()):
+        figures |= {figure.name: extra_value(figure, labels[:, c], probabilities[:, c]) for figure in extra}
+        figures["intervals"] = {
+            name: interval(draws.of(name)[c]) if figures[name] is not None else None for name in draws.names
+        }
+    metrics["intervals"] = {name: interval(values) if metrics[name] is not None else None for name, values in overall.items()}
+    return metrics | {"patients": len(np.unique(patients)), "bootstrap": bootstrap}
 
+
+class Draws(NamedTuple):
+    """Figures of resamples of whole patients; the same patients for each class and figure."""
+
+    names: tuple[str, ...]
+    """F figures."""
+    figures: np.ndarray
+    """(C, F, R), NaN where a resample does not define one."""
+    sums: np.ndarray
+    """(R, K) sums over the drawn rows."""
+
+    def of(self, name: str) -> np.ndarray:
+        """Return one figure: (C, R)."""
+        return self.figures[:, self.names.index(name)]
+
+
+def bootstrap_draws(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    cuts: np.ndarray,
+    patients: np.ndarray,
+    bootstrap: int,
+    seed: int = 0,
+    extra: Sequence[ExtraFigure] = (),
+    sums: np.ndarray | None = None,
+) -> Draws:
+    """Return the figures of each class in resamples of whole patients, none where there are fewer than two patients.
+
+    Parameters
+    ----------
+    labels, probabilities
+        (N, C); a missing label is NaN.
+    cuts
+        (C,) a probability of at least this is a positive.
+    patients, bootstrap, seed, extra
+        See :func:`evaluate_predictions`.
+    sums
+        (N, K) values whose sums over the drawn rows are wanted, too.
+    """
+    unique, group = np.unique(np.asarray(patients), return_inverse=True)
+    gathered = [_gather(labels[:, c], probabilities[:, c], cuts[c], group, len(unique)) for c in range(labels.shape[1])]
+    prepared = [
+        [figure.prepare(*_known(labels[:, c], probabilities[:, c], group), len(unique)) for figure in extra]
+        for c in range(labels.shape[1])
+    ]
+    rows = _sum_by(group, len(unique), np.zeros((len(labels), 0)) if sums is None else sums)
     resamples = bootstrap if len(unique) > 1 else 0
-    drawn = np.full((len(class_names), len(_PER_CLASS), resamples), np.nan)
-    exact_match = np.full(resamples, np.nan)
+    names = (*_PER_CLASS, *(figure.name for figure in extra))
+    drawn = np.full((labels.shape[1], len(names), resamples), np.nan)
+    summed = np.full((resamples, rows.shape[1]), np.nan)
     rng = np.random.default_rng(seed)
-    step = max(1, _CELLS // max([1, len(unique), *(terms.hits.shape[0] for terms in gathered)]))
+    # An extra figure may need as many numbers as there are rows.
+    step = max(1, _CELLS // max([1, len(unique), *(terms.hits.shape[0] for terms in gathered), len(labels) if extra else 1]))
     with np.errstate(invalid="ignore", divide="ignore"):  # what a resample does not define is NaN
         for part in (slice(start, min(start + step, resamples)) for start in range(0, resamples, step)):
-            counts = _draw(rng, len(unique), part.stop - part.start)
+            counts = draw_patients(rng, len(unique), part.stop - part.start)
             for c, terms in enumerate(gathered):
-                drawn[c, :, part] = _resampled(terms, counts)
-            hits, rows = (counts @ exact).T
-            exact_match[part] = hits / rows
-        overall = {name: _mean_over_classes(drawn[:, _PER_CLASS.index(figure)]) for name, figure in _MEANS.items()}
-    overall["exact_match"] = exact_match
-    for figures, values in zip(metrics["per_class"].values(), drawn, strict=True):
-        figures["intervals"] = {
-            name: _interval(row) if figures[name] is not None else None for name, row in zip(_PER_CLASS, values, strict=True)
-        }
-    metrics["intervals"] = {name: _interval(values) if metrics[name] is not None else None for name, values in overall.items()}
-    return metrics | {"patients": len(unique), "bootstrap": bootstrap}
+                drawn[c, : len(_PER_CLASS), part] = _resampled(terms, counts)
+                for i, resampled in enumerate(prepared[c], len(_PER_CLASS)):
+                    drawn[c, i, part] = resampled(counts)
+            summed[part] = counts @ rows
+    return Draws(names, drawn, summed)
+
+
+def extra_value(figure: ExtraFigure, labels: np.ndarray, probabilities: np.ndarray) -> float | None:
+    """Return an extra figure of all rows of a class, None where undefined."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        (value,) = figure.prepare(*_known(labels, probabilities, np.zeros(len(labels), int)), 1)(np.ones((1, 1)))
+    return None if np.isnan(value) else float(value)
 
 
 def classification_metrics(
@@ -153,7 +233,7 @@ def classification_metrics(
     complete = known.all(1)
     countable = complete.any() and np.isfinite(probabilities[complete]).all()
     matches = ((probabilities >= limits) == (labels == 1)).all(1)
-    means = {name: _mean([m[figure] for m in per_class.values()]) for name, figure in _MEANS.items()}
+    means = {name: _mean([m[figure] for m in per_class.values()]) for name, figure in MEANS.items()}
     exact_match = float(matches[complete].mean()) if countable else None
     return {"per_class": per_class, "exact_match": exact_match, "rows": len(labels)} | means
 
@@ -205,7 +285,7 @@ def _bin_of(probabilities: np.ndarray) -> np.ndarray:
     return np.clip(np.ceil(probabilities * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
 
 
-def _draw(rng: np.random.Generator, groups: int, resamples: int) -> np.ndarray:
+def draw_patients(rng: np.random.Generator, groups: int, resamples: int) -> np.ndarray:
     """Return how often each group is drawn in each resample: (resamples, groups) float64."""
     draws = rng.integers(groups, size=(resamples, groups)) + groups * np.arange(resamples)[:, None]
     return np.bincount(draws.ravel(), minlength=resamples * groups).reshape(resamples, groups).astype(np.float64)
@@ -234,10 +314,15 @@ class _Gathered(NamedTuple):
     """(G, 5 + bins): positives, negatives, those of each found rightly, squared error, calibration error by bin."""
 
 
-def _gather(labels: np.ndarray, probabilities: np.ndarray, threshold: float, group: np.ndarray, groups: int) -> _Gathered:
+def _known(labels: np.ndarray, probabilities: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows of a class that have a label; none if one of their probabilities is not finite."""
     known = ~np.isnan(labels)
     known &= np.isfinite(probabilities[known]).all()  # else the class counts as one without labels
-    y, p, group = labels[known], probabilities[known], group[known]
+    return labels[known], probabilities[known], group[known]
+
+
+def _gather(labels: np.ndarray, probabilities: np.ndarray, threshold: float, group: np.ndarray, groups: int) -> _Gathered:
+    y, p, group = _known(labels, probabilities, group)
     positive, found = y == 1, p >= threshold
     scores, at = np.unique(p[positive], return_inverse=True)
     below = np.searchsorted(scores, p, side="right") - 1  # the highest of the scores that is not above
@@ -277,13 +362,13 @@ def _resampled(terms: _Gathered, counts: np.ndarray) -> np.ndarray:
     return np.stack([np.where(both | (name in _OF_ONE_VALUE), figures[name], np.nan) for name in _PER_CLASS])
 
 
-def _mean_over_classes(drawn: np.ndarray) -> np.ndarray:
+def mean_over_classes(drawn: np.ndarray) -> np.ndarray:
     """Return the mean over the classes that are defined, of (C, R): (R,), NaN where none is."""
     known = ~np.isnan(drawn)
     return np.where(known, drawn, 0).sum(0) / known.sum(0)
 
 
-def _interval(values: np.ndarray) -> list[float] | None:
+def interval(values: np.ndarray) -> list[float] | None:
     """Return the 2.5 and 97.5 % points of the values that are not NaN, or None without any."""
     known = values[~np.isnan(values)]
     return [float(v) for v in np.percentile(known, (2.5, 97.5))] if known.size else None

@@ -1,10 +1,10 @@
-"""ROC, precision-recall and reliability plots."""
+"""Plots: ROC, precision and recall, reliability, FROC, and AUC by subgroup."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -71,6 +71,83 @@ def draw_reliability(labels: np.ndarray, probabilities: np.ndarray, class_names:
     save_figure(_with_legend(figure, axes), path)
 
 
+def draw_comparison(labels: np.ndarray, first: np.ndarray, second: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+    """Draw the ROC curves of two predictions of the same rows: the first with a solid line, the second with a broken one.
+
+    Parameters
+    ----------
+    labels, class_names, path
+        As for :func:`draw_roc`.
+    first, second
+        (N, C) in [0, 1].
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    figure, axes = _square("ROC of both", "1 - specificity", "sensitivity")
+    axes.plot([0, 1], [0, 1], color="#9aa7b0", linestyle=":")
+    for which, probabilities, style in (("first", first, "-"), ("second", second, "--")):
+        for name, y, p, colour in _classes(labels, probabilities, class_names, both=True):
+            fpr, tpr, _ = roc_curve(y, p)
+            axes.plot(fpr, tpr, color=colour, linestyle=style, label=f"{name}, {which}, AUC {roc_auc_score(y, p):.3f}")
+    save_figure(_with_legend(figure, axes), path)
+
+
+def draw_froc(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], path: Path, highest: float = 4) -> None:
+    """Draw sensitivity against false positives per image: lesions with a solid line, breasts with a broken one.
+
+    Parameters
+    ----------
+    curves
+        Class -> ``lesion_wise`` and ``breast_wise`` -> false positives per image and sensitivity, ascending.
+    path
+        The PNG.
+    highest
+        The last number of false positives per image that is shown.
+    """
+    figure, axes = _square("FROC", "false positives per image", "sensitivity")
+    axes.set(xlim=(0, highest), aspect="auto")
+    for c, (name, drawn) in enumerate(curves.items()):
+        for what, words, style in (("lesion_wise", "lesions", "-"), ("breast_wise", "breasts", "--")):
+            if what in drawn:
+                false, found = (np.append(values, values[-1:]) for values in drawn[what])
+                false[-1] = max(highest, false[-1])  # no threshold gives more
+                axes.step(false, found, where="post", color=f"C{c % 10}", linestyle=style, label=f"{name}, {words}")
+    save_figure(_with_legend(figure, axes, "undefined: no box on a judged image"), path)
+
+
+def draw_subgroups(subgroups: Mapping[str, Any], path: Path) -> None:
+    """Draw the AUC of each class in each subgroup with its interval; subgroups without figures are named only.
+
+    Parameters
+    ----------
+    subgroups
+        As :func:`mammostream.train.evaluate.subgroups.judge_subgroups` returns them.
+    path
+        The PNG.
+    """
+    names = [name for column in subgroups.values() for group in column["values"][:1] for name in group["per_class"]]
+    names = list(dict.fromkeys(names))
+    rows = [(f"{column} {group['value']}", group) for column, found in subgroups.items() for group in found["values"]]
+    figure = new_figure(6.0, 1.4 + 0.3 * len(rows))
+    axes = figure.subplots()
+    for c, name in enumerate(names):
+        for row, (_, group) in enumerate(rows):
+            figures = group["per_class"][name]
+            place = row + 0.5 * (c + 0.5) / len(names) - 0.25
+            if figures.get("auc") is not None:
+                low, high = figures["intervals"]["auc"] or (figures["auc"],) * 2
+                axes.plot([low, high], [place, place], color=f"C{c % 10}", linewidth=1.5)
+                axes.plot(figures["auc"], place, "o", color=f"C{c % 10}", markersize=4)
+        axes.plot([], [], "o-", color=f"C{c % 10}", markersize=4, label=name)
+    axes.axvline(0.5, color="#9aa7b0", linestyle=":")
+    axes.set(xlim=(0, 1.02), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)))
+    axes.set_yticklabels([f"{text}  (n = {group['rows']})" for text, group in rows], fontsize=9, parse_math=False)
+    axes.set_xlabel("AUC", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    save_figure(figure, path)
+
+
 def _classes(
     labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], both: bool
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
@@ -94,9 +171,9 @@ def _square(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _with_legend(figure: Figure, axes: Axes) -> Figure:
+def _with_legend(figure: Figure, axes: Axes, otherwise: str = "undefined: no class has both values") -> Figure:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=9)
     else:
-        axes.text(0.5, 0.5, "undefined: no class has both values", ha="center", fontsize=10)
+        axes.text(0.5, 0.5, otherwise, ha="center", fontsize=10, transform=axes.transAxes)
     return figure

@@ -31,6 +31,7 @@ HINT = "give a predictions.parquet, image_predictions.parquet or breast_predicti
 BREAST_COLUMNS = ["patient_id", "laterality"]
 _CLEANED = {"patient_id": clean_patients, "laterality": clean_sides}
 _IDENTITY = ("key", "image_id", "patient_id", "laterality", "seen")
+_FURTHER = ("split", "x", "y", "size")  # kept as _split and so on: a class may be called like them
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Predictions:
     ----------
     table
         Identities as text ("" where missing) and a column ``prob:<class>`` per class; ``seen`` if the file says what the model
-        was fitted on each patient for.
+        was fitted on each patient for; ``_split``, and ``_x``, ``_y`` and ``_size`` of tiles in native pixels, if it has them.
     level
         What a row is: ``tile``, ``image`` or ``breast``.
     score
@@ -114,7 +115,12 @@ def read_predictions(path: Path, score: str = "max") -> Predictions:
         raise BadInput(f"predictions {path} name no probabilities of tiles, images or breasts (columns: {have}); {HINT}")
     scores = {c: PROBABILITY + c.removeprefix(prefix) for c in frame.columns if c.startswith(prefix)}
     identities = [c for c in _IDENTITY if c in frame]
-    table = frame[[*identities, *scores]].rename(columns=scores)
+    further = {c: f"_{c}" for c in _FURTHER if c in frame}
+    table = frame[[*identities, *scores, *further]].rename(columns=scores | further)
+    for name in further.values():
+        table[name] = (
+            clean_ids(table[name]) if name == "_split" else pd.to_numeric(table[name], errors="coerce").astype(np.float64)
+        )
     for name in identities:
         table[name] = _CLEANED.get(name, clean_ids)(table[name])
     for name in scores.values():
@@ -191,16 +197,18 @@ def _json_row(record: Mapping[str, Any]) -> dict[str, Any]:
     scores = record.get("probabilities", record.get("predictions", {}))
     names = [c for c in _IDENTITY if c in record] or ["image" if "image" in record else "image_path"]
     row = {name if name in _IDENTITY else "image_id": record[name] for name in names}
-    columns = {name: value for name, value in record.items() if ":" in name}  # max:<class> and so on
+    columns = {name: value for name, value in record.items() if ":" in name or name in _FURTHER}  # max:<class> and so on
     return row | columns | {PROBABILITY + name: p for name, p in scores.items()}
+
+
+def read_table(path: Path, what: str, mend: str) -> pd.DataFrame:
+    """Read a table from Parquet or CSV, by the ending of its name; `what` and `mend` are for the error."""
+    return read_parquet(path, what, mend) if path.suffix == ".parquet" else read_csv(path, f"{what} CSV")
 
 
 def read_label_table(path: Path, predicted: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     """Return the labels with the predicted classes as float columns of their plain names, and those classes."""
-    if path.suffix == ".parquet":
-        frame = read_parquet(path, "labels", "give a CSV or Parquet with a 0/1 column a class")
-    else:
-        frame = read_csv(path, "labels CSV")
+    frame = read_table(path, "labels", "give a CSV or Parquet with a 0/1 column a class")
     found = {name: next((c for c in (name, LABEL_PREFIX + name) if c in frame.columns), None) for name in predicted}
     class_names = [name for name, column in found.items() if column is not None]
     if not class_names:
