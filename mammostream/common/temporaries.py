@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>\d{1,10})(?:-(?P<machine>[0-9a-f]{8}))?\.tmp")
 _NAME_BYTES = 220  # of 255: room for process and machine
@@ -37,7 +38,7 @@ def scratch_folder(folder: Path | None = None) -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix=".mammostream.", suffix=_ending(), dir=place)
 
 
-def spool_file(path: Path) -> tempfile._TemporaryFileWrapper:
+def spool_file(path: Path) -> IO[bytes]:
     """Return a nameless temporary file on the disk of `path`; on disks that know none, it has a temporary name at first."""
     remove_leftovers(path.parent)
     return tempfile.TemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=_ending())
