@@ -259,11 +259,12 @@ class _Loader:
         self._checkpoint = None if state["pipeline"] is None else state["pipeline"].cpu().numpy().tobytes()
         self._pipeline = self._failure = None
         if moved:
-            warnings.warn(
-                f"the state was saved by {state['world_size']} processes but is loaded by {self._setting['world_size']}: epoch "
-                f"{self.epoch + 1} restarts from its beginning ({self._done} of its batches had been read)",
-                stacklevel=2,
-            )
+            if self._done:
+                warnings.warn(
+                    f"the state was saved by {state['world_size']} processes but is loaded by {self._setting['world_size']}: "
+                    f"epoch {self.epoch + 1} restarts from its beginning ({self._done} of its batches had been read)",
+                    stacklevel=2,
+                )
             self._done, self._origin, self._checkpoint = 0, self.epoch, None
 
 

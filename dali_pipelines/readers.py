@@ -24,6 +24,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from mammostream.common.buckets import SCHEME, BucketPath
 from mammostream.common.errors import BadInput, first_line
+from mammostream.common.temporaries import scratch_folder
 from mammostream.shards.archive import Member, Sample, check_index, read_index, write_index
 from mammostream.shards.codecs import CODECS, NUMBER_EXTENSION, decode, decode_number
 from mammostream.shards.reading import Shard
@@ -268,7 +269,7 @@ def _open_files(paths: list[Path], wanted: np.ndarray | None) -> FileSource:
 
 
 def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None) -> ShardSource:
-    temporary = None if wanted is None else TemporaryDirectory(prefix="mammostream-indexes-")
+    temporary = None if wanted is None else scratch_folder()
     order = {directory: number for number, directory in enumerate(dict.fromkeys(shard.tar.parent for shard in shards))}
     tars: list[str] = []
     numbered: list[int] = []  # directory number of each tar

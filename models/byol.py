@@ -134,17 +134,21 @@ class MammogramBYOL(nn.Module):
         return BYOLOutput(loss, projections1.detach(), _by_view(features)[0].detach(), projections2.detach())
 
     @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
+    def update_target(self, momentum: float, skipped: Tensor | None = None) -> None:
         """Move the target's parameters towards the online network's: ``target = m target + (1 - m) online``.
 
-        One fused call over all parameters. Buffers are left alone: they are the batch norms' running statistics, and
-        the target collects its own in its forward passes, as in the paper's reference code. The online network's
-        statistics describe the online network's activations; averaged into the target's, they would fit neither.
+        Fused calls over all parameters, and nothing waits for the device. Buffers are left alone: they are the batch norms'
+        running statistics, and the target collects its own in its forward passes, as in the paper's reference code. The
+        online network's statistics describe the online network's activations; averaged into the target's, they would fit
+        neither.
 
         Parameters
         ----------
         momentum
             m in [0, 1]: 1 leaves the target unchanged, 0 copies the online parameters.
+        skipped
+            A bool scalar on the device: where it is true, the target stays as it is, bit for bit, since the online network's
+            step was skipped too. The online parameters must be finite.
 
         Raises
         ------
@@ -155,7 +159,12 @@ class MammogramBYOL(nn.Module):
             raise BadInput(f"the target's momentum is {momentum}; give one from 0 to 1 (0.996 in the paper)")
         targets: list[Tensor] = [*self.backbone_momentum.parameters(), *self.projection_head_momentum.parameters()]
         onlines: list[Tensor] = [*self.backbone.parameters(), *self.projection_head.parameters()]
-        torch._foreach_lerp_(targets, onlines, 1 - momentum)
+        if skipped is None:
+            torch._foreach_lerp_(targets, onlines, 1 - momentum)
+            return
+        differences = torch._foreach_sub(onlines, targets)
+        torch._foreach_mul_(differences, torch.where(skipped, 0.0, 1 - momentum).to(targets[0]))
+        torch._foreach_add_(targets, differences)
 
     def get_features(self, x: Tensor) -> Tensor:
         """Return features (N, D) of normalised tiles (N, 1, H, W) or (N, 3, H, W), whichever the backbone takes."""

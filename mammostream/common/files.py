@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mammostream.common.errors import BadInput, first_line, nearest
+from mammostream.common.temporaries import remove_leftovers, temporary_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,18 +50,20 @@ def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`; on success sync it and rename it to `path`, on failure remove it.
 
     The folder is synced too, so that files renamed one after the other survive a power cut in that order; many small files
-    that are easily made again can do without (`sync`). The process id in the name keeps two writers apart; a temporary file
-    left by a killed process is never mistaken for a finished one, since nothing reads ``*.tmp``.
+    that are easily made again can do without (`sync`). Process and machine in the name keep two writers apart. A temporary file
+    left by a killed process is never mistaken for a finished one, since nothing reads ``*.tmp``; it goes when the next command
+    writes into the folder (:func:`mammostream.common.temporaries.remove_leftovers`).
 
     Raises
     ------
     BadInput
         See :func:`writing`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
             yield temporary
             if sync:
                 _sync(temporary)

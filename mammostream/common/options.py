@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mammostream.common.errors import BadInput, first_line, nearest
+from mammostream.common.temporaries import new_command
 
 
 class ListOption(click.Option):
@@ -43,6 +44,10 @@ class Command(click.Command):
             else:
                 spread.append(arg)
         return super().parse_args(ctx, spread)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        new_command()
+        return super().invoke(ctx)
 
 
 class Group(click.Group):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from mammostream.common.temporaries import scratch_folder
 from mammostream.preprocess.segmentation import segment_breast
 from mammostream.preprocess.tiling import Film, tile_film
 from mammostream.shards.build.build import build_all
@@ -52,7 +52,7 @@ def measure_build(manifest: pd.DataFrame, config: BuildConfig, launcher: Launche
         A film cannot be read, or there is no GPU where one is asked for.
     """
     seconds = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for number in range(rounds + 1):
             plan = make_plan(manifest, Path(folder) / str(number), config)
             summaries, taken = _timed(partial(build_all, plan, launcher))

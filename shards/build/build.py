@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -18,6 +16,7 @@ import numpy as np
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import make_folder, sha256_file, writing
 from mammostream.common.progress import progress
+from mammostream.common.temporaries import spool_file
 from mammostream.shards.archive import write_archive
 from mammostream.shards.build.film_tiles import FilmTiles, cut_film, image_row, read_film
 from mammostream.shards.build.launch import ALONE, Launcher
@@ -113,7 +112,7 @@ def write_shard(plan: BuildPlan, ordinal: int, read: Read, cut: Cut, *, threads:
     with (
         writing(plan.output_dir),
         # Encoded tiles wait on disk, not in memory: they are written in shuffled order, which is known only at the end.
-        tempfile.TemporaryFile(dir=plan.output_dir, prefix=f".{shard.name}.", suffix=".tmp") as spool,
+        spool_file(plan.output_dir / shard.name) as spool,
         ThreadPoolExecutor(threads - 1) if threads > 1 else _InlineExecutor() as pool,
     ):
         tiles, images = _spool_films(plan, shard, read, cut, spool, pool, check_every)
@@ -259,7 +258,7 @@ def build_all(
 ) -> list[ShardSummary]:
     """Build every shard of a plan, or of a part of it, that is not finished; return the summaries in their order.
 
-    Locks the shards against other builds, removes what killed ones left, and shows a progress bar.
+    Locks the shards against other builds and shows a progress bar.
 
     Parameters
     ----------
@@ -282,7 +281,6 @@ def build_all(
     make_folder(plan.output_dir)
     summaries: dict[int, ShardSummary] = {}
     with lock_shards(plan.output_dir, range(plan.shards[0].ordinal, plan.shards[-1].ordinal + 1)):
-        _remove_remains(plan)
         for shard in plan.shards:
             if finished := finished_shard(plan, shard.ordinal):
                 summaries[shard.ordinal] = finished
@@ -304,15 +302,6 @@ def build_all(
 
 def _build_only_shard(part: BuildPlan, *, build: Callable[..., ShardSummary], threads: int, check_every: int) -> ShardSummary:
     return build(part, part.shards[0].ordinal, threads=threads, check_every=check_every)
-
-
-def _remove_remains(plan: BuildPlan) -> None:
-    """Remove the temporary files that killed builds of these shards left; nobody else is at them."""
-    names = {shard.name for shard in plan.shards}
-    for path in plan.output_dir.glob(".*.tmp"):
-        match = re.match(r"\.([a-z]+-\d+)\.", path.name)
-        if match and match[1] in names:
-            path.unlink(missing_ok=True)
 
 
 def _samples(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mammostream.shards.annotations.annotations import Problem
+    from mammostream.shards.prepare.films import Prepared
 
 FILE = click.Path(path_type=Path)
 # Lines that the terminal shows of each kind of problem; problems.csv has all.
@@ -99,6 +101,15 @@ _SHOWN = 10
     default=False,
     help="Also copy the films' stored values to <split>/<study>_<image>.png.",
 )
+@click.option(
+    "--pseudonymise",
+    "key_file",
+    type=FILE,
+    metavar="KEYFILE",
+    help="Replace the ids of patients and studies, and of images where they may hold them, by keyed hashes (HMAC-SHA256). A "
+    "missing KEYFILE is made. KEYFILE.ids.csv tells which id is whose, KEYFILE.problems.csv what was left out. See "
+    "docs/privacy.md.",
+)
 @config_options(ReadingConfig)
 @click.option(
     "--allow-leakage",
@@ -127,6 +138,7 @@ def prepare(
     test_fraction: float,
     seed: int,
     copy: bool,
+    key_file: Path | None,
     allow_leakage: bool,
     workers: int | None,
     **options: Any,
@@ -140,7 +152,6 @@ def prepare(
     from mammostream.common.errors import BadInput
     from mammostream.common.parallel import available_cpus
     from mammostream.shards.annotations.columns import parse_columns
-    from mammostream.shards.annotations.datasets import tell_dataset
     from mammostream.shards.manifest import write_findings, write_manifest
     from mammostream.shards.prepare.films import prepare_films
     from mammostream.shards.prepare.layout import copy_films
@@ -148,11 +159,10 @@ def prepare(
     if copy and output_dir.resolve() == images_root.resolve():
         raise BadInput("--copy would lay images out among those of --images-root; choose another --output-dir")
     mapped = parse_columns(columns, labels) if columns or labels else None
-    if dataset == "auto":
-        dataset, reason = ("folder", "--columns or --labels is given") if mapped else tell_dataset(csv_paths)
-        click.echo(f"data set: {dataset} ({reason})")
+    dataset = _detected(csv_paths, mapped is not None) if dataset == "auto" else dataset
     workers = workers or available_cpus()
     reading = ReadingConfig(**options)
+    key = _read_key(key_file, output_dir)
     made = prepare_films(
         dataset,
         images_root,
@@ -172,6 +182,7 @@ def prepare(
         allow_leakage=allow_leakage,
         exclude=exclude,
     )
+    made, apart = _pseudonymised(made, key, key_file, output_dir, dataset, copy)
     films, problems, notes = made.manifest, made.problems, made.notes
     if copy:
         films, not_copied, others = copy_films(films, output_dir, workers, reading)
@@ -181,18 +192,63 @@ def prepare(
         write_findings(made.findings, findings_path)
     elif findings_path.exists():
         notes.append(f"{findings_path} is of an earlier run: this data set gave no boxes")
-    _write_problems(problems, output_dir / "problems.csv")
+    _write_problems(problems, Path(f"{apart}problems.csv"))
     write_manifest(films, path)
     write_yaml(output_dir / "config.yaml", resolved(ctx))
 
-    _report(films, made.findings, problems, notes, output_dir)
+    _report(films, made.findings, problems, notes, output_dir, apart)
+
+
+def _detected(csv_paths: tuple[Path, ...], has_columns: bool) -> str:
+    """Return the data set that ``auto`` means, and say why."""
+    from mammostream.shards.annotations.datasets import tell_dataset
+
+    dataset, reason = ("folder", "--columns or --labels is given") if has_columns else tell_dataset(csv_paths)
+    click.echo(f"data set: {dataset} ({reason})")
+    return dataset
+
+
+def _read_key(path: Path | None, output_dir: Path) -> bytes:
+    """Return the key of ``--pseudonymise``, and say what must be said of its file; without one, nothing."""
+    from mammostream.shards.prepare.pseudonyms import KEY_BYTES, read_key
+
+    if path is None:
+        return b""
+    key, made = read_key(path)
+    if made:
+        click.echo(f"made the key {path}, {KEY_BYTES} random bytes: without it the same ids get other pseudonyms", err=True)
+    if output_dir.resolve() in path.resolve().parents:
+        click.echo(f"warning: the key {path} and the map lie in --output-dir: do not hand them on with it", err=True)
+    return key
+
+
+def _pseudonymised(
+    made: Prepared, key: bytes, key_file: Path | None, output_dir: Path, dataset: str, copy: bool
+) -> tuple[Prepared, str]:
+    """Return the data set with pseudonyms where there is a key, and how the paths begin of what still tells the ids."""
+    from mammostream.shards.prepare.pseudonyms import pseudonymised, write_map
+
+    if key_file is None:
+        return made, f"{output_dir}/"
+    films, findings, replaced = pseudonymised(made.manifest, made.findings, key, every_image=dataset == "folder")
+    path = Path(f"{key_file}.ids.csv")
+    write_map(path, replaced)
+    counts = ", ".join(f"{kind} {count}" for kind, count in replaced["kind"].value_counts(sort=False).items())
+    paths = "" if copy else "; the manifest still names the files by their paths: --copy leaves those behind"
+    note = f"ids are replaced by pseudonyms ({counts}); the map is {path}{paths}"
+    return replace(made, manifest=films, findings=findings, notes=[*made.notes, note]), f"{key_file}."
 
 
 def _report(
-    films: pd.DataFrame, findings: pd.DataFrame | None, problems: list[Problem], notes: list[str], output_dir: Path
+    films: pd.DataFrame,
+    findings: pd.DataFrame | None,
+    problems: list[Problem],
+    notes: list[str],
+    output_dir: Path,
+    apart: str,
 ) -> None:
     """Print what was left out, what the user should know, and the counts."""
-    _print_problems(problems, output_dir / "problems.csv")
+    _print_problems(problems, Path(f"{apart}problems.csv"))
     for note in notes:
         click.echo(note if note.startswith("warning: ") else f"note: {note}", err=True)
     _print_summary(films, findings)

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -16,6 +15,7 @@ from mammostream.common.files import write_text
 from mammostream.common.machine import describe
 from mammostream.common.options import Command, config_file_option, config_options
 from mammostream.common.progress import progress
+from mammostream.common.temporaries import scratch_folder
 from mammostream.train.predict.config import EmbedConfig, InferConfig
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def infer(
 
     shards = open_shards(shards_dir)
     predictor = load_predictor(model_path, InferConfig(**options))
-    with TemporaryDirectory(prefix="mammostream-bench-") as folder:
+    with scratch_folder() as folder:
         root = Path(folder)
         unpack_shards(shards, root / "tiles", split)
         tiles = shards.tiles(split).sort_values("tile", ignore_index=True)
@@ -181,7 +181,7 @@ def _ours(predictor: Predictor, parts: Sequence[Part], root: Path) -> np.ndarray
     from mammostream.train.levels.aggregation import PROBABILITY
     from mammostream.train.predict.parts import merge_parts, predict_parts
 
-    with TemporaryDirectory(dir=root) as folder:
+    with scratch_folder(root) as folder:
         place = Path(folder)
         predict_parts(predictor, parts, place / "parts", "tile", predictor.runtime)
         merge_parts(parts, place / "parts", predictor, {"class_names": predictor.class_names}, place, "parquet")

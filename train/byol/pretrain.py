@@ -136,7 +136,7 @@ def _train(run: Run) -> None:
 def _after_step(run: Run, output: BYOLOutput, clock: Clock, bar: Any) -> None:
     """Log, save and stop where the step just taken is one to do so after."""
     state, config = run.state, run.config
-    epoch, place = divmod(state.step - 1, run.steps_per_epoch)
+    epoch, place = run.position(state.step - 1)
     if state.step % READ_EVERY == 0:
         log_step(run, output, epoch + 1, clock, bar)
     stop = run.signals.exit_code(run.runtime, state.step)

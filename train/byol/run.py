@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +56,7 @@ class Run:
     tracker: Tracker | None = None  # of the main process
     metrics: dict[str, Any] = field(default_factory=dict)  # the last whole epoch's, in the main process
     best: dict[str, Any] | None = None  # the best epoch's
+    origin: tuple[int, int] = (0, 0)  # finished epochs and steps when the run was begun with this number of processes
     subjects: list[str] = field(init=False)  # hashes of the patients that the network sees
 
     def __post_init__(self) -> None:
@@ -65,9 +68,15 @@ class Run:
         """Steps of a whole epoch."""
         return steps_per_epoch(self.config, len(self.loader))
 
+    def position(self, step: int) -> tuple[int, int]:
+        """Return the epoch of a step and its place in it, all counted from 0."""
+        epochs, first = self.origin
+        since, place = divmod(step - first, self.steps_per_epoch)
+        return epochs + since, place
+
     def batches_before(self, step: int) -> int:
         """Return how many batches a process takes before a step, counted from 0; an epoch's last step takes those left."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, place = self.position(step)
         return epoch * len(self.loader) + place * self.config.accumulate
 
     def save(self, names: Sequence[str], unless_bad: bool = False) -> None:
@@ -90,7 +99,7 @@ class Run:
                 "optimizer_state_dict": state.optimizer.state_dict(),
                 "config": asdict(config),
                 "views": views_to_dict(chosen_views(config, self.shards.preprocessing)),
-                "epoch": state.step // self.steps_per_epoch,
+                "epoch": self.position(state.step)[0],
                 "step": state.step,
                 "metrics": self.metrics,
                 "preprocessing": self.shards.preprocessing
@@ -100,6 +109,7 @@ class Run:
                 "resume": {
                     "scaler": state.scaler.state_dict(),
                     "best": self.best,
+                    "origin": list(self.origin),
                     "bad_steps": self.bad_steps.state_dict(),
                     "monitor": self.monitor.state_dict(),
                     "processes": processes,
@@ -112,14 +122,33 @@ class Run:
         self.runtime.wait()
 
     def restore(self, path: Path) -> None:
-        """Put the run back where a checkpoint left it."""
+        """Put the run back where a checkpoint left it.
+
+        With another number of processes the next epoch is dealt out among them; the rest of the schedules is that of a run with
+        as many from the start, and the steps are counted on.
+
+        Raises
+        ------
+        BadInput
+            The checkpoint has other options or tiles, or was saved within an epoch by another number of processes.
+        """
         checkpoint = load_to_resume(path, "byol")
         saved, state, runtime = checkpoint["resume"], self.state, self.runtime
-        check_same_options(path, checkpoint["config"], self.config, _FREE)
+        before = len(saved["processes"])
+        moves = before != runtime.world_size
+        # With more processes, or fewer, another --accumulate can keep the effective batch.
+        check_same_options(path, checkpoint["config"], self.config, _FREE | ({"accumulate"} if moves else set()))
         if checkpoint["preprocessing"]["shard_config_hash"] != self.shards.preprocessing["shard_config_hash"]:
             raise BadInput(f"checkpoint {path} was trained on other --shards than {self.shards.directory}; resume with them")
-        if len(saved["processes"]) != runtime.world_size:
-            raise BadInput(f"checkpoint {path} was trained by {len(saved['processes'])} processes; resume with as many")
+        epochs, first = saved.get("origin", (0, 0))  # version 0.1.0 has none
+        self.origin = (epochs, first)
+        if moves:
+            self.origin = (_finished_epochs(path, checkpoint), checkpoint["step"])
+            state.chosen["resumed"] = (
+                f"epoch {self.origin[0] + 1} is dealt out anew, since {_processes(before)} trained the epochs before and now "
+                f"there are {runtime.world_size}: {self.steps_per_epoch} steps an epoch"
+            )
+        self._continue_schedules()
         state.model.load_state_dict(checkpoint["model_state_dict"])
         state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         if saved["scaler"]:  # empty where the first half needed no scaler
@@ -128,7 +157,59 @@ class Run:
         self.metrics, self.best = checkpoint["metrics"], saved["best"]
         self.bad_steps.load_state_dict(saved["bad_steps"])
         self.monitor.load_state_dict(saved["monitor"])
-        mine = saved["processes"][runtime.rank]
+        mine = saved["processes"][0 if moves else runtime.rank]
+        if moves:
+            self.loader.load_state_dict(mine["loader"] | {"epoch": self.origin[0], "batch": 0})
+            draws = np.random.SeedSequence([self.config.seed, runtime.rank, state.step]).generate_state(1)
+            torch.manual_seed(int(draws[0]))
+            return
         state.sums.copy_(torch.tensor(mine["sums"], dtype=torch.float64))
         self.loader.load_state_dict(mine["loader"])
         set_random_state(mine["random"], runtime.device)
+
+    def _continue_schedules(self) -> None:
+        """Let the schedules' ends follow on the steps that were taken with another number of processes."""
+        epochs, steps = self.origin
+        if not steps:
+            return
+        left = (self.config.epochs - epochs) * self.steps_per_epoch
+        if self.config.max_steps is not None:
+            left = min(left, self.config.max_steps - steps)
+        taken = np.full(steps, np.nan)  # nobody asks again
+        state = self.state
+        state.lrs, state.momenta = (np.append(taken, s[len(s) - max(left, 0) :]) for s in (state.lrs, state.momenta))
+
+
+def _finished_epochs(path: Path, checkpoint: Mapping[str, Any]) -> int:
+    """Return how many epochs a checkpoint's run has finished.
+
+    Raises
+    ------
+    BadInput
+        It was saved within an epoch: that one cannot be dealt out anew without showing some of its tiles twice.
+    """
+    if not _place(checkpoint):
+        return checkpoint["epoch"]
+    processes = _processes(len(checkpoint["resume"]["processes"]))
+    older = []
+    for other in path.parent.glob(CHECKPOINT_NAME.format("*")):
+        with suppress(BadInput):
+            found = load_to_resume(other, "byol")
+            if not _place(found) and found["step"] < checkpoint["step"]:
+                older.append((found["step"], str(other)))
+    instead = f"; or, from the end of an epoch, with --resume {max(older)[1]}" if older else ""
+    raise BadInput(
+        f"checkpoint {path} was saved within epoch {checkpoint['epoch'] + 1} by {processes}, among whom the epoch's tiles are "
+        f"dealt out; resume with {processes} until the epoch's end{instead}"
+    )
+
+
+def _place(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many steps of its current epoch a checkpoint's run had taken."""
+    loader, (_, first) = checkpoint["resume"]["processes"][0]["loader"], checkpoint["resume"].get("origin", (0, 0))
+    batches = loader["tiles"] // loader["world_size"] // loader["batch_size"]
+    return (checkpoint["step"] - first) % math.ceil(batches / checkpoint["config"]["accumulate"])
+
+
+def _processes(count: int) -> str:
+    return f"{count} process" + ("es" if count > 1 else "")

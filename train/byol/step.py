@@ -49,7 +49,8 @@ def train_step(
 ) -> tuple[BYOLOutput, Tensor]:
     """Take one optimiser step and move the target; nothing here waits for the device.
 
-    A step whose gradients are not finite changes neither the weights nor the optimiser nor the batch norms.
+    A step whose gradients are not finite changes neither the weights nor the optimiser nor the batch norms nor the target. It
+    counts as a step all the same: learning rate and momentum are functions of the batches taken.
 
     Parameters
     ----------
@@ -87,7 +88,7 @@ def train_step(
     state.scaler.update()
     state.statistics.restore(bad)
 
-    state.model.update_target(float(state.momenta[state.step]))
+    state.model.update_target(float(state.momenta[state.step]), skipped=bad)
     loss = torch.stack(losses).mean()
     state.sums += torch.stack([loss.where(~bad, 0), (~bad).float()])
     state.step += 1

@@ -58,13 +58,16 @@ class FinetuneConfig(TrainingConfig):
     gradient_checkpointing: bool = option(
         False, "Recompute activations instead of storing them: less memory, one more forward pass, the same result."
     )
+    save_every_steps: int | None = option(
+        None, "Save last_classification_model.pth every this many steps too; default: after each epoch, and when stopped."
+    )
     max_samples: int | None = option(None, "Use at most this many tiles of each CSV, for a quick trial.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label_smoothing is None:
             object.__setattr__(self, "label_smoothing", 0.1 if self.loss == "bce" else 0.0)
-        require_positive(self, "max_samples")
+        require_positive(self, "max_samples", "save_every_steps")
         require_not_negative(
             self,
             *("lr_backbone", "lr_head", "freeze_backbone_epochs", "unfreeze_every", "focal_gamma", "mixup_alpha"),

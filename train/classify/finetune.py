@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mammostream.common.errors import BadInput
+from mammostream.common.errors import BadInput, Stopped
 from mammostream.common.files import write_json
 from mammostream.common.progress import progress
 from mammostream.models.checkpoints import load_checkpoint
@@ -24,6 +24,7 @@ from mammostream.train.classify.validation import Validation, validate, with_int
 from mammostream.train.run.charts import draw_curves
 from mammostream.train.run.runtime import Runtime, resolve_runtime
 from mammostream.train.run.stages import STAGE_COUNT, train_top_stages
+from mammostream.train.run.stopping import StopSignals
 from mammostream.train.run.tracking import Tracker
 
 SAVE_EVERY = 10
@@ -55,7 +56,8 @@ def finetune(
     command
         The command's own options, recorded next to `config` in ``config.yaml``.
     resume
-        A checkpoint of this run to resume from, or None.
+        A checkpoint of this run to resume from, or None. It may have been saved after any step: the rest of the run is what it
+        would have been, on a CPU in fp32 bit for bit.
     runtime
         Device, precision and processes; None resolves them from `config` for one process.
 
@@ -72,6 +74,8 @@ def finetune(
     BadInput
         The checkpoint cannot be used, has another architecture, or was made for tiles of another scale or mapping; the one
         to resume from has other options, labels or tiles; the training diverged.
+    Stopped
+        SIGTERM, SIGUSR1 or Ctrl-C arrived; the last checkpoint is saved.
     """
     runtime = runtime or resolve_runtime(config)
     torch.manual_seed(config.seed)
@@ -82,7 +86,11 @@ def finetune(
     if resume is not None:
         run.restore(resume)
     found = None
-    with _tracker(run, command, resumed=resume is not None) or nullcontext() as tracker, _progress(run) as bar:
+    with (
+        StopSignals(runtime.is_main) as run.signals,
+        _tracker(run, command, resumed=resume is not None) or nullcontext() as tracker,
+        _progress(run) as bar,
+    ):
         if (report := byol.get("load_report")) and runtime.is_main:
             bar.write("\n".join(report.lines()))
         while not run.finished:
@@ -110,7 +118,8 @@ def _tracker(run: Run, command: Mapping[str, Any] | None, resumed: bool) -> Trac
 def _progress(run: Run) -> Any:
     """Return a progress bar over the tiles of all epochs, which starts at the run's position."""
     tiles = run.train_loader.tiles
-    done, total = run.epoch * tiles, run.config.epochs * tiles
+    started = len(run.losses) * run.config.batch_size * run.runtime.world_size
+    done, total = run.epoch * tiles + min(started, tiles), run.config.epochs * tiles
     return progress(None, f"fine-tuning ({run.runtime})", "tile", total, done, not run.runtime.is_main)
 
 
@@ -121,8 +130,7 @@ def _run_epoch(run: Run, tracker: Tracker | None, bar: Any) -> Validation:
     stages = run.stages(epoch)
     train_loss = _train_epoch(run, stages, bar)
     found = validate(state, run.val_loader, data.val, data.class_names, run.runtime)
-    if not math.isfinite(train_loss + found.metrics["val_loss"]):
-        raise BadInput(f"the loss of epoch {epoch} is not finite; lower --lr-head and --lr-backbone, or use --precision fp32")
+    _require_finite(train_loss + found.metrics["val_loss"], epoch)
     run.metrics = found.metrics | {"train_loss": train_loss, "epoch": epoch}
     is_best = found.score > state.best
     state.best = max(found.score, state.best)
@@ -137,6 +145,9 @@ def _run_epoch(run: Run, tracker: Tracker | None, bar: Any) -> Validation:
         bar.write(_epoch_lines(epoch, run.config.epochs, run.metrics, stages, is_best))
         if run.stopped_early:
             bar.write(f"⏹️ Early stopping: no better validation for {state.stale} epochs")
+    stop = run.signals.exit_code(run.runtime, state.step)
+    if stop and not run.finished:
+        raise _stopped(run, stop)
     return found
 
 
@@ -152,19 +163,44 @@ def _names_after_epoch(run: Run, is_best: bool) -> list[str]:
 
 
 def _train_epoch(run: Run, stages: int, bar: Any) -> float:
-    """Train for an epoch and return its mean loss over steps and processes."""
+    """Train for an epoch, or for what is left of it, and return its mean loss over steps and processes."""
     state, runtime = run.state, run.runtime
     state.model.train()
     train_top_stages(state.model.backbone, stages)
     network = runtime.parallel(state.model)
-    losses = []
     for batch, labels in _batches(run):
         if len(batch) == 1:
             # Batch norm needs more than one tile. This is an epoch's last batch, or all batches are single tiles.
             state.model.backbone.eval()
-        losses.append(train_step(state, network, runtime, run.config, batch, labels))
+        run.losses.append(train_step(state, network, runtime, run.config, batch, labels))
         bar.update(len(batch) * runtime.world_size)
+        _after_step(run)
+    losses, run.losses = run.losses, []
     return float(runtime.total(torch.stack(losses).mean())) / runtime.world_size
+
+
+def _after_step(run: Run) -> None:
+    """Save and stop within the epoch where the step just taken is one to do so after."""
+    step, every = run.state.step, run.config.save_every_steps
+    stop = run.signals.exit_code(run.runtime, step)
+    is_due = every and step % every == 0 and len(run.losses) < run.steps  # the end of an epoch is saved anyway
+    if (stop or is_due) and run.can_be_saved:
+        _require_finite(float(run.runtime.total(torch.stack(run.losses).sum())), run.epoch + 1)
+        run.save([CHECKPOINT_NAME.format("last")], None)
+        if stop:
+            raise _stopped(run, stop)
+
+
+def _stopped(run: Run, code: int) -> Stopped:
+    steps = run.steps * run.config.epochs
+    return Stopped(
+        f"stopped after step {run.state.step} of {steps} and saved; resume with the same command and --resume auto", code
+    )
+
+
+def _require_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise BadInput(f"the loss of epoch {epoch} is not finite; lower --lr-head and --lr-backbone, or use --precision fp32")
 
 
 def _batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:

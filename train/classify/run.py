@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import TRAIN_VIEW, LabelledLoader, LoaderConfig
@@ -26,10 +28,11 @@ from mammostream.train.run.resuming import check_same_options, load_to_resume, r
 from mammostream.train.run.runtime import Runtime
 from mammostream.train.run.schedules import trainable_stages
 from mammostream.train.run.stages import STAGE_COUNT
+from mammostream.train.run.stopping import StopSignals
 
 CHECKPOINT_NAME = "{}_classification_model.pth"
 # Options that may differ when a run is resumed: they do not change its result, or are changed on purpose.
-_FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing"}
+_FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing", "save_every_steps"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Run:
     state: TrainingState
     pretrained_on: Sequence[str]  # hashes of the patients that the backbone saw without labels
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last epoch
+    signals: StopSignals = field(default_factory=StopSignals)
+    losses: list[Tensor] = field(default_factory=list)  # of the steps of the current epoch, in this process
 
     @classmethod
     def start(
@@ -134,18 +139,52 @@ class Run:
         """Whether no epoch is left to train."""
         return self.epoch >= self.config.epochs or self.stopped_early
 
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether the rest of the epoch can be had from here on, bit for bit.
+
+        At the end of an epoch some of several processes repeat their last tiles, which nobody could read again.
+        """
+        return len(self.losses) <= self.steps - (2 if self.runtime.world_size > 1 else 0)
+
     def stages(self, epoch: int) -> int:
         """Return how many stages of the backbone, from the last on, train in an epoch (from 1)."""
         config = self.config
         return trainable_stages(epoch, config.freeze_backbone_epochs, config.unfreeze_every, STAGE_COUNT)
 
-    def save(self, names: Iterable[str], found: Validation) -> None:
-        """Write the checkpoint of the epoch just validated under each of the names."""
+    def save(self, names: Iterable[str], found: Validation | None) -> None:
+        """Write the checkpoint under each of the names; the processes leave together.
+
+        Parameters
+        ----------
+        names
+            File names.
+        found
+            The validation of the epoch just finished; None within an epoch.
+        """
+        mine = {
+            "loader": self.train_loader.state_dict(),
+            "random": random_state(self.runtime.device),
+            "losses": torch.stack(self.losses).cpu() if self.losses else None,
+            # Each process has its own statistics of batch norms, and the main one's are the model's.
+            "buffers": dict(self.state.model.named_buffers()) if self.runtime.rank else None,
+        }
+        processes = self.runtime.gather(mine)
+        if self.runtime.is_main:
+            checkpoint = self._checkpoint(processes, found)
+            for name in names:
+                save_checkpoint(self.output_dir / name, checkpoint)
+        self.runtime.wait()
+
+    def _checkpoint(self, processes: list[dict[str, Any]], found: Validation | None) -> dict[str, Any]:
         state = self.state
-        processes = self.runtime.gather({"loader": self.train_loader.state_dict(), "random": random_state(self.runtime.device)})
-        if not self.runtime.is_main:
-            return
-        checkpoint = {
+        decisions: dict[str, Any] = {"unvalidated": True}
+        if found is not None:
+            decisions = {
+                "calibration": plain(found.calibrations),
+                "thresholds": list(found.calibrations[TILE][PROB].thresholds),
+            }
+        return {
             "kind": "classifier",
             "arch": self.arch,
             "model_state_dict": state.evaluated.state_dict(),
@@ -156,8 +195,7 @@ class Run:
             "step": state.step,
             "metrics": self.metrics,
             "preprocessing": self.preprocessing,
-            "calibration": plain(found.calibrations),
-            "thresholds": list(found.calibrations[TILE][PROB].thresholds),
+            **decisions,
             "fitted_on": {
                 "trained": self.data.train.subjects,
                 "validated": self.data.val.subjects,
@@ -173,8 +211,6 @@ class Run:
                 "processes": processes,
             },
         }
-        for name in names:
-            save_checkpoint(self.output_dir / name, checkpoint)
 
     def restore(self, path: Path) -> None:
         """Restore the run to the state in a checkpoint.
@@ -200,6 +236,10 @@ class Run:
         state.step, state.best, state.stale = checkpoint["step"], saved["best"], saved["stale"]
         mine = saved["processes"][runtime.rank]
         self.train_loader.load_state_dict(mine["loader"])
+        if mine.get("losses") is not None:
+            self.losses = list(mine["losses"].to(runtime.device))
+        if mine.get("buffers") is not None:
+            state.model.load_state_dict(mine["buffers"], strict=False)
         set_random_state(mine["random"], runtime.device)
         self.metrics = checkpoint["metrics"]
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, log_expit, logit
 
+from mammostream.common.errors import BadInput
+
 TILE, IMAGE, BREAST = "tile", "image", "breast"
 PROB = "prob"  # the one score of a tile
 FEW = 10
@@ -81,7 +83,18 @@ Calibrations = dict[str, dict[str, Calibration]]
 
 
 def stored_calibrations(checkpoint: Mapping[str, Any]) -> Calibrations:
-    """Return the calibrations of a classifier's checkpoint; one of an earlier version has a temperature for its tiles."""
+    """Return the calibrations of a classifier's checkpoint; one of an earlier version has a temperature for its tiles.
+
+    Raises
+    ------
+    BadInput
+        The checkpoint was saved within an epoch, so that nothing was fitted for its weights.
+    """
+    if checkpoint.get("unvalidated"):
+        raise BadInput(
+            f"this {checkpoint['arch']} was saved within epoch {checkpoint['epoch'] + 1} of its fine-tuning, so it has neither "
+            "calibration nor thresholds; use best_classification_model.pth, or go on with 'finetune --resume auto'"
+        )
     if stored := checkpoint.get("calibration"):
         return calibrations_of(stored)
     count = len(checkpoint["class_names"])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mammostream.common.buckets import LostConnection
 from mammostream.common.errors import BadInput, first_line
+from mammostream.common.temporaries import scratch_folder
 from mammostream.dali_pipelines import LabelledLoader, create_inference_transform
 from mammostream.shards.archive import Member, Sample, read_index, sample_key, write_index
 from mammostream.shards.codecs import CODECS, NUMBER_EXTENSION, decode
@@ -139,7 +140,7 @@ class ShardTiles(_ReadableTiles):
 
     def _open(self, items: Sequence[Sample], **options: Any) -> LabelledLoader:
         """Open a loader over some of the samples only, by an index of them."""
-        self._temporary = self._temporary or TemporaryDirectory(prefix="mammostream-index-")
+        self._temporary = self._temporary or scratch_folder()
         path = Path(self._temporary.name) / f"{len(items)}.idx"
         write_index(path, items)
         return self._load([Shard(self._shard.tar, path, self._shard.split, len(items))], **options)

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mammostream.common.errors import BadInput, TooManyBad
 from mammostream.common.files import write_json, write_yaml
+from mammostream.common.temporaries import scratch_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -235,7 +235,7 @@ def _parts_folder(output_dir: Path | None) -> Iterator[Path]:
     if output_dir is not None:
         yield output_dir / PARTS
         return
-    with TemporaryDirectory(prefix="mammostream-infer-") as folder:
+    with scratch_folder() as folder:
         yield Path(folder)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from mammostream.common.temporaries import scratch_folder
 from mammostream.shards.archive import escape_id, short_name
 from mammostream.train.run.charts import draw_panels, metric_title
 
@@ -121,7 +121,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
     known = [name for name in _CURVES if name in names]
     ordered = [*known, *(name for name in names if name not in known)][:PICTURES_OF_A_FOLDER]
     found = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for name in ordered:
             path = Path(folder) / "panel.png"
             draw_panels(lines, [name], path)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from mammostream.common.errors import BadInput
+from mammostream.common.temporaries import temporary_name
 from mammostream.shards import codecs
 from mammostream.shards.build.build import build_all, build_shard
 from mammostream.shards.build.launch import Launcher
@@ -123,14 +124,15 @@ def test_ctrl_c_stops_at_once(manifest, tmp_path):
     assert "Traceback" not in errors
 
 
-def test_what_killed_builds_left_is_removed_but_not_of_other_shards(built, manifest, tmp_path):
+def test_what_killed_builds_left_is_removed_but_not_of_other_machines(built, tmp_path):
     plan = replace(built.plan, output_dir=tmp_path)
-    mine = [".train-000000.tar.4711.tmp", ".train-000001.parquet.4711.tmp", ".train-000000.x8f.tmp"]
-    others = [".val-000000.tar.4711.tmp", ".train-000002.tar.4711.tmp", ".config.yaml.4711.tmp"]
-    for name in mine + others:
+    mine = temporary_name("train-000000.tar")
+    other = ".train-000000.tar.4711-00000000.tmp"
+    for name in (mine, other):
         (tmp_path / name).touch()
+    os.utime(tmp_path / mine, (0, 0))  # before this process was there
     build_all(plan.select("train"))
-    assert {path.name for path in tmp_path.glob(".*")} == set(others)
+    assert [path.name for path in tmp_path.glob(".*")] == [other]
 
 
 # Two builds at once
@@ -316,7 +318,7 @@ def test_everything_is_synced_before_it_has_its_name(built, tmp_path, monkeypatc
     build_shard(replace(built.plan, output_dir=tmp_path / "s"), 0)
     expected = []
     for name in ("train-000000.tar", "train-000000.idx", "train-000000.parquet"):
-        expected += [("sync", f".{name}.{os.getpid()}.tmp"), ("rename", name), ("sync", "s")]
+        expected += [("sync", temporary_name(name)), ("rename", name), ("sync", "s")]
     assert events == expected
 
 

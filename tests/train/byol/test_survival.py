@@ -72,6 +72,7 @@ def test_a_run_killed_and_stopped_in_mid_epoch_goes_on_bit_for_bit(
     assert not (tmp_path / "mammogram_byol_final.pth").exists()
 
     run_cli(line)
+    assert not list(tmp_path.glob(".*.tmp"))
     assert lines_without_timing(tmp_path) == lines_without_timing(uninterrupted)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [5, 10, 10, 15]
     for name in ("best", "epoch_002", "final", "last"):
