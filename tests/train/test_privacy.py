@@ -65,7 +65,7 @@ def archive(finetuned, tmp_path_factory) -> Path:
 
 def run_everything(run_cli, finetuned, archive: Path, out: Path, *options: str) -> None:
     run_cli(
-        f"prepare --images-root {archive} --csv-path {archive}/labels.csv --output-dir {out}/prepare --assume-spacing 0.05 "
+        f"prepare --images-root {archive} --csv-path {archive}/labels.csv --output-dir {out}/prepare --assume-spacing 0.2 "
         f"--val-fraction 0.5 --workers 1 {' '.join(options)}"
     )
     manifest = f"--manifest {out}/prepare/manifest.parquet"
@@ -73,7 +73,7 @@ def run_everything(run_cli, finetuned, archive: Path, out: Path, *options: str) 
     run_cli(f"shards build {manifest} --output-dir {out}/shards {finetuned.tiling} --workers 1")
     run_cli(f"shards labels {out}/shards {manifest} --image-labels bright --split train --output {out}/labels/train.csv")
     run_cli(
-        f"infer --model-path {finetuned.finetuned}/final_classification_model.pth {manifest} --assume-spacing 0.05 "
+        f"infer --model-path {finetuned.finetuned}/final_classification_model.pth {manifest} --assume-spacing 0.2 "
         f"--device cpu --output-dir {out}/infer --sheet-tiles 2 --secondary-capture"
     )
     run_cli(f"report {out}/infer --output {out}/report/report.html")
@@ -140,7 +140,7 @@ def test_every_file_holds_what_is_documented_and_no_more(archive, finetuned, run
 def test_with_pseudonyms_and_copies_only_the_commands_options_tell_where_the_films_were(archive, finetuned, run_cli, tmp_path):
     out = tmp_path / "out"
     run_cli(
-        f"prepare --images-root {archive} --csv-path {archive}/labels.csv --output-dir {out}/prepare --assume-spacing 0.05 "
+        f"prepare --images-root {archive} --csv-path {archive}/labels.csv --output-dir {out}/prepare --assume-spacing 0.2 "
         f"--val-fraction 0.5 --workers 1 --copy --pseudonymise {tmp_path}/key"
     )
     manifest = f"--manifest {out}/prepare/manifest.parquet"

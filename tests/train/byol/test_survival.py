@@ -161,12 +161,13 @@ def test_a_checkpoint_of_another_program_is_nothing_to_go_on_from(uninterrupted,
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(uninterrupted, tmp_path):
     """A disk of its own with room for a checkpoint and a half."""
+    size = (uninterrupted / "mammogram_byol_last.pth").stat().st_size * 3 // 2
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=270m", "tmpfs", folder], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
