@@ -20,6 +20,7 @@ from mammostream.train.levels.aggregation import PROBABILITY
 from mammostream.train.levels.calibration import (
     BREAST,
     IMAGE,
+    PROB,
     TILE,
     Calibration,
     Calibrations,
@@ -143,6 +144,9 @@ def read_predictions(path: Path, score: str = "max") -> Predictions:
 def with_model(predictions: Predictions, model_path: Path) -> Predictions:
     """Return the predictions with the calibrations and thresholds of a checkpoint, and with what it was fitted on.
 
+    Predictions made with ``--temperature`` keep the thresholds that they record: the checkpoint's hold for its own
+    probabilities only.
+
     Raises
     ------
     BadInput
@@ -160,10 +164,13 @@ def with_model(predictions: Predictions, model_path: Path) -> Predictions:
         # A tile that came as an image file has its path for an image.
         films = [film_of_tile(image) or image if "/" in image else image for image in images]
         table = table.assign(seen=seen_by(checkpoint["fitted_on"], patients, films))
+    stored, recorded = stored_calibrations(checkpoint), predictions.calibrations
+    if TILE in recorded and not recorded[TILE][PROB].maps_as(stored[TILE][PROB]):
+        return replace(predictions, table=table)
     return replace(
         predictions,
         table=table,
-        calibrations=stored_calibrations(checkpoint),
+        calibrations=stored,
         fitted_classes=list(checkpoint["class_names"]),
         threshold=None,
         tile_thresholds={},

@@ -71,6 +71,10 @@ class Calibration:
         lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("thresholds", "fits", "positives", "negatives")}
         return cls(np.array(fields["slope"], np.float64), np.array(fields["intercept"], np.float64), **lists)
 
+    def maps_as(self, other: Calibration) -> bool:
+        """Return whether both make the same probabilities of the same logits; thresholds are not compared."""
+        return bool(np.array_equal(self.slope, other.slope) and np.array_equal(self.intercept, other.intercept))
+
     @classmethod
     def of_temperature(cls, temperature: float, thresholds: Sequence[float | None]) -> Calibration:
         """Return a calibration that divides all logits by a temperature."""

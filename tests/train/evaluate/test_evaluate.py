@@ -18,7 +18,7 @@ from mammostream.train.evaluate.evaluate import choose_thresholds
 from mammostream.train.evaluate.matching import match_labels
 from mammostream.train.evaluate.metrics import evaluate_predictions
 from mammostream.train.evaluate.reading import read_predictions, with_model
-from mammostream.train.levels.calibration import Calibration, plain
+from mammostream.train.levels.calibration import PROB, TILE, Calibration, plain
 from mammostream.train.report.report import write_report
 
 MASS, CALC = "prob:mass", "prob:calc"
@@ -339,6 +339,12 @@ def test_thresholds_are_given_or_the_models_or_the_files_or_half(files, finetune
     assert choose_thresholds(with_model(own, model), ["mass", "calc"], "tile")[0] == [None, 0.2]
     of_it, _ = files(tiles, labels, "of_it.parquet", {"model_sha256": sha256_file(model)})
     assert choose_thresholds(with_model(read_predictions(of_it), model), ["calc"], "tile")[0] == [0.2]
+    # Predictions at another temperature record thresholds that were moved along; the model's own would not fit them.
+    for temperature, expected, source in ((1.0, 0.2, str(model)), (2.0, 0.4, "the predictions")):
+        calibration = plain({TILE: {PROB: Calibration.of_temperature(temperature, [0.4, None])}})
+        facts = {"class_names": ["calc", "mass"], "calibration": calibration, "temperature": temperature}
+        hot = with_model(read_predictions(files(tiles, labels, "hot.parquet", facts)[0]), model)
+        assert choose_thresholds(hot, ["calc"], "tile") == ([expected], source)
     other, _ = files(tiles, labels, "other.parquet", {"model_sha256": "0" * 64})
     with pytest.raises(BadInput, match="the predictions are not of"):
         with_model(read_predictions(other), model)
