@@ -98,7 +98,10 @@ def test_a_file_older_than_the_process_that_now_has_its_number_goes(tmp_path):
     assert names(tmp_path) == [kept]
 
 
-@pytest.mark.parametrize("owner", [f"{os.getpid()}-00000000", "4711-00000000", "4711"], ids=["our number", "another", "old name"])
+OWNERS = {"our number": f"{os.getpid()}-00000000", "another": "4711-00000000", "old name": "4711"}
+
+
+@pytest.mark.parametrize("owner", OWNERS.values(), ids=OWNERS)
 def test_files_of_other_machines_and_of_older_versions_go_by_age(tmp_path, owner):
     aged(tmp_path / f".old.pth.{owner}.tmp", 1.1 * DAY)
     young = aged(tmp_path / f".young.pth.{owner}.tmp", 0.9 * DAY)
