@@ -106,9 +106,7 @@ _SHOWN = 10
     "key_file",
     type=FILE,
     metavar="KEYFILE",
-    help="Replace the ids of patients and studies, and of images where they may hold them, by keyed hashes (HMAC-SHA256). A "
-    "missing KEYFILE is made. KEYFILE.ids.csv tells which id is whose, KEYFILE.problems.csv what was left out. See "
-    "docs/privacy.md.",
+    help="Replace ids by keyed hashes; a missing KEYFILE is made. See docs/privacy.md.",
 )
 @config_options(ReadingConfig)
 @click.option(
