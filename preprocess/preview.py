@@ -13,6 +13,7 @@ from mammostream.common.files import whole_file
 from mammostream.preprocess.backend import backend_of
 from mammostream.preprocess.energy import EXCESS_ABOVE, EXCESS_LIMIT
 from mammostream.preprocess.resampling import block_mean
+from mammostream.preprocess.segmentation import LARGE_FOG_MM2
 from mammostream.preprocess.selection import TileSelection
 from mammostream.preprocess.tiling import Film
 
@@ -29,7 +30,6 @@ FATE_COLOURS = {"intensity": "#7d8fa3", "nonzero": "#c79bff", "rules": "#ff9966"
 CONTOUR_COLOUR, PECTORAL_COLOUR, CLUSTER_COLOUR, BOX_COLOUR = "#5dff8f", "#ff7ab0", "#00f0ff", "#ffffff"
 BAD_COLOUR, GOOD_COLOUR = "#c02020", "#207020"
 RESPONSE_COLOURS, RESPONSE_LIMIT = "plasma", 8.0
-SHOWN_FOG_MM2 = 100.0  # a smaller area that was cut as fog is not worth a word
 PEAK_MM = 0.8
 
 # Bins of energy per cm² that all films share: everything below 0.1, then 20 a decade.
@@ -212,7 +212,7 @@ def few_colours(picture: PILImage.Image) -> PILImage.Image:
 def _draw_titles(figure: Figure, film: Film, title: str, flags: Sequence[str]) -> None:
     segmentation = film.segmentation
     line = f"side {segmentation.side or '?'}   mask: {segmentation.method}   mapping: {film.mapping}"
-    if segmentation.fog_mm2 > SHOWN_FOG_MM2:
+    if segmentation.fog_mm2 > LARGE_FOG_MM2:
         line += f"   fog cut: {segmentation.fog_mm2 / 100:.1f} cm²"
     # A $ in a name is no formula.
     figure.text(0.008, 0.955, title, fontsize=9, fontweight="bold", parse_math=False)

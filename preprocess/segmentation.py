@@ -31,6 +31,7 @@ MIN_AREA_SHARE, MAX_AREA_SHARE = 0.03, 0.92
 WITHIN_MM, AROUND_MM = (2.0, 4.0), (3.0, 6.0)
 CLEAR_CONTRAST = 1.5
 PLAUSIBLE = 0.8
+LARGE_FOG_MM2, BRIGHT_FOG = 100.0, 0.25
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,14 @@ class Segmentation:
     method
         Name of the method that gave the mask: ``otsu``, ``triangle``, ``nonzero``.
     flags
-        What is doubtful: ``no_breast``, ``doubtful_mask``, ``no_spacing``.
+        What is doubtful: ``no_breast``, ``doubtful_mask``, ``bright_fog``, ``no_spacing``.
     inside
         Rows and columns of the mask's grid within the film's bright borders; all of them where it has none.
     fog_mm2
         Area in mm² that was cut off the mask as film fog.
+    fog_brightness
+        Its median brightness as a share of the breast's, both above the darkest of the image; 0 where nothing was cut. Above
+        `BRIGHT_FOG`, an area of more than `LARGE_FOG_MM2` is flagged ``bright_fog``: it may be tissue.
     plausibility
         How plausible the mask is, 0-1; below `PLAUSIBLE` it is flagged ``doubtful_mask``.
     """
@@ -68,6 +72,7 @@ class Segmentation:
     flags: tuple[str, ...]
     inside: tuple[slice, slice]
     fog_mm2: float
+    fog_brightness: float
     plausibility: float
 
     @property
@@ -104,22 +109,24 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
     inside = rows, columns
     inner = coarse[inside]
 
-    best: tuple[float, Any, float, str] | None = None
+    best: tuple[float, Any, tuple[float, float], str] | None = None
     for method, threshold in _METHODS.items():
-        mask, plausible, fog_mm2 = _mask_from(backend, inner, threshold, spacing)
+        mask, plausible, fog = _mask_from(backend, inner, threshold, spacing)
         if best is None or plausible > best[0]:
-            best = (plausible, mask, fog_mm2, method)
+            best = (plausible, mask, fog, method)
         if _is_sane(xp, mask):
             break
     assert best is not None
-    plausible, found, fog_mm2, method = best
+    plausible, found, fog, method = best
     mask = xp.zeros(coarse.shape, dtype=bool)
     mask[inside] = found
     if not bool(mask.any()):
-        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside, fog_mm2, 0.0)
+        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside, *fog, 0.0)
     if plausible < PLAUSIBLE:
         flags = (*flags, "doubtful_mask")
-    return Segmentation(mask, factor, spacing, side_of(xp, found), method, flags, inside, fog_mm2, plausible)
+    if fog[0] > LARGE_FOG_MM2 and fog[1] > BRIGHT_FOG:
+        flags = (*flags, "bright_fog")
+    return Segmentation(mask, factor, spacing, side_of(xp, found), method, flags, inside, *fog, plausible)
 
 
 def coarse_factor(spacing_mm: float) -> int:
@@ -156,19 +163,19 @@ def _nonzero(backend: Backend, image: Any) -> float:
 _METHODS: dict[str, Callable[[Backend, Any], float]] = {"otsu": _otsu, "triangle": _triangle, "nonzero": _nonzero}
 
 
-def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float) -> tuple[Any, float, float]:
-    """Return the breast by one method, or an empty mask; how plausible it is; the area in mm² that was cut off it as fog."""
+def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float) -> tuple[Any, float, tuple[float, float]]:
+    """Return the breast by one method, or an empty mask; how plausible it is; area and brightness of what was cut as fog."""
     xp = backend.xp
+    found = xp.zeros(image.shape, dtype=bool), 0.0, (0.0, 0.0)
     if float(image.max()) - float(image.min()) < 1e-6:
-        return xp.zeros(image.shape, dtype=bool), 0.0, 0.0
+        return found
     few = image[::STEP, ::STEP]
     tissue, _ = _largest_tissue(backend, _compress(xp, few, few), threshold, STEP * spacing)
     if not bool(tissue.any()):
-        return xp.zeros(image.shape, dtype=bool), 0.0, 0.0
+        return found
     # Once more on the scale of the tissue alone, which labels and borders have no part in.
     compressed = _compress(xp, image, few[tissue])
     cliffs = cliffs_of(backend, image, few[tissue])
-    found = xp.zeros(image.shape, dtype=bool), 0.0, 0.0
     away_from = None
     for _ in range(2):
         tissue, contrast = _largest_tissue(backend, compressed, threshold, spacing, cliffs, away_from)
@@ -176,12 +183,20 @@ def _mask_from(backend: Backend, image: Any, threshold: Callable, spacing: float
         mask = closed(backend, without_attachments(backend, clear, spacing), CLOSING_RADIUS_MM / spacing)
         plausible = _plausibility(backend, mask, contrast, spacing)
         if plausible > found[1]:
-            found = mask, plausible, float((tissue & ~clear).sum()) * spacing**2
+            found = mask, plausible, _fog(xp, image, tissue & ~clear, mask, spacing)
         if plausible >= PLAUSIBLE:
             break
         # A wide falloff of the skin line may have counted as film base: measure that further away.
         away_from = mask
     return found
+
+
+def _fog(xp: Any, image: Any, cut: Any, mask: Any, spacing: float) -> tuple[float, float]:
+    """Return the area in mm² of what was cut off a mask, and its brightness as a share of the mask's."""
+    if not bool(cut.any()):
+        return 0.0, 0.0
+    floor, fog, breast = (float(v) for v in (xp.percentile(image, 5), xp.median(image[cut]), xp.median(image[mask])))
+    return float(cut.sum()) * spacing**2, (fog - floor) / max(breast - floor, 1e-6)
 
 
 def _largest_tissue(

@@ -146,6 +146,9 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     segmentation = segment_breast(mammogram.pixels, header.spacing_mm)
     breast_values = _values_inside(backend, mammogram.pixels, segmentation)
     voi, remarks = _display(mammogram, config, breast_values)
+    if "bright_fog" in segmentation.flags:
+        area, brightness = segmentation.fog_mm2 / 100, segmentation.fog_brightness
+        remarks["bright_fog"] = f"{area:.1f} cm² were cut off, {brightness:.0%} as bright as the breast"
     image, mapping = map_to_unit(mammogram.pixels, voi, breast_values, config.mapping, header.bits)
     scale = 1.0
     if config.pixel_spacing is not None:

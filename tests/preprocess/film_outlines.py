@@ -26,6 +26,8 @@ PECTORAL_OUTLINES = {
     "P1_rmlo": [(6, 329), (6, 248), (50, 259), (100, 272), (150, 289), (200, 306), (240, 321), (260, 329)],
     "P1_lmlo": [(5, 0), (5, 86), (50, 73), (100, 54), (150, 39), (200, 26), (230, 17), (275, 0)],
 }
+# Below the fold, where the strip along the chest wall may be skin.
+BRIGHT_FOG = ("P1_rmlo", "P1_lmlo")
 # Film fog along the chest wall, above and below the breast.
 FOG = {
     "P0_rcc": [(60, 350), (535, 350)],

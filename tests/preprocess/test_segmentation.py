@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from film_artefacts import ARTEFACTS
-from film_outlines import BORDERS, BREASTS, FOG, LETTERS, NIPPLES, PECTORAL_MUSCLE
+from film_outlines import BORDERS, BREASTS, BRIGHT_FOG, FOG, LETTERS, NIPPLES, PECTORAL_MUSCLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -52,7 +52,8 @@ def test_side_is_the_one_dicom_gives(segmented):
 
     for film in segmented:
         laterality = pydicom.dcmread(film.path, stop_before_pixels=True).Laterality
-        assert (film.found.side, film.found.flags, film.found.method) == (laterality, (), "otsu"), film.name
+        flags = ("bright_fog",) if film.name in BRIGHT_FOG else ()
+        assert (film.found.side, film.found.flags, film.found.method) == (laterality, flags, "otsu"), film.name
 
 
 def test_mask_is_the_breast_as_a_person_draws_it(segmented):
@@ -467,13 +468,19 @@ def test_any_shape_gives_a_mask_of_its_grid(shape, spacing, kind, seed):
 
 
 def test_an_axillary_tail_of_even_width_is_no_fog():
-    """As bright as the breast, it stays; a strip of a tenth of its brightness goes, and the film says how much was cut."""
+    """As bright as the breast, it stays; a strip of a tenth of its brightness goes, and the film says how much was cut.
+
+    A strip of nearly a third of the breast's brightness goes too, but may be tissue: that is flagged.
+    """
     rows, columns = np.mgrid[:560, :360]
     breast = 500 + 30000 * np.clip(1.2 - ((rows - 340) / 180) ** 2 - (columns / 220) ** 2, 0, 1)
-    for brightness, kept in ((16000, True), (3500, False)):
+    for brightness, kept in ((16000, True), (6500, False), (3500, False)):
         film = np.where((rows < 200) & (columns < 47), np.maximum(breast, brightness), breast).astype(float)
         film += 30 * np.random.default_rng(0).standard_normal(film.shape)
         found = segment_breast(film, 0.4)
         assert (found.mask[20:120, 2:38].mean() > 0.95) == kept
         strip_mm2 = 0.4**2 * 47 * 150  # at least; from row 150 on the breast itself is wider
         assert found.fog_mm2 == 0 if kept else 0.8 * strip_mm2 < found.fog_mm2 < 1.5 * strip_mm2
+        breast_brightness = np.median(film[found.mask])
+        assert found.fog_brightness == pytest.approx(0 if kept else brightness / breast_brightness, abs=0.05)
+        assert ("bright_fog" in found.flags) == (brightness == 6500)
