@@ -28,6 +28,7 @@ _PATIENCE_SECONDS = 180.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 5, 30, 3
 _CHUNK = 2**24
+_ADVICE = "; check the network, AWS_ENDPOINT_URL and the server, then run the same command again"
 # What a refusal says, as against silence.
 _REFUSALS = ("ACCESS_DENIED", "Access Denied", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
 
@@ -54,7 +55,7 @@ class Patience:
             raise error
         pause = min(self._pause, left)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        what = str(error).partition(";")[0]
+        what = str(error).rpartition(_ADVICE)[0]
         tqdm.write(f"{what}; trying again in {pause:.0f} s, for {left:.0f} s more ({PATIENCE})", file=sys.stderr)
         time.sleep(pause)
 
@@ -197,10 +198,7 @@ def lost_connection(url: str, reason: str) -> LostConnection:
     """Return the error of a server that does not answer."""
     endpoint = os.environ.get(ENDPOINT)
     where = f"AWS_ENDPOINT_URL {endpoint}" if endpoint else "AWS (AWS_ENDPOINT_URL is not set)"
-    return LostConnection(
-        f"bucket {url.removeprefix(SCHEME).partition('/')[0]}: {where} does not answer ({reason}); check the network, "
-        "AWS_ENDPOINT_URL and the server, then run the same command again"
-    )
+    return LostConnection(f"bucket {url.removeprefix(SCHEME).partition('/')[0]}: {where} does not answer ({reason}){_ADVICE}")
 
 
 @contextmanager

@@ -162,6 +162,8 @@ class ShardTiles(_ReadableTiles):
         return whole
 
     def _damaged(self, items: Sequence[Sample]) -> dict[str, str]:
+        if not self._shard.tar.is_file():  # removed since it was opened
+            return {sample_key(sample): f"shard {self._shard.tar} does not exist" for sample in items}
         bad = {}
         with self._shard.tar.open("rb") as file:
             for sample in items:

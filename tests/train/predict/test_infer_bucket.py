@@ -21,6 +21,7 @@ from mammostream.common.buckets import PATIENCE
 from mammostream.dali_pipelines import PretrainLoader
 from mammostream.shards import open_shards
 from mammostream.shards.archive import read_index
+from mammostream.train.predict.readable_tiles import ShardTiles
 
 KEYS = '{"identities": [{"name": "t", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}]}'
 BUCKET = "films"
@@ -178,6 +179,20 @@ def test_a_truncated_or_missing_object_is_rows_with_their_reason(
     good = tiles.loc[tiles["reason"] == "", [f"prob:{name}" for name in finetuned.classes]]
     assert len(good) == 11
     assert good.notna().all(axis=None)
+
+
+def test_an_object_removed_while_it_is_read_is_rows_with_their_reason(server, finetuned, tmp_path):
+    place = server.upload(write_set(open_shards(finetuned.shards), tmp_path / "set", (40,)), "removed")
+    opened = open_shards(place)
+    options = {"batch_size": 4, "tile_size": opened.preprocessing["tile_size"], "mean": 0.4, "std": 0.2, "device": "cpu"}
+    tiles = ShardTiles(opened.shards()[0], **options)
+    batches = iter(tiles)
+    read = len(next(batches)[0])
+    server.client().delete_file(f"{BUCKET}/removed/val-000000.tar")
+    read += sum(len(keys) for keys, _, _ in batches)
+    assert 4 <= read < 40
+    assert len(tiles.faults) == 40 - read
+    assert set(tiles.faults.values()) == {f"shard {place}/val-000000.tar does not exist"}
 
 
 def test_what_is_not_there_or_forbidden_is_one_line(server, sharp_classifier, mammostream, monkeypatch, tmp_path):
