@@ -12,6 +12,7 @@ import click
 from mammostream.common.errors import BadInput, MachineFault, Stopped, speaks_for_all
 from mammostream.common.options import Group
 from mammostream.common.packages import how_to_install
+from mammostream.common.surroundings import make_do
 
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
 BENCHMARKS = {
@@ -105,6 +106,7 @@ def bench() -> None:
 
 def main() -> None:
     """Run the command line; print an error as one line, whatever the number of processes, and exit with its code."""
+    make_do()
     try:
         code = cli.main(prog_name="mammostream", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

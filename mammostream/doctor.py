@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mammostream.common.options import Command
+from mammostream.common.surroundings import describe_surroundings
 
 PACKAGES = (
     "torch",
@@ -56,6 +57,7 @@ def examine() -> dict[str, dict[str, Any]]:
             "cores": len(os.sched_getaffinity(0)),
             "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
             "free disk here": f"{shutil.disk_usage('.').free / 2**30:.0f} GiB",
+            **describe_surroundings(),
         },
         "packages": {name: _version(name) for name in PACKAGES},
         "will be used": {

@@ -116,7 +116,10 @@ class ShardSet:
             It lies in a bucket.
         """
         if isinstance(self.directory, BucketPath):
-            raise BadInput(f"{self.directory} lies in a bucket; copy it to a disk and give that directory")
+            raise BadInput(
+                f"{self.directory} lies in a bucket, which is only read; copy it to a disk, give that directory, and upload it "
+                "again"
+            )
         return self.directory
 
     def _fetch_indexes(self, paths: list[Path]) -> None:
@@ -213,6 +216,8 @@ def open_shards(directory: str | Path) -> ShardSet:
     """
     place = as_bucket(directory) or Path(directory)
     path = place / SHARDS_JSON
+    if isinstance(place, BucketPath):
+        place.reach()
     if not path.is_file():
         there = isinstance(place, Path) and place.is_dir()
         state = "has no shards.json: it is not a finished shard directory" if there else "does not exist"

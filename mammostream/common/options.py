@@ -12,8 +12,11 @@ from typing import Any
 
 import click
 
+from mammostream.common.buckets import refuse_bucket
 from mammostream.common.errors import BadInput, first_line, nearest
 from mammostream.common.temporaries import new_command
+
+_SHARDS = {"--shards", "SHARDS"}  # what names shards, which may lie in a bucket
 
 
 class ListOption(click.Option):
@@ -47,6 +50,11 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         new_command()
+        for param in self.params:
+            value = ctx.params.get(param.name or "")
+            for place in value if isinstance(value, tuple) else (value,):
+                if isinstance(place, Path) and not _SHARDS & {*param.opts, param.metavar}:
+                    refuse_bucket(place, param.opts[0] if isinstance(param, click.Option) else param.human_readable_name)
         return super().invoke(ctx)
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mammostream.common.errors import BadInput
 from mammostream.common.progress import progress
+from mammostream.common.surroundings import usable_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -112,7 +113,7 @@ def map_processes(
     BadInput
         A worker was killed.
     """
-    if workers <= 1 or len(items) <= 1:
+    if len(items) <= 1 or usable_workers(workers) <= 1:
         with progress(items, what, unit) as bar:  # closed before an error is printed
             return [function(item) for item in bar]
     with process_pool(min(workers, len(items))) as pool:

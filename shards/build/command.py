@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mammostream.common.buckets import as_bucket, refuse_bucket
 from mammostream.common.errors import BadInput, TooManyBad
 from mammostream.common.files import write_yaml
 from mammostream.common.options import Command, ListOption, config_file_option, config_options, resolved
@@ -139,6 +140,7 @@ def finish(directory: Path, split: str | None, max_bad: str, allow_leakage: bool
     from mammostream.shards.reading import open_shards
 
     _bad_limit(max_bad, 1)
+    refuse_bucket(directory, "SHARDS")
     merge(directory, split, allow_leakage)
     images = open_shards(directory).images()
     _report_images(images[images["split"] == split] if split else images, directory, max_bad)
@@ -275,7 +277,7 @@ def pack(
 def unpack(directory: Path, split: str | None, output_dir: Path, bits: str | None, workers: int | None) -> None:
     """Write the tiles of shards as PNG files for tools that read no shards; 'pack' does the reverse.
 
-    Nothing is lost unless --bits 8 is given for tiles of 16 bits.
+    SHARDS may be s3://bucket/prefix. Nothing is lost unless --bits 8 is given for tiles of 16 bits.
     """
     from mammostream.shards.build.launch import Launcher
     from mammostream.shards.build.pack import TILES_CSV, unpack_shards
@@ -296,7 +298,7 @@ def unpack(directory: Path, split: str | None, output_dir: Path, bits: str | Non
 def verify(directory: Path, workers: int | None, decoding: bool, quarantine: bool) -> None:
     """Check every byte, every index entry, every tile's pixels and every table against each other.
 
-    A stopped check resumes where it stopped.
+    SHARDS may be s3://bucket/prefix, except with --quarantine. A stopped check resumes where it stopped.
     """
     from mammostream.shards.build.launch import Launcher
     from mammostream.shards.build.verify import quarantine as take_out
@@ -304,13 +306,20 @@ def verify(directory: Path, workers: int | None, decoding: bool, quarantine: boo
     from mammostream.shards.reading import open_shards
 
     opened = open_shards(directory)
+    if quarantine:
+        opened.folder  # noqa: B018  # refuses a bucket, before hours of checking
     faults = verify_shards(opened, Launcher.of(LaunchConfig(workers)), decoding=decoding)
     for fault in faults:
         click.echo(f"fault: {fault}", err=True)
     if faults and not quarantine:
         raise BadInput(
-            f"{len(faults)} faults in {directory}; delete the .parquet of each shard named above and build again, or leave "
-            "the damaged samples out with --quarantine"
+            f"{len(faults)} faults in {opened.directory}; "
+            + (
+                "upload the shards named above again, or copy all to a disk and see 'mammostream shards verify --quarantine'"
+                if as_bucket(directory)
+                else "delete the .parquet of each shard named above and build again, or leave the damaged samples out with "
+                "--quarantine"
+            )
         )
     if faults:
         left_out = take_out(opened, faults)
@@ -324,7 +333,7 @@ def verify(directory: Path, workers: int | None, decoding: bool, quarantine: boo
 @click.command(cls=Command)
 @shards_argument
 def info(directory: Path) -> None:
-    """Say what a shard directory holds and how its tiles were made."""
+    """Say what a shard directory, or s3://bucket/prefix, holds and how its tiles were made."""
     import pandas as pd
     import yaml
 

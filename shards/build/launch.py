@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.options import option
 from mammostream.common.parallel import KILLED, available_cpus, process_pool, starting_workers
+from mammostream.common.surroundings import SHARED_MEMORY_MEND, shared_memory_fault, usable_workers
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,6 +64,7 @@ class Launcher:
         """Fill in the defaults for work on ``cpu`` or ``cuda``."""
         gpus = visible_gpus() if device == "cuda" else ()
         workers = config.workers or len(gpus) or available_cpus()
+        workers = workers if config.dask else usable_workers(workers)
         return cls(workers, config.threads or max(1, available_cpus() // workers), config.dask, gpus)
 
     def run(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
@@ -97,6 +99,8 @@ class Launcher:
         with ExitStack() as stack:
             cluster: Any = self.dask
             if cluster == "local":
+                if fault := shared_memory_fault():
+                    raise BadInput(f"--dask local: {fault}; leave out --dask, or {SHARED_MEMORY_MEND}")
                 count = min(self.workers, len(items))
                 options = {"n_workers": count, "threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
                 cluster = stack.enter_context(distributed.LocalCluster(**options))

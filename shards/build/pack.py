@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import imagecodecs
 import numpy as np
 import pandas as pd
 
+from mammostream.common.buckets import BucketPath, naming
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import make_folder, read_csv, whole_file, write_json, write_text
 from mammostream.common.progress import progress
@@ -273,7 +275,7 @@ def unpack_shards(
     bits = stored if bits is None else bits
     if bits > stored:
         raise BadInput(f"{shards.directory} holds tiles of {stored} bits, which have no more to give; leave out --bits {bits}")
-    unpack = partial(_unpack_shard, folder=shards.folder, codec=shards.codec, output_dir=output_dir, bits=bits)
+    unpack = partial(_unpack_shard, folder=shards.tables, codec=shards.codec, output_dir=output_dir, bits=bits)
     tiles = shards.tiles(split)
     its_shards = shards.shards(split)
     make_folder(output_dir)
@@ -291,9 +293,15 @@ def unpack_shards(
 def _unpack_shard(shard: Shard, folder: Path, codec: str, output_dir: Path, bits: int) -> int:
     index = read_index(shard.index)
     check_index(shard.tar, index)
-    tiles, _, _ = read_shard_table((folder / shard.tar.name).with_suffix(".parquet"))
+    table = folder / f"{shard.name}.parquet"
+    with naming(folder, shard.tar.parent):
+        if isinstance(shard.tar, BucketPath):
+            (shard.tar.parent / table.name).fetch(table)
+        tiles, _, _ = read_shard_table(table)
     checksums = dict(zip(tiles["key"].to_pylist(), tiles["crc32"].to_pylist(), strict=True))
-    with shard.tar.open("rb") as file:
+    # Of a bucket the whole tar is fetched at once: a request a tile takes far longer.
+    at_hand = shard.tar.at_hand(folder) if isinstance(shard.tar, BucketPath) else nullcontext(shard.tar)
+    with at_hand as tar, tar.open("rb") as file:
         for sample in index:
             (member,) = (m for m in sample if m.extension == codec)
             file.seek(member.offset)

@@ -6,6 +6,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,9 +14,11 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mammostream.common.buckets import BucketPath
 from mammostream.common.errors import BadInput, first_line
-from mammostream.common.files import sha256_file
+from mammostream.common.files import make_folder, sha256_file
 from mammostream.common.progress import progress
+from mammostream.common.temporaries import scratch_folder
 from mammostream.shards.archive import Member, Sample, check_index, read_index, sample_key
 from mammostream.shards.build.build import encode_meta
 from mammostream.shards.build.launch import ALONE, Launcher
@@ -47,7 +50,8 @@ class Fault:
 class _Job:
     """A shard to check, and what shards.json says of it and of all."""
 
-    directory: Path
+    directory: Path | BucketPath
+    folder: Path  # where its files are read: the directory, or where a bucket's are fetched into
     shard: dict[str, Any]
     row_group: int  # of tiles.parquet
     config_hash: str
@@ -76,29 +80,48 @@ def verify_shards(shards: ShardSet, launcher: Launcher = ALONE, *, decoding: boo
     list of Fault
         In the order of the shards; empty where all is well.
     """
-    directory, entries = shards.folder, shards.meta["shards"]
+    with _at_hand(shards) as folder:
+        return _verify(shards, folder, launcher, decoding)
+
+
+@contextmanager
+def _at_hand(shards: ShardSet) -> Iterator[Path]:
+    """Give the folder that is read: the directory, or of a bucket a new one with its tables, which gets the shards in turn."""
+    if isinstance(shards.directory, Path):
+        yield shards.directory
+        return
+    make_folder(shards.tables)
+    with scratch_folder(shards.tables) as folder:
+        for name in ("tiles.parquet", "images.parquet"):
+            (shards.directory / name).fetch(Path(folder) / name)
+        yield Path(folder)
+
+
+def _verify(shards: ShardSet, folder: Path, launcher: Launcher, decoding: bool) -> list[Fault]:
+    directory, entries = shards.directory, shards.meta["shards"]
     groups = [bool(entry["tiles"]) for entry in entries]
     jobs = [
-        _Job(directory, entry, sum(groups[:n]), shards.preprocessing["shard_config_hash"], shards.codec, decoding)
+        _Job(directory, folder, entry, sum(groups[:n]), shards.preprocessing["shard_config_hash"], shards.codec, decoding)
         for n, entry in enumerate(entries)
     ]
-    found = _resumed(jobs)
+    record = shards.tables / _RECORD
+    found = _resumed(record, jobs)
     todo = {job.shard["name"]: job for job in jobs if job.shard["name"] not in found}
     sizes = {entry["name"]: entry["tar_bytes"] or 0 for entry in entries}
     with progress(None, "verifying", "B", total=sum(sizes.values()), initial=sum(sizes[name] for name in found)) as bar:
         bar.unit_scale = True
         for name, faults in launcher.run(_check_shard, list(todo.values())):
             found[name] = faults
-            _record(todo[name], faults)
+            _record(record, todo[name], faults)
             bar.update(sizes[name])
-    faults = [fault for entry in entries for fault in found[entry["name"]]] + list(_image_faults(shards))
-    _drop_record(directory)
+    faults = [fault for entry in entries for fault in found[entry["name"]]] + list(_image_faults(shards, folder))
+    if record.is_file():
+        record.unlink()
     return faults
 
 
-def _resumed(jobs: Sequence[_Job]) -> dict[str, list[Fault]]:
+def _resumed(path: Path, jobs: Sequence[_Job]) -> dict[str, list[Fault]]:
     """Return what a stopped check found of shards that are still as they were."""
-    path = jobs[0].directory / _RECORD
     found: dict[str, list[Fault]] = {}
     by_name = {job.shard["name"]: job for job in jobs}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -112,18 +135,13 @@ def _resumed(jobs: Sequence[_Job]) -> dict[str, list[Fault]]:
     return found
 
 
-def _record(job: _Job, faults: list[Fault]) -> None:
+def _record(path: Path, job: _Job, faults: list[Fault]) -> None:
     line = {"shard": job.shard["name"], "stamp": _stamp(job), "decoding": job.decoding, "faults": [asdict(f) for f in faults]}
     try:
-        with (job.directory / _RECORD).open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except OSError:  # a directory that may only be read is checked all the same, in one go
         pass
-
-
-def _drop_record(directory: Path) -> None:
-    if (directory / _RECORD).is_file():
-        (directory / _RECORD).unlink()
 
 
 def _stamp(job: _Job) -> list[Any]:
@@ -135,14 +153,23 @@ def _stamp(job: _Job) -> list[Any]:
 
 def _check_shard(job: _Job) -> tuple[str, list[Fault]]:
     name = job.shard["name"]
-    return name, [Fault(name, *fault) for fault in _shard_faults(job)]
+    if isinstance(job.directory, Path):
+        return name, [Fault(name, *fault) for fault in _shard_faults(job)]
+    paths = [job.folder / f"{name}{suffix}" for suffix in _SUFFIXES]
+    try:
+        for path in paths:
+            (job.directory / path.name).fetch(path)
+        said = [(what.replace(str(job.folder), str(job.directory)), *key) for what, *key in _shard_faults(job)]
+        return name, [Fault(name, *fault) for fault in said]
+    finally:
+        paths[0].unlink(missing_ok=True)  # the tar: there need be room for those under way only
 
 
 def _shard_faults(job: _Job) -> Iterator[tuple[str, ...]]:
     """Yield ``(what,)`` for each fault of the shard and ``(what, key)`` for each fault of a sample."""
     name = job.shard["name"]
     try:
-        tiles, _, metadata = read_shard_table(job.directory / f"{name}.parquet")
+        tiles, _, metadata = read_shard_table(job.folder / f"{name}.parquet")
     except BadInput as error:
         yield (str(error),)
         return
@@ -154,13 +181,13 @@ def _shard_faults(job: _Job) -> Iterator[tuple[str, ...]]:
     if not len(tiles):
         return
     try:
-        merged = pq.ParquetFile(job.directory / "tiles.parquet").read_row_group(job.row_group)
+        merged = pq.ParquetFile(job.folder / "tiles.parquet").read_row_group(job.row_group)
         same = _same(with_schema(merged, TILE_SCHEMA), tiles)
     except (OSError, ValueError, KeyError, IndexError):
         same = False
     if not same:
         yield ("tiles.parquet says otherwise of its tiles than its own table",)
-    tar = job.directory / f"{name}.tar"
+    tar = job.folder / f"{name}.tar"
     index_path = tar.with_suffix(".idx")
     try:
         index = read_index(index_path)
@@ -226,10 +253,10 @@ def _is_header_of(block: memoryview, member: Member) -> bool:
     return info.size == member.size and info.name == member.name[: tarfile.LENGTH_NAME]
 
 
-def _image_faults(shards: ShardSet) -> Iterator[Fault]:
+def _image_faults(shards: ShardSet, folder: Path) -> Iterator[Fault]:
     """Compare images.parquet with the shards' own tables; shards whose table cannot be read are named already."""
     try:
-        merged = with_schema(pq.read_table(shards.directory / "images.parquet"), IMAGE_SCHEMA)
+        merged = with_schema(pq.read_table(folder / "images.parquet"), IMAGE_SCHEMA)
     except (OSError, ValueError, KeyError) as error:
         yield Fault("images.parquet", f"cannot be read ({first_line(error)})")
         return
@@ -238,7 +265,10 @@ def _image_faults(shards: ShardSet) -> Iterator[Fault]:
         its_rows = merged.slice(first, entry["images"])
         first += entry["images"]
         try:
-            _, images, _ = read_shard_table(shards.folder / f"{entry['name']}.parquet")
+            path = folder / f"{entry['name']}.parquet"
+            if isinstance(shards.directory, BucketPath) and not path.is_file():  # checked in an earlier run
+                (shards.directory / path.name).fetch(path)
+            _, images, _ = read_shard_table(path)
         except BadInput:
             continue
         if not _same(its_rows, images):

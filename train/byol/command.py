@@ -28,7 +28,7 @@ def pretrain(ctx: click.Context, /, shards_dir: Path, output_dir: Path, resume: 
     evidence. The best epoch is that of the highest online probe where it runs, else of the lowest loss without a collapse
     alarm. SIGTERM, SIGUSR1 and Ctrl-C save after the current step; the exit code is then 75 (Ctrl-C: 130), and --resume auto
     continues as if nothing had happened (with more or fewer processes, from the start of an epoch only). Several
-    processes: torchrun --nproc-per-node N -m mammostream pretrain ...
+    processes: torchrun --standalone --nproc-per-node N -m mammostream pretrain ...
     """
     from mammostream.shards.reading import open_shards
 

@@ -77,7 +77,8 @@ def finetune(
     best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on, _last after each epoch,
     final_classification_model.pth, and metrics.json with the LAST epoch's figures: the best epoch's are biased upwards by the
     selection. SIGTERM, SIGUSR1 and Ctrl-C save _last after the current step; the exit code is then 75 (Ctrl-C: 130), and
-    --resume auto continues after that step. Several processes: torchrun --nproc-per-node N -m mammostream finetune ...
+    --resume auto continues after that step.
+    Several processes: torchrun --standalone --nproc-per-node N -m mammostream finetune ...
     """
     if (tiles_dir is None) == (shards_dir is None):
         raise BadInput("give either --tiles-dir or --shards")

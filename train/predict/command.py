@@ -109,7 +109,7 @@ def infer(
     says whether the model was fitted on a row's patient.
 
     A stopped run resumes with the same command: finished parts lie in --output-dir/parts until the end. Several
-    processes: torchrun --nproc-per-node N -m mammostream infer ...
+    processes: torchrun --standalone --nproc-per-node N -m mammostream infer ...
 
     Exit codes: 0 done, 2 bad input, 3 done but more failed than --max-bad.
     """
@@ -166,7 +166,7 @@ def embed(checkpoint: Path, shards_dir: Path, split: str | None, output: Path, m
     """Write the features of a backbone, one row per tile, in the order of tile numbers.
 
     A stopped run resumes with the same command: finished parts lie in OUTPUT.parts until the end. Several processes:
-    torchrun --nproc-per-node N -m mammostream embed ...
+    torchrun --standalone --nproc-per-node N -m mammostream embed ...
 
     Exit codes: 0 done, 2 bad input, 3 done but more tiles failed than --max-bad.
     """

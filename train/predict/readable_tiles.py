@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mammostream.common.buckets import LostConnection
+from mammostream.common.buckets import LostConnection, Patience
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.temporaries import scratch_folder
 from mammostream.dali_pipelines import LabelledLoader, create_inference_transform
@@ -27,7 +27,8 @@ class _ReadableTiles:
     """Yields ``(items, tiles, numbers)`` batch by batch: N items, a tensor (N, 1, H, W) on the device, N tile numbers.
 
     DALI gives up on a batch with a tile that it cannot read. That batch is looked at tile by tile, the bad ones are left out,
-    and the reading resumes from there.
+    and the reading resumes from there. A bucket's server that goes away is waited for
+    (:class:`mammostream.common.buckets.Patience`).
 
     Parameters
     ----------
@@ -47,15 +48,20 @@ class _ReadableTiles:
         self._loader: LabelledLoader | None = None
 
     def __iter__(self) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor]]:
+        patience = Patience()
         while self._left:
             try:
-                for tiles, numbers in self._loader or self._open(self._left):
-                    yield [self._name(item) for item in self._left[: len(tiles)]], tiles, numbers
-                    self._left = self._left[len(tiles) :]
-            except LostConnection:
-                raise
-            except BadInput as error:
-                self._leave_out(error)
+                try:
+                    for tiles, numbers in self._loader or self._open(self._left):
+                        patience.restore()
+                        yield [self._name(item) for item in self._left[: len(tiles)]], tiles, numbers
+                        self._left = self._left[len(tiles) :]
+                except LostConnection:
+                    raise
+                except BadInput as error:
+                    self._leave_out(error)
+            except LostConnection as error:
+                patience.wait(error)
             self._loader = None
 
     def _begin(self, source: Sequence[Any]) -> None:
@@ -63,8 +69,6 @@ class _ReadableTiles:
         try:
             self._loader = self._load(source)
             self._loader.start()
-        except LostConnection:
-            raise
         except BadInput:
             self._loader = None
 
@@ -158,6 +162,8 @@ class ShardTiles(_ReadableTiles):
         return whole
 
     def _damaged(self, items: Sequence[Sample]) -> dict[str, str]:
+        if not self._shard.tar.is_file():  # removed since it was opened
+            return {sample_key(sample): f"shard {self._shard.tar} does not exist" for sample in items}
         bad = {}
         with self._shard.tar.open("rb") as file:
             for sample in items:
