@@ -118,7 +118,7 @@ def feature_dim(backbone: nn.Module, given: int | None = None) -> int:
     return dim
 
 
-class _NarrowResNet(ResNet):
+class _NarrowResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
     """A ResNet with a quarter of the channels everywhere."""
 
     def _make_layer(
