@@ -30,7 +30,8 @@ def make_do() -> None:
     except RuntimeError:
         home = Path(tempfile.gettempdir()) / f"mammostream-uid{os.getuid()}"
         home.mkdir(mode=0o700, exist_ok=True)
-        os.environ["HOME"] = str(home)
+        # Caches hold code: a folder of that name that somebody else made is not used.
+        os.environ["HOME"] = str(home) if home.lstat().st_uid == os.getuid() else tempfile.mkdtemp()
     if shared_memory_fault():
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that share locks
 
