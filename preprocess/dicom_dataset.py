@@ -7,7 +7,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -282,14 +282,13 @@ def raw_text(dataset: pydicom.Dataset, name: str) -> str:
 
 
 def text(dataset: pydicom.Dataset, name: str) -> str:
-    """Return an attribute's first value as text, "" where there is none."""
+    """Return an attribute's first value as text of one line, "" where there is none; damage may put anything into it."""
     raw = raw_text(dataset, name)
     if not raw.isascii() or "\x1b" in raw:
-        try:
+        with suppress(Exception):  # pydicom raises what the value's kind raises
             raw = raw if (value := dataset.get(name)) is None else str(value)  # in the file's own character set
-        except Exception:  # pydicom raises what the value's kind raises
-            return raw
-    return raw.partition("\\")[0].strip(" \0")
+    first = raw.partition("\\")[0]
+    return "".join(c if c.isprintable() else " " for c in first).strip()
 
 
 def numbers(dataset: pydicom.Dataset, name: str) -> list[float]:
