@@ -49,6 +49,7 @@ def process_pool(workers: int, gpus: Sequence[str] = ()) -> Iterator[ProcessPool
         dealt.put(gpus[number % len(gpus)])
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, (dealt if gpus else None,))
+    hook, threading.excepthook = threading.excepthook, _without_late_workers
     try:
         yield pool
     except BaseException as error:
@@ -61,6 +62,14 @@ def process_pool(workers: int, gpus: Sequence[str] = ()) -> Iterator[ProcessPool
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        threading.excepthook = hook
+
+
+def _without_late_workers(args: Any) -> None:
+    """Say what ended a thread, unless it is the pool's own, which stumbles over workers that start while it gives up."""
+    own = type(args.thread).__module__ == ProcessPoolExecutor.__module__
+    if not (own and args.exc_type is RuntimeError and "changed size during iteration" in str(args.exc_value)):
+        threading.__excepthook__(args)
 
 
 @contextmanager
