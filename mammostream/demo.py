@@ -106,8 +106,8 @@ def _steps(films_dir: Path, output_dir: Path, seed: int) -> Iterator[Step]:
     yield Step("Check every byte of the shards", f"shards verify {shards}")
     yield Step(
         "Pre-train without labels (BYOL)",
-        f"pretrain --shards {shards} --output-dir {out}/pretrain --arch resnet18 --epochs 3 --hidden-dim 512 --proj-dim 128 "
-        f"--lr 1e-3 {small}",
+        f"pretrain --shards {shards} --output-dir {out}/pretrain --arch resnet18_narrow --epochs 3 --hidden-dim 512 "
+        f"--proj-dim 128 --lr 1e-3 {small}",
     )
     for split in ("train", "val"):
         yield Step(
