@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
+
+STRIP_BYTES = 2**18  # of input: with what is made of it, it fits a core's own cache
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,37 @@ def gpu_library_versions() -> dict[str, str]:
 def backend_of(array: Any) -> Backend:
     """Return the backend that `array` belongs to, by its type alone."""
     return _cupy_backend() if type(array).__module__.partition(".")[0] == "cupy" else _numpy_backend()
+
+
+def by_strips(function: Callable[[Any], Any], values: Any, height: int = 1, reach: int = 0) -> Any:
+    """Apply a function to strips of rows and put the results below each other.
+
+    On the CPU a strip stays in the cache while the function's operations go over it; on a GPU the whole is one strip.
+
+    Parameters
+    ----------
+    function
+        From (n, W) to (ceil(n / height), w).
+    values
+        (H, W) array.
+    height
+        How many rows of `values` make a row of the result.
+    reach
+        How many rows above and below a row the function looks at; then `height` is 1.
+
+    Returns
+    -------
+    Any
+        (ceil(H / height), w), the same as of ``function(values)``.
+    """
+    rows = height * max(1, STRIP_BYTES // max(1, height * values.shape[1] * values.itemsize))
+    if backend_of(values).name == "cupy" or rows >= len(values):
+        return function(values)
+    result = None
+    for start in range(0, len(values), rows):
+        above = min(start, reach)
+        part = function(values[start - above : start + rows + reach])[above : above + rows // height]
+        if result is None:
+            result = _numpy_backend().xp.empty((-(-len(values) // height), *part.shape[1:]), part.dtype)
+        result[start // height : start // height + len(part)] = part
+    return result

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mammostream.preprocess.backend import Backend, backend_of
+from mammostream.preprocess.backend import Backend, backend_of, by_strips
+from mammostream.preprocess.morphology import grown
 
 SIGMA_MM = 0.1  # matches specks of about 0.3 mm
 # The skin line and the film's edge are no specks.
@@ -58,7 +59,8 @@ def speck_response(image: Any, mask: Any, spacing_mm: float) -> Any:
         reach = int(4 * SIGMA_MM / spacing_mm) + 2
         wide = tuple(slice(max(part.start - reach, 0), part.stop + reach) for part in box)
         within = tuple(slice(p.start - w.start, p.stop - w.start) for p, w in zip(box, wide, strict=True))
-        curvature = _weaker_curvature(backend, image[wide], SIGMA_MM / spacing_mm)[within]
+        sigma = SIGMA_MM / spacing_mm
+        curvature = by_strips(lambda strip: _weaker_curvature(backend, strip, sigma), image[wide], reach=reach)[within]
         noise = _noise_around(backend, curvature, inside, max(3, round(NOISE_WINDOW_MM / spacing_mm)))
         response[box] = xp.where(inside, curvature / noise, xp.float32(0))
     return response
@@ -103,8 +105,7 @@ def _inside(backend: Backend, mask: Any, shape: tuple[int, int], spacing_mm: flo
     """Return where specks count, on a grid of `shape`."""
     xp = backend.xp
     # Beyond the film's edge there is no breast.
-    depth = backend.ndimage.distance_transform_edt(xp.pad(mask, 1))[1:-1, 1:-1]
-    scale = shape[0] / mask.shape[0]
-    inner = depth * (scale * spacing_mm) > EDGE_MARGIN_MM
+    outside = ~xp.pad(mask, 1)
+    inner = ~grown(backend, outside, EDGE_MARGIN_MM, shape[0] / mask.shape[0] * spacing_mm)[1:-1, 1:-1]
     rows, columns = (xp.minimum((xp.arange(n) * (m / n)).astype(int), m - 1) for n, m in zip(shape, mask.shape, strict=True))
-    return inner[rows[:, None], columns[None, :]]
+    return inner[:, columns][rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mammostream.preprocess.backend import Backend
-from mammostream.preprocess.morphology import STEP, side_of
+from mammostream.preprocess.morphology import STEP, grown, side_of
 
 CANVAS_FILLED = 0.05  # of a canvas line may be something else: scratches, a scanner's marks
 # The film base is measured this far from tissue, in bands of rows.
@@ -106,7 +106,7 @@ def film_base(backend: Backend, image: Any, tissue: Any, spacing: float) -> tupl
 def _far_from(backend: Backend, image: Any, tissue: Any, distance: float) -> Any | None:
     """Return pixels away from tissue, within what is drawn on where they suffice; None where there are too few of any."""
     height, width = image.shape
-    far = backend.ndimage.distance_transform_edt(~tissue) > distance
+    far = ~grown(backend, tissue, distance)
     drawn = backend.xp.zeros_like(tissue)
     (top, bottom), (left, right) = _blank_margins(backend.xp, image)
     drawn[top : height - bottom, left : width - right] = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mammostream.preprocess.backend import backend_of
+from mammostream.preprocess.backend import backend_of, by_strips
 
 # What ``--mapping`` takes, and how records name what it does.
 MAPPINGS = {"voi": "voi-or-percentile-v1", "percentile": "percentile-v1", "full": "full-range-v1"}
@@ -40,14 +40,27 @@ def map_to_unit(pixels: Any, voi: Any | None, breast_values: Any, mapping: str =
     """
     xp = backend_of(pixels).xp
     if mapping == "full":
-        return xp.clip(pixels.astype(xp.float32) / xp.float32(2**bits - 1), 0, 1), f"full 0..{2**bits - 1}"
+        return _stretched(pixels, 0, 2**bits - 1), f"full 0..{2**bits - 1}"
     if mapping == "voi" and voi is not None:
-        return xp.asarray(voi)[pixels], "voi"
+        display = xp.asarray(voi)
+        return by_strips(lambda strip: display[strip], pixels), "voi"
     values = breast_values if breast_values.size else pixels.ravel()
     low, high = (float(v) for v in xp.percentile(values.astype(xp.float32), xp.asarray([LOW_PERCENTILE, HIGH_PERCENTILE])))
     high = max(high + HEADROOM * (high - low), low + 1)
-    image = xp.clip((pixels.astype(xp.float32) - xp.float32(low)) / xp.float32(high - low), 0, 1)
-    return image, f"percentile {low:.1f}..{high:.1f}"
+    return _stretched(pixels, low, high), f"percentile {low:.1f}..{high:.1f}"
+
+
+def _stretched(pixels: Any, low: float, high: float) -> Any:
+    """Return float32, 0 at `low` and below, 1 at `high` and above."""
+    xp = backend_of(pixels).xp
+
+    def stretch(strip: Any) -> Any:
+        image = strip.astype(xp.float32)
+        image -= xp.float32(low)
+        image /= xp.float32(high - low)
+        return xp.clip(image, 0, 1, out=image)
+
+    return by_strips(stretch, pixels)
 
 
 def mapping_option(recorded: str | None) -> str:

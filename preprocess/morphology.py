@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mammostream.preprocess.backend import Backend
@@ -34,7 +35,7 @@ def opened(backend: Backend, mask: Any, radius: float, beyond: str) -> Any:
     """Remove what no disc of a radius (pixels) fits into; `beyond` its sides the mask continues or ends (modes of ``pad``)."""
     margin = int(radius) + 2
     padded = backend.xp.pad(backend.xp.pad(mask, ((0, 0), (margin, margin)), mode=beyond), ((margin, margin), (0, 0)))
-    core = backend.ndimage.distance_transform_edt(padded) > radius
+    core = ~grown(backend, ~padded, radius)
     return grown(backend, core, radius)[margin:-margin, margin:-margin]
 
 
@@ -48,12 +49,36 @@ def closed(backend: Backend, mask: Any, radius: float) -> Any:
     return backend.ndimage.binary_fill_holes(inner)
 
 
-def grown(backend: Backend, mask: Any, radius: float) -> Any:
-    """Return what lies within a radius (pixels) of a mask."""
-    # Without a pixel to measure from, scipy's distances mean nothing and CuPy's are NaN.
-    if not bool(mask.any()):
-        return mask
-    return backend.ndimage.distance_transform_edt(~mask) <= radius
+def grown(backend: Backend, mask: Any, radius: float, spacing: float = 1.0) -> Any:
+    """Return what lies within a radius of a mask: the dilation by a disc.
+
+    Parameters
+    ----------
+    backend
+        The mask's.
+    mask
+        (h, w) bool.
+    radius
+        Of the disc, at least 0.
+    spacing
+        Size of a pixel in the unit of `radius`.
+    """
+    if backend.name == "cupy":
+        # Without a pixel to measure from, CuPy's distances are NaN.
+        return backend.ndimage.distance_transform_edt(~mask) * spacing <= radius if bool(mask.any()) else mask
+    # Shifted copies take a fraction of the time of distances. A disc is a row of vertical lines, the shortest at its rim.
+    grown, lines, height, width = mask.copy(), mask, 0, mask.shape[1]
+    for across in range(min(int(radius / spacing) + 1, width - 1), -1, -1):
+        if across * spacing > radius:
+            continue
+        while math.hypot(across, height + 1) * spacing <= radius:
+            taller = lines.copy()
+            taller[1:] |= lines[:-1]
+            taller[:-1] |= lines[1:]
+            lines, height = taller, height + 1
+        grown[:, across:] |= lines[:, : width - across]
+        grown[:, : width - across] |= lines[:, across:]
+    return grown
 
 
 def side_of(xp: Any, mask: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mammostream.preprocess.backend import backend_of
+from mammostream.preprocess.backend import backend_of, by_strips
 
 
 def block_mean(image: Any, factor: int) -> Any:
@@ -22,9 +22,13 @@ def block_mean(image: Any, factor: int) -> Any:
     Any
         (ceil(H / factor), ceil(W / factor)) float32; integers of up to 16 bits are summed exactly.
     """
-    xp = backend_of(image).xp
     if factor == 1:
-        return image.astype(xp.float32)
+        return image.astype(backend_of(image).xp.float32)
+    return by_strips(lambda strip: _block_mean(strip, factor), image, factor)
+
+
+def _block_mean(image: Any, factor: int) -> Any:
+    xp = backend_of(image).xp
     pad = [(0, -n % factor) for n in image.shape]
     if any(after for _, after in pad):
         image = xp.pad(image, pad, mode="edge")

@@ -17,7 +17,7 @@ from typing import Any
 from mammostream.preprocess.artefacts import THIN_MM, cliffs_of, without_attachments, without_objects
 from mammostream.preprocess.backend import Backend, backend_of
 from mammostream.preprocess.film_base import film_base, inside_border_strips, inside_canvas, without_fog
-from mammostream.preprocess.morphology import STEP, closed, hysteresis, likeliest, opened, side_of
+from mammostream.preprocess.morphology import STEP, closed, grown, hysteresis, likeliest, opened, side_of
 from mammostream.preprocess.resampling import block_mean
 
 TARGET_SPACING_MM = 0.4
@@ -42,6 +42,8 @@ class Segmentation:
     ----------
     mask
         (h, w) bool, one pixel for `factor` x `factor` native pixels.
+    thumbnail
+        (h, w) float32, the mean of each of those blocks, in the image's own values.
     factor
         Native pixels an edge of a mask pixel.
     spacing_mm
@@ -65,6 +67,7 @@ class Segmentation:
     """
 
     mask: Any
+    thumbnail: Any
     factor: int
     spacing_mm: float
     side: str
@@ -121,12 +124,12 @@ def segment_breast(pixels: Any, spacing_mm: float | None = None) -> Segmentation
     mask = xp.zeros(coarse.shape, dtype=bool)
     mask[inside] = found
     if not bool(mask.any()):
-        return Segmentation(mask, factor, spacing, "", method, (*flags, "no_breast"), inside, *fog, 0.0)
+        return Segmentation(mask, coarse, factor, spacing, "", method, (*flags, "no_breast"), inside, *fog, 0.0)
     if plausible < PLAUSIBLE:
         flags = (*flags, "doubtful_mask")
     if fog[0] > LARGE_FOG_MM2 and fog[1] > BRIGHT_FOG:
         flags = (*flags, "bright_fog")
-    return Segmentation(mask, factor, spacing, side_of(xp, found), method, flags, inside, *fog, plausible)
+    return Segmentation(mask, coarse, factor, spacing, side_of(xp, found), method, flags, inside, *fog, plausible)
 
 
 def coarse_factor(spacing_mm: float) -> int:
@@ -239,7 +242,7 @@ def _plausibility(backend: Backend, mask: Any, contrast: Any, spacing: float) ->
     """
     if not bool(mask.any()):
         return 0.0
-    xp, distances = backend.xp, backend.ndimage.distance_transform_edt
+    xp = backend.xp
     plausible = 1.0 if _is_sane(xp, mask) else 0.5
     few, contrast, spacing = mask[::STEP, ::STEP], contrast[::STEP, ::STEP], STEP * spacing
     padded = xp.pad(few, 1, mode="edge")
@@ -247,8 +250,8 @@ def _plausibility(backend: Backend, mask: Any, contrast: Any, spacing: float) ->
         (padded, WITHIN_MM, contrast > CLEAR_CONTRAST),
         (~padded, AROUND_MM, contrast < 1),
     ):
-        distance = distances(side)[1:-1, 1:-1] * spacing if bool((~side).any()) else xp.zeros(few.shape)
-        band = (distance > nearest) & (distance <= farthest)
+        near, far = (grown(backend, ~side, distance, spacing)[1:-1, 1:-1] for distance in (nearest, farthest))
+        band = far & ~near
         plausible *= float(expected[band].mean()) if bool(band.any()) else 0.0
     return plausible
 

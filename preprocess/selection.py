@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,21 +96,27 @@ class ScoreMaps:
     mask_scale: float
     pectoral: Any = None
 
+    @cached_property
+    def _integrals(self) -> dict[str, Any]:
+        # Rescue tiles are looked for many times.
+        maps = ("intensity", "nonzero", "energy", "mask", "pectoral")
+        return {name: integral(values) for name in maps if (values := getattr(self, name)) is not None}
+
     def measure(self, x: np.ndarray, y: np.ndarray, size: int) -> Scores:
         """Return the scores of tiles of `size` pixels whose left and top edges are `x` and `y`."""
         to_host = backend_of(self.intensity).to_host
 
-        def means(values: Any, scale: float) -> np.ndarray:
-            return to_host(box_means(values, y / scale, x / scale, size / scale, size / scale))
+        def means(name: str, scale: float) -> np.ndarray:
+            return to_host(box_means(self._integrals[name], y / scale, x / scale, size / scale, size / scale))
 
-        muscle = np.zeros(len(x)) if self.pectoral is None else means(self.pectoral, self.mask_scale)
+        muscle = np.zeros(len(x)) if self.pectoral is None else means("pectoral", self.mask_scale)
         return Scores(
             x=x,
             y=y,
-            breast_ratio=np.clip(means(self.mask, self.mask_scale), 0, 1),
-            freq_energy=np.maximum(means(self.energy, self.scale), 0),
-            mean_intensity=np.clip(means(self.intensity, self.scale), 0, 1),
-            nonzero_ratio=np.clip(means(self.nonzero, self.scale), 0, 1),
+            breast_ratio=np.clip(means("mask", self.mask_scale), 0, 1),
+            freq_energy=np.maximum(means("energy", self.scale), 0),
+            mean_intensity=np.clip(means("intensity", self.scale), 0, 1),
+            nonzero_ratio=np.clip(means("nonzero", self.scale), 0, 1),
             # Differences of sums leave 1e-12 where there is no muscle, which a maximum of 0 would reject.
             pectoral_ratio=np.clip(muscle, 0, 1).round(6),
         )
@@ -201,15 +208,21 @@ def grid_positions(length: int, size: int, stride: int, min_step: int = 1) -> np
     return np.append(np.arange(0, last - min_step + 1, stride), last)
 
 
-def box_means(values: Any, top: Any, left: Any, height: float, width: float) -> Any:
-    """Return the mean of `values` over boxes, exact for fractional corners.
+def integral(values: Any) -> Any:
+    """Return the sums of `values` (H, W) above and left of each pixel's corner: (H + 1, W + 1) float64."""
+    xp = backend_of(values).xp
+    return xp.pad(xp.cumsum(xp.cumsum(values, axis=0, dtype=xp.float64), axis=1), ((1, 0), (1, 0)))
+
+
+def box_means(sums: Any, top: Any, left: Any, height: float, width: float) -> Any:
+    """Return the mean of an image over boxes, exact for fractional corners.
 
     Parameters
     ----------
-    values
-        (H, W) array.
+    sums
+        The image's :func:`integral`.
     top, left
-        (N,) corners in pixels of `values`, may be fractional; parts beyond the array count as its edge is reached.
+        (N,) corners in pixels of the image, may be fractional; parts beyond the image count as its edge is reached.
     height, width
         Size of every box in pixels, may be fractional.
 
@@ -218,16 +231,15 @@ def box_means(values: Any, top: Any, left: Any, height: float, width: float) -> 
     Any
         (N,) float64.
     """
-    backend = backend_of(values)
+    backend = backend_of(sums)
     xp = backend.xp
-    integral = xp.pad(xp.cumsum(xp.cumsum(values, axis=0, dtype=xp.float64), axis=1), ((1, 0), (1, 0)))
     top, left = xp.asarray(top, dtype=xp.float64), xp.asarray(left, dtype=xp.float64)
-    bottom = xp.minimum(top + height, values.shape[0])
-    right = xp.minimum(left + width, values.shape[1])
+    bottom = xp.minimum(top + height, sums.shape[0] - 1)
+    right = xp.minimum(left + width, sums.shape[1] - 1)
 
     def at(rows: Any, columns: Any) -> Any:
         # Linear interpolation of an integral image is exact: it is linear within every pixel's row and column.
-        return backend.ndimage.map_coordinates(integral, xp.stack([rows, columns]), order=1, mode="nearest")
+        return backend.ndimage.map_coordinates(sums, xp.stack([rows, columns]), order=1, mode="nearest")
 
     total = at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)
     return total / xp.maximum((bottom - top) * (right - left), 1e-9)

@@ -27,6 +27,7 @@ from mammostream.preprocess.selection import (
     TileSelection,
     box_means,
     grid_positions,
+    integral,
     select_tiles,
 )
 from mammostream.preprocess.specks import find_clusters, find_specks
@@ -163,9 +164,8 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     small = block_mean(image, fine)
     response = speck_response(small, segmentation.mask, spacing * fine)
     flags = tuple(dict.fromkeys((*header.flags, *remarks, *segmentation.flags)))
-    thumbnail = block_mean(mammogram.pixels, segmentation.factor)
     view = f"{header.view} {header.view_modifiers}".strip()
-    pectoral = pectoral_muscle(thumbnail, segmentation, view)
+    pectoral = pectoral_muscle(segmentation.thumbnail, segmentation, view)
     if view_of(view) == "MLO" and segmentation.side and not bool(pectoral.any()):
         flags = (*flags, "no_pectoral")
     masks = [segmentation.mask, pectoral]
@@ -197,7 +197,7 @@ def tile_film(mammogram: Mammogram, config: TilingConfig) -> Film:
     selection = select_tiles(image.shape, maps, config, clusters, min_step=math.ceil(1 / scale), inside=(rows, columns))
     if selection.unheld:
         flags = (*flags, "cluster_not_held")
-    guide = _guide_8bit_kept(mammogram.pixels.shape, thumbnail / (2**header.bits - 1), segmentation, config, scale)
+    guide = _guide_8bit_kept(mammogram.pixels.shape, 2**header.bits - 1, segmentation, config, scale)
     return Film(image, scale, segmentation, pectoral, selection, response, fine, mapping, flags, guide, remarks)
 
 
@@ -224,19 +224,18 @@ def _values_inside(backend: Backend, pixels: Any, segmentation: Segmentation) ->
     step, factor = 4, segmentation.factor
     sample = pixels[::step, ::step]
     rows, columns = (backend.xp.arange(n) * step // factor for n in sample.shape)
-    return sample[segmentation.mask[rows[:, None], columns[None, :]]]
+    return sample[segmentation.mask[:, columns][rows]]
 
 
-def _guide_8bit_kept(
-    shape: tuple[int, int], coarse: Any, segmentation: Segmentation, config: TilingConfig, scale: float
-) -> int:
+def _guide_8bit_kept(shape: tuple[int, int], white: int, segmentation: Segmentation, config: TilingConfig, scale: float) -> int:
+    coarse = segmentation.thumbnail / white
     size, stride = config.tile_size * scale, max(1, round(config.stride * scale))
     rows, columns = (grid_positions(n, round(size), stride) for n in shape)
     y, x = (grid.ravel() / segmentation.factor for grid in np.meshgrid(rows, columns, indexing="ij"))
     edge = size / segmentation.factor
-    bright = box_means(coarse, y, x, edge, edge) >= config.intensity_gate
-    full = box_means(coarse > NONZERO_ABOVE, y, x, edge, edge) >= config.min_nonzero
-    breast = box_means(segmentation.mask, y, x, edge, edge) >= config.min_breast_ratio
+    bright = box_means(integral(coarse), y, x, edge, edge) >= config.intensity_gate
+    full = box_means(integral(coarse > NONZERO_ABOVE), y, x, edge, edge) >= config.min_nonzero
+    breast = box_means(integral(segmentation.mask), y, x, edge, edge) >= config.min_breast_ratio
     return int((bright & full & breast).sum())
 
 

@@ -15,7 +15,7 @@ from mammostream.preprocess.polarity import upright
 from mammostream.preprocess.reading import Header, Mammogram
 from mammostream.preprocess.resampling import block_mean, resample
 from mammostream.preprocess.segmentation import segment_breast
-from mammostream.preprocess.selection import box_means
+from mammostream.preprocess.selection import box_means, integral
 from mammostream.preprocess.specks import find_specks
 from mammostream.preprocess.tiling import TilingConfig, tile_film
 
@@ -145,7 +145,7 @@ def test_box_means(cupy, dtype):
     rng = np.random.default_rng(0)
     values = (rng.random((61, 43)) * 1.9).astype(dtype)
     top, left = rng.random((2, 50)) * [[60], [42]]
-    host, device = (box_means(v, top, left, 7.3, 5.9) for v in (values, cupy.asarray(values)))
+    host, device = (box_means(integral(v), top, left, 7.3, 5.9) for v in (values, cupy.asarray(values)))
     np.testing.assert_allclose(to_host(device), host, rtol=1e-9)
 
 

@@ -18,6 +18,7 @@ from mammostream.preprocess.selection import (
     TileSelection,
     box_means,
     grid_positions,
+    integral,
     select_tiles,
 )
 
@@ -59,7 +60,7 @@ def brute_mean(values, top, left, height, width):
 )
 def test_box_means_are_exact_for_fractions(values, corner, box):
     top, left = corner[0] * (values.shape[0] - 0.05), corner[1] * (values.shape[1] - 0.05)
-    got = box_means(values, np.array([top, 0.0]), np.array([left, 0.0]), *box)
+    got = box_means(integral(values), np.array([top, 0.0]), np.array([left, 0.0]), *box)
     # Differences of sums: the error grows with the sum, and a sliver of a box divides it by its small area.
     for i, (y, x) in enumerate([(top, left), (0.0, 0.0)]):
         assert got[i] == pytest.approx(brute_mean(values, y, x, *box), rel=1e-6, abs=1e-6)
@@ -68,7 +69,7 @@ def test_box_means_are_exact_for_fractions(values, corner, box):
 def test_box_means_of_a_mask_are_shares():
     mask = np.zeros((10, 10), bool)
     mask[:, 5:] = True
-    np.testing.assert_allclose(box_means(mask, np.zeros(3), np.array([0, 2.5, 5]), 10, 5), [0, 0.5, 1])
+    np.testing.assert_allclose(box_means(integral(mask), np.zeros(3), np.array([0, 2.5, 5]), 10, 5), [0, 0.5, 1])
 
 
 @dataclass

@@ -43,6 +43,15 @@ def test_a_view_is_stored_as_what_it_shows(codec):
         np.testing.assert_array_equal(decode(encode(view, codec), codec), view)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("shape", [(1, 1), (1024, 1024), (700, 333), (3, 40_000)])
+def test_tiffs_of_one_strip_and_of_many(shape, dtype):
+    tile = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+    data = encode(tile, "tif")
+    np.testing.assert_array_equal(decode(data, "tif"), tile)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), tile)
+
+
 @pytest.mark.parametrize("codec", [name for name in LOSSLESS if name != "raw"])
 def test_real_tissue_gets_smaller(films, codec):
     tile = films[1].pixels[400:656, 50:306]
