@@ -92,7 +92,8 @@ def probe(
 
 def _short_names(paths: list[Path]) -> list[str]:
     """Return the checkpoints' names, each with enough parent folders to be unique."""
-    for parts in range(2, max(len(path.parts) for path in paths) + 1):
+    # From two parts on, even if every path is the bare name of a file in the current folder.
+    for parts in range(2, max(2, *(len(path.parts) for path in paths)) + 1):
         names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
         if len(set(names)) == len(set(paths)):
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import imagecodecs
@@ -19,6 +20,7 @@ from mammostream.models.backbones import build_backbone
 from mammostream.models.checkpoints import load_checkpoint, save_checkpoint
 from mammostream.shards import open_shards
 from mammostream.train.levels.aggregation import PROBABILITY, aggregate
+from mammostream.train.probe.command import _short_names
 from mammostream.train.probe.compare import OnlineProbe
 from mammostream.train.probe.config import ProbeConfig
 from mammostream.train.probe.features import extract_features, random_network
@@ -401,6 +403,19 @@ def test_the_command_sets_networks_side_by_side(probed):
     assert picture[..., :3].std() > 10
     assert any("2 patients only" in note for note in result["notes"])
     assert result["folds"] == "fitted on train, scored on val"
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["best.pth"], ["best"]),
+        (["a.pth", "b.pth"], ["a", "b"]),
+        (["a.pth", "runs/1/a.pth", "runs/2/a.pth"], ["a", "1/a", "2/a"]),
+        (["x/1/a.pth", "y/1/a.pth"], ["x/1/a", "y/1/a"]),
+    ],
+)
+def test_checkpoints_are_named_by_as_many_folders_as_tell_them_apart(paths, names):
+    assert _short_names([Path(path) for path in paths]) == names
 
 
 def test_features_are_computed_once(probed, pretrained, labels_csv, mammostream):
