@@ -9,7 +9,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-STRIP_BYTES = 2**18  # of input: with what is made of it, it fits a core's own cache
+STRIP_BYTES = 2**18  # of input: about what the cache of a core holds
 
 
 @dataclass(frozen=True)

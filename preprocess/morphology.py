@@ -67,7 +67,7 @@ def grown(backend: Backend, mask: Any, radius: float, spacing: float = 1.0) -> A
         # Without a pixel to measure from, CuPy's distances are NaN.
         return backend.ndimage.distance_transform_edt(~mask) * spacing <= radius if bool(mask.any()) else mask
     # Shifted copies take a fraction of the time of distances. A disc is a row of vertical lines, the shortest at its rim.
-    grown, lines, height, width = mask.copy(), mask, 0, mask.shape[1]
+    within, lines, height, width = mask.copy(), mask, 0, mask.shape[1]
     for across in range(min(int(radius / spacing) + 1, width - 1), -1, -1):
         if across * spacing > radius:
             continue
@@ -76,9 +76,9 @@ def grown(backend: Backend, mask: Any, radius: float, spacing: float = 1.0) -> A
             taller[1:] |= lines[:-1]
             taller[:-1] |= lines[1:]
             lines, height = taller, height + 1
-        grown[:, across:] |= lines[:, : width - across]
-        grown[:, : width - across] |= lines[:, across:]
-    return grown
+        within[:, across:] |= lines[:, : width - across]
+        within[:, : width - across] |= lines[:, across:]
+    return within
 
 
 def side_of(xp: Any, mask: Any) -> str:

@@ -131,7 +131,7 @@ def _cases(count: int, seed: int) -> list[Case]:
     return [Case(n, target, rng.randrange(2**60)) for n, target in enumerate(cases)]
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder for the inputs and the cases.")
 @click.option(
     "--run", "run", type=click.Path(path_type=Path), help="A finished run of the tests' kind to damage; default: makes one."
@@ -140,7 +140,7 @@ def _cases(count: int, seed: int) -> list[Case]:
 @click.option("--part", default="0:", help="Only the cases A:B of them.")
 @click.option("--seed", default=0, help="Seed of the damage.")
 @click.option("--processes", default=2, help="Cases at a time.")
-@click.option("--seconds", default=90.0, help="Time limit of a case.")
+@click.option("--seconds", default=90.0, help="Time limit of a case in seconds.")
 @click.option("--again", "again", default="", help="Only these cases, by number, with commas.")
 def main(
     output_dir: Path, run: Path | None, cases: int, part: str, seed: int, processes: int, seconds: float, again: str

@@ -10,9 +10,9 @@ CLASSES = ("simulated_calcification", "bright")
 
 
 def _run(line: str) -> None:
-    from mammostream.cli import cli
+    from mammostream.demo import run_command
 
-    cli.main(shlex.split(line), prog_name="mammostream", standalone_mode=False)
+    run_command(shlex.split(line))
 
 
 def make_run(root: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+from mammostream.common.files import sha256_file
 
 
 def table(path: Path) -> Any:
@@ -39,11 +40,7 @@ def printed(folder: Path) -> Any:
 
 def files(folder: Path) -> Any:
     """Hashes of the files of ``out``."""
-    return {"rows": {str(p.relative_to(folder)): _sha(p) for p in sorted((folder / "out").rglob("*")) if p.is_file()}}
-
-
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return {"rows": {str(p.relative_to(folder)): sha256_file(p) for p in sorted((folder / "out").rglob("*")) if p.is_file()}}
 
 
 def merged(folder: Path) -> Any:
@@ -56,7 +53,7 @@ def content(folder: Path) -> Any:
     shards = folder / "shards"
     tables = [table(p) for p in sorted(shards.glob("*.parquet"))]
     texts = [json.loads((shards / "shards.json").read_bytes())]
-    return {"rows": [tables, texts, [_sha(p) for p in sorted(shards.glob("*.tar")) + sorted(shards.glob("*.idx"))]]}
+    return {"rows": [tables, texts, [sha256_file(p) for p in sorted(shards.glob("*.tar")) + sorted(shards.glob("*.idx"))]]}
 
 
 def labels(folder: Path) -> Any:
