@@ -108,6 +108,7 @@ class _Loader:
             "initial_fill": config.initial_fill,
         }
         self._pipeline: Any = None
+        self._checked = True  # whether the pipeline reads headers before it decodes; one whose state is older does not
         self._checkpoint: bytes | None = None  # where to start the pipeline
         self._origin = 0  # the epoch at whose start the order and the draws were last seeded
         self._failure: Exception | None = None  # why the pipeline ended
@@ -194,7 +195,9 @@ class _Loader:
         # The reader's order must be the same on all ranks, so that their slices are disjoint; the random draws must differ.
         order = {"shuffle_after_epoch_seed": seed + self._origin} if self._reader["shuffle"] else {}
         draws = int(np.random.SeedSequence([seed, rank, self._origin]).generate_state(1)[0] >> 1)
-        self._pipeline = self._build(reader=self._reader | order, seed=draws, checkpoint=self._checkpoint)
+        self._pipeline = self._build(
+            reader=self._reader | order, seed=draws, checkpoint=self._checkpoint, checked=self._checked
+        )
         self._pipeline.schedule_run()
 
     def _explain(self, error: RuntimeError) -> Exception:
@@ -207,7 +210,7 @@ class _Loader:
         # All members are known to lie within their tars, so a read that fails in a bucket is a lost connection.
         if self._source.bucket is not None and "fn.readers." in text:
             return lost_connection(self._source.bucket, reason)
-        if any(name in text for name in ("fn.readers.", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
+        if any(name in text for name in ("fn.readers.", "fn.peek_image_shape", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
             return UnreadableTile(self._source, text, reason)
         if self._checkpoint is not None and "checkpoint" in text:
             return BadInput(
@@ -232,6 +235,7 @@ class _Loader:
             "epoch": self.epoch,
             "batch": self._done,
             "origin": self._origin,
+            "checked": self._checked,
             "pipeline": None if checkpoint is None else torch.frombuffer(bytearray(checkpoint), dtype=torch.uint8),
         }
 
@@ -257,6 +261,7 @@ class _Loader:
                 )
         self.epoch, self._done, self._origin = state["epoch"], state["batch"], state["origin"]
         self._checkpoint = None if state["pipeline"] is None else state["pipeline"].cpu().numpy().tobytes()
+        self._checked = self._checkpoint is None or state.get("checked", False)
         self._pipeline = self._failure = None
         if moved:
             if self._done:
@@ -265,7 +270,7 @@ class _Loader:
                     f"epoch {self.epoch + 1} restarts from its beginning ({self._done} of its batches had been read)",
                     stacklevel=2,
                 )
-            self._done, self._origin, self._checkpoint = 0, self.epoch, None
+            self._done, self._origin, self._checkpoint, self._checked = 0, self.epoch, None, True
 
 
 @functools.cache

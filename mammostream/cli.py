@@ -14,6 +14,7 @@ from mammostream.common.options import Group
 from mammostream.common.packages import how_to_install
 from mammostream.common.surroundings import make_do
 
+_LONGEST_MESSAGE = 1800
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
 BENCHMARKS = {
     "build": (".shards.build.bench_command", "build", "Films per second from file to shard, and time per stage."),
@@ -131,6 +132,8 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
+    if len(message) > _LONGEST_MESSAGE:  # it quotes something that is no text for people
+        message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
     if speaks_for_all():
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -140,7 +140,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"config {path} is neither YAML nor JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise BadInput(f"config {path} holds no mapping; write one 'option: value' a line")
@@ -159,9 +159,27 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None)
         key = str(key).replace("-", "_")
         if key not in names:
             raise BadInput(f"config {value} has the unknown key '{key}'{nearest(key, names)}; see --help for the options")
+        if entry is None:  # nothing given: the default
+            continue
         alone = isinstance(names[key], ListOption) and not isinstance(entry, list)
-        mapping[names[key].name] = [entry] if alone else entry
+        mapping[names[key].name] = _of_its_type(ctx, names[key], [entry] if alone else entry, f"config {value}: {key}")
     ctx.default_map = mapping
+
+
+def _of_its_type(ctx: click.Context, param: click.Parameter, entry: Any, what: str) -> Any:
+    """Return an entry of a config file that the option's type can take; click expects texts, and trips over much else."""
+    allowed = (list, tuple) if param.multiple or param.nargs != 1 else (str, bool, int, float)
+    values = entry if isinstance(entry, (list, tuple)) else [entry]
+    if isinstance(entry, allowed) and all(isinstance(value, (str, bool, int, float)) for value in values):
+        try:
+            param.type_cast_value(ctx, entry)
+            return entry
+        except click.UsageError:  # click says what is wrong when the command runs
+            return entry
+        except (TypeError, ValueError, OverflowError, AttributeError):
+            pass
+    kind = " of several values" if allowed == (list, tuple) else ""
+    raise BadInput(f"{what}: {str(entry)[:60]!r} is no value{kind} for {param.opts[0]}; see --help")
 
 
 config_file_option = click.option(

@@ -124,6 +124,13 @@ def test_config_file_takes_the_options_own_name_and_a_single_value(tmp_path, key
         ("- a\n- b", "holds no mapping"),
         ("a: [", "neither YAML nor JSON"),
         ("", "holds no mapping"),
+        ("{" * 3000, "neither YAML nor JSON"),
+        ("tile_size: [1]", r"tile_size: '\[1\]' is no value for --tile-size"),
+        ("tile_size: {a: 1}", "is no value for --tile-size"),
+        ("tile_size: .inf", "'inf' is no value for --tile-size"),
+        ("fast: 9223372036854775808", "is no value for --fast"),
+        ("class_names: [a, [b]]", "is no value of several values for --class-names"),
+        ("class_names: {a: b}", "is no value of several values for --class-names"),
     ],
 )
 def test_bad_config_file(tmp_path, text, message):
@@ -145,6 +152,12 @@ def test_wrong_value_of_a_config_file_is_refused(tmp_path):
     result = CliRunner().invoke(group, ["run", "--config", str(tmp_path / "c.yaml")])
     assert result.exit_code == 2
     assert "--tile-size" in result.stderr
+
+
+def test_an_empty_value_of_a_config_file_is_the_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("tile_size:\nclass_names: null\nmode: b\n")
+    got, default = call("--config", tmp_path / "c.yaml"), call()
+    assert got == default | {"mode": "b"}
 
 
 def test_resolved_options_are_a_config_file_themselves(tmp_path):

@@ -16,6 +16,7 @@ from mammostream.common.errors import BadInput, Stopped
 from mammostream.common.progress import progress
 from mammostream.dali_pipelines import PretrainLoader
 from mammostream.models.byol import BYOLOutput
+from mammostream.models.checkpoints import entries_of
 from mammostream.shards.reading import ShardSet
 from mammostream.train.byol.assembly import build_monitor, build_probe, build_state, draw_some_views, open_loader, pair_flops
 from mammostream.train.byol.bad_steps import BadSteps
@@ -84,7 +85,8 @@ def pretrain(
             state.chosen["online probe"] = probe.about
         run = Run(shards, output_dir, config, runtime, loader, state, bad_steps, signals, monitor, probe)
         if resume is not None:
-            run.restore(resume)
+            with entries_of(resume, "byol"):
+                run.restore(resume)
         with _tracker(run, command, resumed=resume is not None) or nullcontext() as run.tracker:
             _train(run)
     if runtime.is_main:

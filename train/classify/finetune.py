@@ -16,7 +16,7 @@ from torch import Tensor
 from mammostream.common.errors import BadInput, Stopped
 from mammostream.common.files import write_json
 from mammostream.common.progress import progress
-from mammostream.models.checkpoints import load_checkpoint
+from mammostream.models.checkpoints import entries_of, load_checkpoint
 from mammostream.train.classify.config import FinetuneConfig
 from mammostream.train.classify.run import CHECKPOINT_NAME, LabelledData, Run
 from mammostream.train.classify.step import train_step
@@ -80,11 +80,13 @@ def finetune(
     runtime = runtime or resolve_runtime(config)
     torch.manual_seed(config.seed)
     byol = load_checkpoint(checkpoint_path, "byol")
-    run = Run.start(byol, checkpoint_path, data, output_dir, config, runtime)
+    with entries_of(checkpoint_path, "byol"):
+        run = Run.start(byol, checkpoint_path, data, output_dir, config, runtime)
     if runtime.rank:  # the same weights, but different random draws
         torch.manual_seed(int(np.random.SeedSequence([config.seed, runtime.rank]).generate_state(1)[0]))
     if resume is not None:
-        run.restore(resume)
+        with entries_of(resume, "classifier"):
+            run.restore(resume)
     found = None
     with (
         StopSignals(runtime.is_main) as run.signals,
