@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from mammostream.common.buckets import refuse_bucket
 from mammostream.common.errors import BadInput, first_line, nearest
 from mammostream.common.temporaries import new_command
 
+_LONGEST_NAME = 255  # bytes, on Linux
 _SHARDS = {"--shards", "SHARDS"}  # what names shards, which may lie in a bucket
 
 
@@ -52,10 +54,20 @@ class Command(click.Command):
         new_command()
         for param in self.params:
             value = ctx.params.get(param.name or "")
-            for place in value if isinstance(value, tuple) else (value,):
-                if isinstance(place, Path) and not _SHARDS & {*param.opts, param.metavar}:
-                    refuse_bucket(place, param.opts[0] if isinstance(param, click.Option) else param.human_readable_name)
+            flag = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+            for single in value if isinstance(value, tuple) else (value,):
+                _refuse_what_no_machine_takes(single, flag)
+                if isinstance(single, Path) and not _SHARDS & {*param.opts, param.metavar}:
+                    refuse_bucket(single, flag)
         return super().invoke(ctx)
+
+
+def _refuse_what_no_machine_takes(value: Any, flag: str) -> None:
+    """Refuse paths that no file can have, and integers of more than 32 bits, which some library would trip over later."""
+    if isinstance(value, Path) and ("\0" in str(value) or any(len(os.fsencode(part)) > _LONGEST_NAME for part in value.parts)):
+        raise BadInput(f"{flag} {str(value)[:60]!r}… cannot be the name of a file or folder")
+    if isinstance(value, int) and not -(2**31) <= value < 2**31:
+        raise BadInput(f"{flag} {value} has more than 32 bits; give a smaller number")
 
 
 class Group(click.Group):

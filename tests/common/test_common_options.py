@@ -142,6 +142,21 @@ def test_bad_config_file(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tile-size", 2**31], "--tile-size 2147483648 has more than 32 bits"),
+        (["--tile-size", -(10**30)], "has more than 32 bits"),
+        (["--csv-path", "a/" + "x" * 256], "--csv-path 'a/xxx.* cannot be the name"),
+        (["--csv-path", "ä" * 128], "cannot be the name"),
+    ],
+)
+def test_what_no_machine_takes_is_refused_before_the_command_runs(args, message):
+    with pytest.raises(BadInput, match=message):
+        call(*args)
+    assert call("--tile-size", 2**31 - 1, "--csv-path", "x" * 255)
+
+
 def test_missing_config_file(tmp_path):
     with pytest.raises(BadInput, match="does not exist"):
         read_mapping(tmp_path / "c.yaml")

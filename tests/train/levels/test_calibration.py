@@ -157,12 +157,9 @@ def test_a_stored_calibration_that_is_none_is_refused(field, value):
     damaged = {"tile": {"prob": good["tile"]["prob"] | {field: value}}}
     with pytest.raises((ValueError, TypeError)):
         stored_calibrations({"class_names": ["a", "b"], "calibration": damaged})
-    for other in (
-        {"class_names": ["a"], "calibration": good},
-        {"class_names": ["a", "b"], "calibration": {"image": good["tile"]}},
-    ):
+    for names, calibration in ((["a"], good), (["a", "b"], {"image": good["tile"]})):
         with pytest.raises((ValueError, KeyError)):
-            stored_calibrations(other)
+            stored_calibrations({"class_names": names, "calibration": calibration})
 
 
 def test_an_old_checkpoint_keeps_its_temperature():
