@@ -28,7 +28,7 @@ from mammostream.train.byol.speed import collecting_on_schedule
 from mammostream.train.byol.step import Views, train_step
 from mammostream.train.run.charts import draw_curves
 from mammostream.train.run.memory import memory_explained
-from mammostream.train.run.runtime import Runtime, make_deterministic, resolve_runtime
+from mammostream.train.run.runtime import TRAINING_LOCK, Runtime, make_deterministic, only_run, resolve_runtime
 from mammostream.train.run.stopping import StopSignals
 from mammostream.train.run.tracking import Tracker, drop_lines
 
@@ -75,7 +75,11 @@ def pretrain(
     runtime = runtime or resolve_runtime(config)
     if config.deterministic:
         make_deterministic()
-    with memory_explained(runtime.device, config.batch_size, config.accumulate), StopSignals(runtime.is_main) as signals:
+    with (
+        only_run(output_dir / TRAINING_LOCK, runtime),
+        memory_explained(runtime.device, config.batch_size, config.accumulate),
+        StopSignals(runtime.is_main) as signals,
+    ):
         torch.manual_seed(config.seed)
         loader = open_loader(shards, config, runtime)
         state = build_state(config, runtime, len(loader))

@@ -22,7 +22,7 @@ from mammostream.train.classify.run import CHECKPOINT_NAME, LabelledData, Run
 from mammostream.train.classify.step import train_step
 from mammostream.train.classify.validation import Validation, validate, with_intervals
 from mammostream.train.run.charts import draw_curves
-from mammostream.train.run.runtime import Runtime, resolve_runtime
+from mammostream.train.run.runtime import TRAINING_LOCK, Runtime, only_run, resolve_runtime
 from mammostream.train.run.stages import STAGE_COUNT, train_top_stages
 from mammostream.train.run.stopping import StopSignals
 from mammostream.train.run.tracking import Tracker
@@ -89,6 +89,7 @@ def finetune(
             run.restore(resume)
     found = None
     with (
+        only_run(output_dir / TRAINING_LOCK, runtime),
         StopSignals(runtime.is_main) as run.signals,
         _tracker(run, command, resumed=resume is not None) or nullcontext() as tracker,
         _progress(run) as bar,
