@@ -129,9 +129,8 @@ def loader(shards: int, tiles: int, batches: int, batch_size: int, open_files: i
         source = [Shard(tar, tar.with_suffix(".idx"), "train", tiles) for tar in tars]
         options = {"batch_size": batch_size, "tile_size": TILE, "mean": 0.4, "std": 0.2, "num_threads": 2, "mmap": mmap}
         reader = PretrainLoader(source, **options)
-        print(
-            f"{describe()}\n\n| batches | epochs | resident memory, MB | open files | threads | batches/s |\n|---|---|---|---|---|---|"
-        )
+        print(f"{describe()}\n")
+        print("| batches | epochs | resident memory, MB | open files | threads | batches/s |\n|---|---|---|---|---|---|")
         start, done = time.perf_counter(), 0
         while done < batches:
             for _ in reader:
