@@ -58,6 +58,11 @@ COMMANDS = {
     ),
     "infer": (".train.predict.command", "infer", "Predict the tiles of shards, or raw films with heat maps."),
     "embed": (".train.predict.command", "embed", "Write a backbone's features of the tiles of shards."),
+    "aggregate": (
+        ".train.aggregate.command",
+        "aggregate",
+        "Learn to aggregate tile features to films, breasts or patients, and predict with it.",
+    ),
     "evaluate": (
         ".train.evaluate.command",
         "evaluate",

@@ -1,6 +1,6 @@
 """Checkpoint files: dicts of tensors and plain types, written atomically and read without executing anything in them.
 
-Required keys: ``kind`` ("byol" or "classifier"), ``arch``, ``model_state_dict``, ``config`` and, for a classifier,
+Required keys: ``kind`` ("byol", "classifier" or "aggregator"), ``arch``, ``model_state_dict``, ``config`` and, but for BYOL,
 ``class_names``. The trainer adds ``optimizer_state_dict``, ``epoch``, ``step``, ``metrics`` and ``preprocessing``.
 """
 
@@ -28,9 +28,12 @@ from mammostream.models.classifier import MammogramClassifier, build_classificat
 from mammostream.models.conversion import COUNTER, LoadReport, convert_state, examples, find_state
 from mammostream.models.tensors import load_state, read_torch
 
+BACKBONES = ("byol", "classifier")
+"""The kinds of checkpoints that hold a backbone."""
 _MENDS = {
     "byol": "give a mammogram_byol_*.pth that 'mammostream pretrain' wrote",
     "classifier": "give a *_classification_model.pth or classification_epoch_*.pth that 'mammostream finetune' wrote",
+    "aggregator": "give a *_aggregator.pth that 'mammostream aggregate train' wrote",
     None: "give a checkpoint that 'mammostream pretrain' or 'mammostream finetune' wrote",
 }
 _REQUIRED = {"model_state_dict": dict, "config": dict, "arch": str}
@@ -103,7 +106,7 @@ def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
     path
         The file.
     kind
-        ``"byol"`` or ``"classifier"``; None accepts either.
+        ``"byol"``, ``"classifier"`` or ``"aggregator"``; None accepts both kinds that hold a backbone.
 
     Raises
     ------
@@ -117,8 +120,9 @@ def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
     else:
         checkpoint = _adopt(checkpoint, f"checkpoint {path}", _MENDS[kind])
     _check_kind(checkpoint, BadInput, f"checkpoint {path}", f"; {_MENDS[kind]}")
-    if kind is not None and checkpoint["kind"] != kind:
-        raise BadInput(f"checkpoint {path} holds a {checkpoint['kind']} model, not a {kind} model; {_MENDS[kind]}")
+    if checkpoint["kind"] not in ((kind,) if kind else BACKBONES):
+        wanted = kind or " or ".join(BACKBONES)
+        raise BadInput(f"checkpoint {path} holds a {checkpoint['kind']} model, not a {wanted} model; {_MENDS[kind]}")
     for name, types in _ENTRIES.items():
         outer, _, key = name.rpartition(".")
         holder = checkpoint.get(outer, {}) if outer else checkpoint
@@ -307,9 +311,9 @@ def _build_head(dim: int, state: Mapping[str, Any], what: str, foreign: bool = F
 
 def _check_kind(checkpoint: Mapping[str, Any], error: type[Exception], what: str, mend: str = "") -> None:
     """Raise `error` where a key that every checkpoint of its kind needs is missing or of another type."""
-    if checkpoint.get("kind") not in ("byol", "classifier"):
-        raise error(f"{what} does not say its kind ('byol' or 'classifier'){mend}")
-    classifier: dict[str, Any] = {"class_names": (list, tuple)} if checkpoint["kind"] == "classifier" else {}
+    if checkpoint.get("kind") not in (*BACKBONES, "aggregator"):
+        raise error(f"{what} does not say its kind ('byol', 'classifier' or 'aggregator'){mend}")
+    classifier: dict[str, Any] = {} if checkpoint["kind"] == "byol" else {"class_names": (list, tuple)}
     required: dict[str, Any] = {**_REQUIRED, **classifier}
     for key, kind in required.items():
         if not isinstance(checkpoint.get(key), kind):
