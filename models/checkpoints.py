@@ -44,6 +44,7 @@ _ENTRIES: dict[str, Any] = {
     "preprocessing": dict,
     "metrics": dict,
     "fitted_on": (dict, type(None)),
+    "subjects": (list, tuple),
     "epoch": int,
     "step": int,
     "preprocessing.tile_size": int,

@@ -174,13 +174,12 @@ def read_findings(path: Path) -> pd.DataFrame:
         nameless = frame[["image_id", "label"]].isna().any(axis=1).to_numpy()
         if nameless.any():
             raise ValueError(f"row {nameless.argmax() + 1} lacks its image_id or label")
-        endless = np.isinf(frame[["xmin", "ymin", "xmax", "ymax"]]).any(axis=1).to_numpy()
-        if endless.any():
-            raise ValueError(f"row {endless.argmax() + 1} has a box without end")
+        edgeless = ~np.isfinite(frame[["xmin", "ymin", "xmax", "ymax"]]).all(axis=1).to_numpy()
+        if edgeless.any():
+            raise ValueError(f"row {edgeless.argmax() + 1} has a box without an edge")
     except (ValueError, TypeError) as error:
-        raise BadInput(
-            f"findings {path}: {first_line(error)}; give each box its film, label and edges in native pixels"
-        ) from error
+        mend = "give each box its film and label; boxes are numbers, in native pixels"
+        raise BadInput(f"findings {path}: {first_line(error)}; {mend}") from error
     return frame
 
 

@@ -162,6 +162,11 @@ class ShardSet:
         return self._read("images", IMAGE_SCHEMA).to_pandas()
 
 
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinities, which Python reads and JSON does not know."""
+    raise ValueError(f"{name} is no number")
+
+
 def _check_meta(meta: dict[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError where ``shards.json`` lacks an entry or has one of another type."""
     if not isinstance(meta["shards"], list):
@@ -177,6 +182,8 @@ def _check_meta(meta: dict[str, Any]) -> None:
             raise TypeError(f"'tar_bytes' or 'idx_sha256' of shard {entry['name']} is damaged")
     if meta["codec"] not in CODECS:
         raise ValueError(f"there is no codec {meta['codec']!r:.40}")
+    if meta["bits"] not in (8, 16):
+        raise ValueError(f"tiles have {meta['bits']!r:.40} bits")
     record = meta["preprocessing"]
     for name in (*_PIXEL_CONTRACT, "native_spacing_mm", "shard_config_hash"):
         record[name]
@@ -257,7 +264,7 @@ def open_shards(directory: str | Path) -> ShardSet:
         raise BadInput(f"{directory} {state}; make one with 'mammostream shards build --output-dir {directory}'")
     try:
         data = path.read_bytes()
-        meta = json.loads(data)
+        meta = json.loads(data, parse_constant=_refuse_constant)
         version = meta["format_version"]
         if version != FORMAT_VERSION:
             raise BadInput(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build the shards again")

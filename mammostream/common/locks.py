@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -33,7 +33,7 @@ def hold(path: Path, span: range = range(1), *, wait: bool = False) -> Iterator[
     Parameters
     ----------
     path
-        The file, in the folder that is written to, which is made where it is not there.
+        The file, in the folder that is written to. The folder is made where it is not there, and goes if nothing was written.
     span
         The bytes to lock, without gaps; none locks nothing.
     wait
@@ -47,6 +47,7 @@ def hold(path: Path, span: range = range(1), *, wait: bool = False) -> Iterator[
     if not span:
         yield
         return
+    made = not path.parent.exists()
     make_folder(path.parent)
     with writing(path):
         file = _take(path, span, wait)
@@ -58,6 +59,9 @@ def hold(path: Path, span: range = range(1), *, wait: bool = False) -> Iterator[
         yield
     finally:
         _release(path, file, span)
+        if made:
+            with suppress(OSError):  # something lies in it
+                path.parent.rmdir()
 
 
 def _take(path: Path, span: range, wait: bool) -> int | None:

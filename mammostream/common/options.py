@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import types
 import typing
@@ -135,6 +136,23 @@ def config_options(config: type) -> Callable[[Callable], Callable]:
         return function
 
     return decorate
+
+
+def bad_limit(max_bad: str, count: int) -> float:
+    """Return how many of `count` items may fail by ``--max-bad``.
+
+    Raises
+    ------
+    BadInput
+        `max_bad` is neither a number from 0 on nor a percentage.
+    """
+    try:
+        limit = float(max_bad.rstrip("%")) / 100 * count if max_bad.endswith("%") else int(max_bad)
+    except ValueError:
+        limit = -1
+    if not 0 <= limit < math.inf:
+        raise BadInput(f"--max-bad {max_bad!r:.60} is neither a number nor a percentage like 5%")
+    return limit
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import click
 from mammostream.common.buckets import as_bucket, refuse_bucket
 from mammostream.common.errors import BadInput, TooManyBad
 from mammostream.common.files import write_yaml
-from mammostream.common.options import Command, ListOption, config_file_option, config_options, resolved
+from mammostream.common.options import Command, ListOption, bad_limit, config_file_option, config_options, resolved
 from mammostream.shards.build.duplicates import FLAG
 from mammostream.shards.build.launch import LaunchConfig
 from mammostream.shards.build.plan import BuildConfig, PackConfig
@@ -102,7 +102,7 @@ def build(
 
     config, launch = BuildConfig(**options), LaunchConfig(workers, threads, dask)
     ordinals = _parse_range(shard_range)
-    _bad_limit(max_bad, 1)
+    bad_limit(max_bad, 1)
     # The plan is always of the whole manifest: splits and ranges may be built one after the other into one directory.
     plan = make_plan(read_manifest(manifest), output_dir, config)
     count = len(plan.shards)
@@ -139,7 +139,7 @@ def finish(directory: Path, split: str | None, max_bad: str, allow_leakage: bool
     from mammostream.shards.build.merge import finish as merge
     from mammostream.shards.reading import open_shards
 
-    _bad_limit(max_bad, 1)
+    bad_limit(max_bad, 1)
     refuse_bucket(directory, "SHARDS")
     merge(directory, split, allow_leakage)
     images = open_shards(directory).images()
@@ -151,18 +151,11 @@ def _report_images(images: pd.DataFrame, directory: Path, max_bad: str) -> None:
     _print_images(images)
     bad = int((images["reason"] != "").sum())
     click.echo(f"{len(images)} films ({bad} gave no tiles), {images['kept'].sum()} tiles -> {directory}")
-    if bad > _bad_limit(max_bad, len(images)):
+    if bad > bad_limit(max_bad, len(images)):
         raise TooManyBad(
             f"{bad} of {len(images)} films gave no tiles, more than --max-bad {max_bad}; the reasons are above and in "
             "images.parquet; to try films again, delete the .parquet of their shards and run the same command"
         )
-
-
-def _bad_limit(max_bad: str, count: int) -> float:
-    try:
-        return float(max_bad.rstrip("%")) / 100 * count if max_bad.endswith("%") else int(max_bad)
-    except ValueError:
-        raise BadInput(f"--max-bad {max_bad!r} is neither a number of films nor a percentage like 5%") from None
 
 
 def _print_images(images: pd.DataFrame) -> None:
@@ -247,7 +240,7 @@ def pack(
 
     config, launch = PackConfig(**options), LaunchConfig(workers, threads, dask)
     tiles = read_tile_csvs(csvs, splits, tiles_dir)
-    limit = _bad_limit(max_bad, len(tiles))
+    limit = bad_limit(max_bad, len(tiles))
     plan = make_pack_plan(tiles, tiles_dir, output_dir, config)
     build_all(plan, Launcher.of(launch), check_every=check_every, build=pack_shard)
     finish(output_dir)

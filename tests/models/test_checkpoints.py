@@ -196,7 +196,11 @@ def test_bytes_that_changed_are_refused(byol_path, seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("metrics", 3), ("step", "x"), ("epoch", None), ("preprocessing", []), ("preprocessing.mean", "x")]
+    ("name", "value"),
+    [
+        *(("metrics", 3), ("step", "x"), ("epoch", None), ("subjects", None)),
+        *(("preprocessing", []), ("preprocessing.mean", "x")),
+    ],
 )
 def test_entries_of_another_type_are_refused_by_name(byol, tmp_path, name, value):
     checkpoint = byol_dict(byol)

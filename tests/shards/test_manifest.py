@@ -164,7 +164,7 @@ def test_findings_round_trip(tmp_path):
     assert read_findings(tmp_path / "f").to_dict("records") == frame.astype({"xmin": float}).to_dict("records")
     write_findings(frame[:0], tmp_path / "none")
     assert read_findings(tmp_path / "none").empty
-    for column, value in (("label", None), ("image_id", None), ("xmin", np.inf), ("ymax", "low")):
+    for column, value in (("label", None), ("image_id", None), ("xmin", np.inf), ("ymin", np.nan), ("ymax", "low")):
         write_unchecked(frame.assign(**{column: [value]}), tmp_path / "h")
         with pytest.raises(BadInput, match="findings .*h: "):
             read_findings(tmp_path / "h")

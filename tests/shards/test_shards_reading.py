@@ -97,8 +97,10 @@ def test_a_damaged_table_is_one_line_that_says_how_to_make_it_again(copied, dama
         (("shards", 0, "images"), None),
         (("shards", 0, "tar_bytes"), None),
         (("codec",), "gif"),
+        (("bits",), "../../etc"),
         (("preprocessing",), []),
         (("preprocessing", "tile_size"), 0),
+        (("preprocessing", "min_nonzero"), float("-inf")),
         (("preprocessing", "pixel_spacing_mm"), "wide"),
     ],
 )

@@ -223,6 +223,9 @@ def _json_row(record: Mapping[str, Any]) -> dict[str, Any]:
     scores = record.get("probabilities", record.get("predictions", {}))
     names = [c for c in _IDENTITY if c in record] or ["image" if "image" in record else "image_path"]
     row = {name if name in _IDENTITY else "image_id": record[name] for name in names}
+    for name, value in row.items():
+        if not isinstance(value, (str, int, float, type(None))):
+            raise TypeError(f"{name} {value!r:.40} is no name")
     columns = {name: value for name, value in record.items() if ":" in name or name in _FURTHER}  # max:<class> and so on
     return row | columns | {PROBABILITY + name: p for name, p in scores.items()}
 

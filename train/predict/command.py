@@ -11,12 +11,11 @@ from typing import Any
 import click
 
 from mammostream.common.errors import BadInput
-from mammostream.common.options import Command, config_file_option, config_options, resolved
+from mammostream.common.options import Command, bad_limit, config_file_option, config_options, resolved
 from mammostream.train.predict.config import EmbedConfig, InferConfig
 from mammostream.train.predict.work import (
     FLAGS,
     Printing,
-    bad_limit,
     check_bad,
     draw_sheets,
     facts_of,

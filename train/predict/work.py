@@ -15,6 +15,7 @@ import click
 
 from mammostream.common.errors import BadInput, TooManyBad
 from mammostream.common.files import write_json, write_yaml
+from mammostream.common.options import bad_limit
 from mammostream.common.temporaries import scratch_folder
 
 if TYPE_CHECKING:
@@ -237,20 +238,6 @@ def _parts_folder(output_dir: Path | None) -> Iterator[Path]:
         return
     with scratch_folder() as folder:
         yield Path(folder)
-
-
-def bad_limit(max_bad: str, count: int) -> float:
-    """Return how many of `count` may fail.
-
-    Raises
-    ------
-    BadInput
-        `max_bad` is neither a number nor a percentage.
-    """
-    try:
-        return float(max_bad.rstrip("%")) / 100 * count if max_bad.endswith("%") else int(max_bad)
-    except ValueError:
-        raise BadInput(f"--max-bad {max_bad!r} is neither a number nor a percentage like 5%") from None
 
 
 def check_bad(totals: Totals, unit: str, max_bad: str) -> None:

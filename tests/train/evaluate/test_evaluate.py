@@ -226,10 +226,12 @@ def test_bad_input_is_one_line(what, files, mammostream, tmp_path):
 def test_files_that_are_none_are_one_line(files, mammostream, tmp_path):
     paths = files(*make_tiles())
     (tmp_path / "broken.json").write_text('{"images": 3}')
+    (tmp_path / "nameless.json").write_text('[{"image_id": {"a": 1}, "probabilities": {"mass": 0.5}}]')
     for predictions, labels in (
         (tmp_path / "gone.parquet", paths[1]),
         (tmp_path / "gone.json", paths[1]),
         (tmp_path / "broken.json", paths[1]),
+        (tmp_path / "nameless.json", paths[1]),
         (paths[1], paths[1]),
         (paths[0], tmp_path / "gone.csv"),
         (paths[0], tmp_path / "gone.parquet"),
