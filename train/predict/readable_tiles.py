@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -166,22 +169,16 @@ class ShardTiles(_ReadableTiles):
         """Return the samples that lie in the tar with all they need, unchanged; the others get their reason."""
         tar = self._shard.tar
         size = tar.stat().st_size
-        whole = []
-        with ExitStack() as stack:
-            file = None if isinstance(tar, BucketPath) else stack.enter_context(tar.open("rb", buffering=0))
-            for sample in index:
-                key = sample_key(sample)
-                fault = _fault(sample, size, self._options["tile_size"])
-                if not fault and file is not None and key in checksums:
-                    tile = _tile(sample)
-                    file.seek(tile.offset)
-                    if zlib.crc32(file.read(tile.size)) != checksums[key]:
-                        fault = f"the bytes of {tile.name} changed since it was built"
-                if fault:
-                    self.faults[key] = f"shard {tar}: {fault}"
-                else:
-                    whole.append(sample)
-        return whole
+        faults = {sample_key(sample): _fault(sample, size, self._options["tile_size"]) for sample in index}
+        whole = [sample for sample in index if not faults[sample_key(sample)]]
+        if not isinstance(tar, BucketPath):
+            with tar.open("rb", buffering=0) as file, ThreadPoolExecutor(self._options.get("num_threads")) as threads:
+                # Reading and zlib release Python's lock.
+                changed = threads.map(partial(_is_changed, file.fileno(), checksums), whole)
+                for sample in compress(whole, changed):
+                    faults[sample_key(sample)] = f"the bytes of {_tile(sample).name} changed since it was built"
+        self.faults |= {key: f"shard {tar}: {fault}" for key, fault in faults.items() if fault}
+        return [sample for sample in index if not faults[sample_key(sample)]]
 
     def _damaged(self, items: Sequence[Sample]) -> dict[str, str]:
         if not self._shard.tar.is_file():  # removed since it was opened
@@ -245,6 +242,12 @@ def _fault(sample: Sample, size: int, tile_size: int) -> str:
         if member.offset < _BLOCK or member.offset + member.size > size:
             return f"the tar was cut short to {size} bytes: {member.name} is not in it"
     return ""
+
+
+def _is_changed(file: int, checksums: Mapping[str, int], sample: Sample) -> bool:
+    """Return whether the bytes of a sample's tile are not those of its checksum, where there is one."""
+    tile, key = _tile(sample), sample_key(sample)
+    return key in checksums and zlib.crc32(os.pread(file, tile.size, tile.offset)) != checksums[key]
 
 
 def _tile(sample: Sample) -> Member:
