@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from mammostream.common.files import sha256_file
 from mammostream.shards.archive import read_index, tile_key, write_archive
 from mammostream.shards.build.build import encode_meta
 from mammostream.shards.build.merge import finish
-from mammostream.shards.codecs import decode, encode, encode_number
+from mammostream.shards.codecs import decode, encode, encode_number, pixel_crc32
 from mammostream.shards.reading import ShardSet
 from mammostream.shards.tables import read_shard_metadata, write_shard_table
 
@@ -62,7 +63,9 @@ def write_set(
             row |= {"image_id": image["image_id"], "patient_id": image["patient_id"], "split": "val"}
             row |= {"x": 0, "y": position, "size": len(tile)}
             rows.append(row)
-            members = [(codec, encode(tile, codec)), ("num", encode_number(row["tile"])), ("json", encode_meta(row))]
+            data = encode(tile, codec)
+            row |= {"crc32": pixel_crc32(tile), "payload_crc32": zlib.crc32(data)}
+            members = [(codec, data), ("num", encode_number(row["tile"])), ("json", encode_meta(row))]
             samples.append((row["key"], members))
         metadata = known | {"split": "val", "tiles": count, "images": 2, "counts": [["val", len(counts)]], "codec": codec}
         metadata |= {"tar_sha256": None, "idx_sha256": None, "tar_bytes": None}

@@ -34,7 +34,7 @@ from mammostream.train.run.stopping import StopSignals
 
 CHECKPOINT_NAME = "{}_classification_model.pth"
 # Options that may differ when a run is resumed: they do not change its result, or are changed on purpose.
-_FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing", "save_every_steps"}
+FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing", "save_every_steps"}
 _DEFAULTS = {"sampling": "natural"}  # of options that checkpoints of earlier versions do not have
 
 
@@ -114,7 +114,7 @@ class Run:
         record = (data.preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
         if view_size := view_size_of(learnt, record["tile_size"]):
             record["view_size"] = view_size
-        reading = _loader_config(record, config, runtime)
+        reading = loader_config(record, config, runtime)
         train, draw, times = data.train, None, None
         if config.sampling == "balanced":
             check_strata(train.labels, data.class_names)
@@ -229,7 +229,7 @@ class Run:
         """
         checkpoint = load_to_resume(path, "classifier")
         saved, state, runtime = checkpoint["resume"], self.state, self.runtime
-        check_same_options(path, _DEFAULTS | checkpoint["config"], self.config, _FREE)
+        check_same_options(path, _DEFAULTS | checkpoint["config"], self.config, FREE)
         if saved["data"] != self.data.fingerprint():
             raise BadInput(f"checkpoint {path} was trained with other classes, labels or tiles; resume with the same CSVs")
         if len(saved["processes"]) != runtime.world_size:
@@ -251,7 +251,8 @@ class Run:
         self.metrics = checkpoint["metrics"]
 
 
-def _loader_config(record: Mapping[str, Any], config: FinetuneConfig, runtime: Runtime) -> LoaderConfig:
+def loader_config(record: Mapping[str, Any], config: FinetuneConfig, runtime: Runtime) -> LoaderConfig:
+    """Return how this process reads tiles that were made as `record`, a checkpoint's ``preprocessing``, says."""
     return LoaderConfig(
         batch_size=config.batch_size,
         tile_size=record["tile_size"],
