@@ -28,7 +28,7 @@ TRAIN_ROOMS = {
     "run": set(),
     "levels": set(),
     "predict": {"run", "levels"},
-    "evaluate": {"run", "levels"},
+    "evaluate": {"run", "levels", "predict"},
     "probe": {"run", "levels"},
     "byol": {"run", "probe"},
     "classify": {"run", "levels", "evaluate"},
