@@ -163,7 +163,10 @@ def cross_validate(
     wanted = range(pool.plan.count) if only is None else [only]
     last = CHECKPOINT_NAME.format("last")
     checkpoints = {fold: find_resume(resume, folder_of(output_dir, fold) / last) for fold in wanted}
-    digest = record_plan(output_dir, pool.plan, pool.facts(byol_checkpoint, config), write=runtime.is_main)
+    load_checkpoint(byol_checkpoint, "byol")  # before anything is written
+    begun = any(path.suffix == ".pth" for fold in range(pool.plan.count) for path in folder_of(output_dir, fold).glob("*"))
+    facts = pool.facts(byol_checkpoint, config)
+    digest = record_plan(output_dir, pool.plan, facts, begun=runtime.from_main(begun), write=runtime.is_main)
     finished = runtime.from_main([_is_finished(output_dir, fold, digest) for fold in range(pool.plan.count)])
     for fold, checkpoint in checkpoints.items():
         if not finished[fold]:

@@ -76,7 +76,7 @@ def write_fold(
     for level, name in TABLES.items():
         table = tables[level]
         films = table["image_id"] if "image_id" in table else table["patient_id"]
-        table["seen"] = seen_by(checkpoint["fitted_on"], table["patient_id"], films)
+        table["seen"], table["reason"] = seen_by(checkpoint["fitted_on"], table["patient_id"], films), ""  # as infer has them
         table = table.assign(**{name: value for name, value in more.items() if level == TILE or np.ndim(value) == 0})
         if level != BREAST or len(table):
             _write(folder / name, table, facts)

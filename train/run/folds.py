@@ -158,7 +158,7 @@ def _check_folds(there: np.ndarray, folds: np.ndarray, class_names: Sequence[str
             )
 
 
-def record_plan(folder: Path, plan: FoldPlan, facts: Mapping[str, Any], *, write: bool = True) -> str:
+def record_plan(folder: Path, plan: FoldPlan, facts: Mapping[str, Any], *, begun: bool = True, write: bool = True) -> str:
     """Write ``folds.parquet``, or check that the one that is there is of the same plan and inputs.
 
     Parameters
@@ -170,6 +170,8 @@ def record_plan(folder: Path, plan: FoldPlan, facts: Mapping[str, Any], *, write
     facts
         What else all folds must have in common, of plain types: name -> value. The name says what is at fault where it
         differs (``--lr-head``); a value may be a hash, which no message shows.
+    begun
+        Whether a fold has left something; else a record that differs is replaced: nothing was made with it.
     write
         Whether to write it; else it is only checked.
 
@@ -187,7 +189,7 @@ def record_plan(folder: Path, plan: FoldPlan, facts: Mapping[str, Any], *, write
     facts = {"--folds": plan.count, "--class-names": list(plan.class_names)} | dict(facts)
     facts["patients or labels"] = sha256_json(plan.table.drop(columns="fold").to_dict("list"))
     facts["folds"] = sha256_json(plan.table["fold"].tolist())
-    if path.is_file():
+    if path.is_file() and begun:
         read_parquet(path, "record of the folds", "choose another --output-dir", list(plan.table.columns[:3]))
         recorded = json.loads((pq.read_schema(path).metadata or {}).get(_METADATA_KEY, b"{}"))
         for name in facts:
@@ -206,4 +208,6 @@ def _is_hash(value: Any) -> bool:
 
 
 def _words(value: Any) -> str:
+    if value is None or value == []:
+        return "its default"
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

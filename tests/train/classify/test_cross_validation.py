@@ -237,6 +237,18 @@ def test_the_console_says_mean_and_pooled_figure(cohort, whole, mammostream):
     assert "mean ± standard deviation over 3 folds; pooled with 95 % intervals over patients" in outcome.out
 
 
+def test_the_report_shows_folds_and_pooled_figures(whole, mammostream, tmp_path):
+    outcome = mammostream(f"report {whole} --output {tmp_path}/page.html")
+    assert outcome.code == 0, outcome.err
+    page = (tmp_path / "page.html").read_text()
+    figures = json.loads((whole / "folds.json").read_text())["levels"]["tile"]["prob"]
+    low, high = figures["pooled"]["per_class"]["left"]["intervals"]["auc"]
+    mean = figures["folds"]["per_class"]["left"]["auc"]["mean"]
+    for text in (f"{mean:.4g}", f"{low:.3f} - {high:.3f}", "<h2>Cross-validation"):
+        assert text in page
+    assert page.count("<h2>Fine-tuning") == FOLDS
+
+
 # ---------------------------------------------------------------- interruptions
 
 
@@ -354,6 +366,18 @@ def test_without_folds_there_must_be_validation(cohort, mammostream, tmp_path):
     plain = cohort.command(tmp_path / "run").replace(f"--val-csv {cohort.second}", "")
     assert "--fold 1 is one of --folds" in mammostream(plain.replace("--folds 3", "--fold 1")).error
     assert "give --val-csv, or --folds for a cross-validation" in mammostream(plain.replace("--folds 3", "")).error
+
+
+def test_what_failed_before_a_fold_began_binds_nothing(cohort, mammostream, tmp_path):
+    outcome = mammostream(f"{cohort.command(tmp_path)} --byol-checkpoint {tmp_path}/gone.pth")
+    assert outcome.code == 2
+    assert "gone.pth does not exist" in outcome.error
+    assert not (tmp_path / "folds.parquet").exists()
+    outcome = mammostream(f"{cohort.command(tmp_path)} --pos-weight 1 2 3")
+    assert "--pos-weight has 3 values for 2 classes" in outcome.error
+    assert mammostream(f"{cohort.command(tmp_path)} --fold 0").code == 0
+    outcome = mammostream(f"{cohort.command(tmp_path)} --fold 1 --pos-weight auto")
+    assert "were made with --pos-weight its default, not auto" in outcome.error
 
 
 def test_a_finished_fold_of_another_run_is_not_taken(cohort, whole, mammostream, tmp_path):

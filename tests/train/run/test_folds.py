@@ -163,5 +163,7 @@ def test_the_record_refuses_other_inputs_by_name(tmp_path):
         with pytest.raises(BadInput, match=f"folds.parquet were made with {said}; give the same"):
             record_plan(tmp_path, other, its_facts)
     assert (tmp_path / "folds.parquet").read_bytes() == before
+    assert record_plan(tmp_path, plan, facts | {"--lr-head": 0.2}, begun=False) != digest
+    assert (tmp_path / "folds.parquet").read_bytes() != before
     assert record_plan(tmp_path / "other", plan, facts, write=False) == digest
     assert not (tmp_path / "other").exists()
