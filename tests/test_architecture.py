@@ -33,7 +33,7 @@ TRAIN_ROOMS = {
     "byol": {"run", "probe"},
     "classify": {"run", "levels", "evaluate"},
     "export": {"run", "levels"},
-    "report": {"run", "levels", "evaluate"},
+    "report": {"run", "levels", "predict", "evaluate"},
     "bench": {"run", "byol", "levels", "predict"},
 }
 SOURCES = sorted(

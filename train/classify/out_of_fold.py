@@ -197,13 +197,18 @@ def summary_lines(summary: Mapping[str, Mapping[str, Any]], count: int) -> list[
         folds, pooled = (summary[level][score][name] for name in ("folds", "pooled"))
         for name, figures in pooled["per_class"].items():
             words = [
-                f"{figure.upper()} {spread_words(folds['per_class'][name][figure])}, pooled {_pooled_words(figures, figure)}"
+                f"{figure.upper()} {_fold_words(folds['per_class'][name][figure])}, pooled {_pooled_words(figures, figure)}"
                 for figure in ("auc", "ap")
             ]
             known = figures["positives"] + figures["negatives"]
             lines.append(f"{level}s, {name}: {'; '.join(words)} ({figures['positives']} of {known} positive)")
     ending = f"mean ± standard deviation over {count} folds; pooled with 95 % intervals over patients"
     return [*lines, ending]
+
+
+def _fold_words(found: Mapping[str, Any]) -> str:
+    undefined = found["values"].count(None)
+    return f"undefined in {undefined} of {len(found['values'])} folds" if undefined else spread_words(found)
 
 
 def _pooled_words(figures: Mapping[str, Any], name: str) -> str:

@@ -21,7 +21,7 @@ from mammostream.train.evaluate.matching import Matched, match_labels
 from mammostream.train.evaluate.reading import Predictions, read_predictions, with_model
 from mammostream.train.levels.aggregation import PROBABILITY
 from mammostream.train.levels.calibration import IMAGE, TILE
-from mammostream.train.report.pictures import Picture, embed
+from mammostream.train.report.pictures import Picture, draw_tile_map, embed
 
 NEGATIVE, POSITIVE = "False negative", "False positive"
 _EDGES = ["xmin", "ymin", "xmax", "ymax"]
@@ -39,7 +39,7 @@ class Case:
     picture: Picture | None
     """Its heat map."""
     note: str = ""
-    """Why there is no picture."""
+    """Why there is no picture, or which one it is."""
 
 
 @dataclass
@@ -117,20 +117,23 @@ def _counts(matched: Matched, limits: np.ndarray) -> pd.DataFrame:
 
 
 def _case(title: str, image: str, name: str, folder: Path, tiles: pd.DataFrame | None, findings: pd.DataFrame | None) -> Case:
-    path = folder / (short_name(f"heatmap_{escape_id(image)}_{escape_id(name)}") + ".png")
-    picture = embed(path) if path.is_file() else None
-    note = "" if picture else f"{folder.name} has no heat map of this film: infer draws them over films, not for shards."
-    mine = None
-    facts = "Where its tiles lie is not known."
+    on_film = None if findings is None else findings[findings["image"] == image]
+    mine, facts = None, "Where its tiles lie is not known."
     if tiles is not None:
         mine = tiles[(tiles["image_id"] == image) & tiles[PROBABILITY + name].notna()]
         if len(mine):
             top = mine.loc[mine[PROBABILITY + name].idxmax()]
             place = f"x {top['_x']:.0f}, y {top['_y']:.0f}, {top['_size']:.0f} pixels wide"
             facts = f"Highest of {len(mine)} tiles: {top[PROBABILITY + name]:.3f} ({place} in the film)."
-    boxes = None
-    if findings is not None:
-        boxes = _box_table(findings[findings["image"] == image], name, mine)
+    path = folder / (short_name(f"heatmap_{escape_id(image)}_{escape_id(name)}") + ".png")
+    picture, note = (embed(path) if path.is_file() else None), ""
+    if picture is None:
+        note = f"{folder.name} has no heat map of this film: infer draws them over films, not for shards."
+        if mine is not None and len(mine):
+            edges = np.empty((0, 4)) if on_film is None else on_film[_EDGES].to_numpy(np.float64)
+            picture = draw_tile_map(mine, mine[PROBABILITY + name].to_numpy(), edges, name)
+            note += " This is the map of its tiles, without the film."
+    boxes = None if on_film is None else _box_table(on_film, name, mine)
     return Case(title, facts, boxes, picture, note)
 
 

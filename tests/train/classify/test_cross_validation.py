@@ -234,6 +234,7 @@ def test_the_console_says_mean_and_pooled_figure(cohort, whole, mammostream):
         f"tiles, bright: AUC {folds['mean']:.3f} ± {folds['sd']:.3f}, pooled {pooled['auc']:.3f} ({low:.3f}-{high:.3f}); AP"
         in outcome.out
     )
+    assert "breasts, bright: AUC undefined in 3 of 3 folds, pooled undefined; AP" in outcome.out  # all are positive
     assert "mean ± standard deviation over 3 folds; pooled with 95 % intervals over patients" in outcome.out
 
 

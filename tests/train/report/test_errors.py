@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import re
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from test_report import Page, run_dir  # noqa: F401
 
 from mammostream.common.files import write_yaml
 from mammostream.train.report import report
 from mammostream.train.report.errors import worst_errors
+from mammostream.train.report.pictures import draw_tile_map
 
 
 def titles_of(text: str) -> list[str]:
@@ -109,6 +113,44 @@ def test_films_with_heat_maps_show_them_and_their_boxes(run_dir, finetuned, mamm
         assert said.count("simulated_calcification") >= len(boxes) > 0
         assert "Boxes on the film, in its pixels" in said
         assert all(f"{box.xmin:.4g}" in said for box in boxes.itertuples())
+
+
+def test_films_of_shards_show_the_map_of_their_tiles(run_dir, finetuned, mammostream, tmp_path):  # noqa: F811
+    """The same run without the pictures of infer: the map's hottest place lies where the highest tile is."""
+    run = tmp_path / "run"
+    shutil.copytree(run_dir / "infer", run / "infer", ignore=shutil.ignore_patterns("*.png"))
+    images = pd.read_parquet(run / "infer/image_predictions.parquet")
+    pd.DataFrame({"image_id": images["image_id"], "bright": 1.0}).to_csv(run / "labels.csv", index=False)
+    evaluate = f"evaluate --predictions {run}/infer/image_predictions.parquet --labels {run}/labels.csv --bootstrap 0"
+    assert mammostream(f"{evaluate} --threshold 1 --output-dir {run}/evaluate").code == 0
+    assert mammostream(f"report {run}").code == 0
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    titles = titles_of(text)
+    assert len(titles) == 2
+    assert set(titles) <= set(page.alternatives)
+    assert text.count("infer draws them over films, not for shards. This is the map of its tiles, without the film.") == 2
+
+
+def test_the_map_of_tiles_is_hot_where_they_are_and_shows_boxes():
+    """Four tiles that touch at their edges, the last one hot; a box on the first."""
+    tiles = pd.DataFrame({"_x": [0, 100, 0, 100], "_y": [0, 0, 100, 100], "_size": 100})
+    boxes = np.array([[20.0, 20, 60, 60]])
+    for hot in range(4):
+        picture = draw_tile_map(tiles, np.where(np.arange(4) == hot, 0.9, 0.1), boxes, "mass")
+        with Image.open(io.BytesIO(base64.b64decode(picture.source.partition("base64,")[2]))) as image:
+            pixels = np.asarray(image.convert("RGB")).astype(int)
+        dark = (pixels.sum(2) < 200).any(0) & (np.arange(pixels.shape[1]) < 0.7 * pixels.shape[1])
+        left, right = np.flatnonzero(dark)[[0, -1]]
+        middle = pixels.shape[0] // 2, (left + right) // 2
+        quarters = [pixels[: middle[0], left : middle[1]], pixels[: middle[0], middle[1] : right]]
+        quarters += [pixels[middle[0] :, left : middle[1]], pixels[middle[0] :, middle[1] : right]]
+        red = [np.median(quarter[..., 0]) for quarter in quarters]  # of the colours, red tells hot from cold
+        assert int(np.argmax(red)) == hot, red
+        cyan = (np.abs(pixels - [0x39, 0xD0, 0xFF]).sum(2) < 40).nonzero()
+        assert len(cyan[0]) > 100
+        assert cyan[0].max() < middle[0]
+        assert cyan[1].max() < middle[1]
 
 
 def test_boxes_say_which_tile_shows_them(run_dir, finetuned, tmp_path):  # noqa: F811
