@@ -8,11 +8,9 @@ tars. Each of W ranks reads one contiguous W-th of an epoch's order, a different
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ import torch
 from mammostream.common.buckets import lost_connection
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import sha256_json
+from mammostream.dali_pipelines.draws import drawn_source
+from mammostream.dali_pipelines.freed_memory import keep_freed_memory
 from mammostream.dali_pipelines.inference import resize
 from mammostream.dali_pipelines.intensity import ImageFormat
 from mammostream.dali_pipelines.loader_config import LoaderConfig
@@ -65,6 +65,7 @@ class _Loader:
         tiles: Iterable[int] | None,
         shuffle: bool,
         drop_tail: bool,
+        draw: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         rank, world_size = config.rank_and_world_size()
         batch_size, device = config.batch_size, config.device
@@ -72,11 +73,13 @@ class _Loader:
             raise BadInput("there is no usable GPU; choose --device cpu or see 'mammostream doctor'")
         form = ImageFormat(config.size, config.mean, config.std, config.dtype)
         self._source = open_source(source, tile_size=config.tile_size, tiles=tiles)
+        self._draw = draw
+        self._read = self._source  # what the pipeline reads: with `draw`, the tiles of this epoch
         self._device_id = torch.cuda.current_device() if device == "gpu" else None
         if not config.mmap:
             allow_open_files(self._source.file_count)
         if device == "cpu" and config.keep_memory:
-            _keep_freed_memory()
+            keep_freed_memory()
 
         self.tiles = self._source.count
         """Number of tiles, all ranks together."""
@@ -125,7 +128,6 @@ class _Loader:
         }
         self._build = partial(
             partial(view_pipeline, views=views) if views else evaluation_pipeline,
-            self._source,
             form=form,
             tile_size=config.tile_size,
             device=device,
@@ -149,6 +151,9 @@ class _Loader:
                 yield tuple(tensor[:rows] for tensor in batch)
         self._done = 0
         self.epoch += 1
+        if self._draw is not None:  # the pipeline reads the tiles of one epoch
+            self._pipeline = None
+            self._begin_anew()
 
     def start(self) -> None:
         """Build the pipeline and start reading, so that the first batch is ready, or nearly, when it is requested.
@@ -195,8 +200,10 @@ class _Loader:
         # The reader's order must be the same on all ranks, so that their slices are disjoint; the random draws must differ.
         order = {"shuffle_after_epoch_seed": seed + self._origin} if self._reader["shuffle"] else {}
         draws = int(np.random.SeedSequence([seed, rank, self._origin]).generate_state(1)[0] >> 1)
+        if self._draw is not None:
+            self._read = drawn_source(self._source, self._draw(self.epoch))
         self._pipeline = self._build(
-            reader=self._reader | order, seed=draws, checkpoint=self._checkpoint, checked=self._checked
+            self._read, reader=self._reader | order, seed=draws, checkpoint=self._checkpoint, checked=self._checked
         )
         self._pipeline.schedule_run()
 
@@ -211,7 +218,7 @@ class _Loader:
         if self._source.bucket is not None and "fn.readers." in text:
             return lost_connection(self._source.bucket, reason)
         if any(name in text for name in ("fn.readers.", "fn.peek_image_shape", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
-            return UnreadableTile(self._source, text, reason)
+            return UnreadableTile(self._read, text, reason)
         if self._checkpoint is not None and "checkpoint" in text:
             return BadInput(
                 f"the saved loader's state does not fit this loader ({reason}); resume with the same device and views"
@@ -270,19 +277,11 @@ class _Loader:
                     f"epoch {self.epoch + 1} restarts from its beginning ({self._done} of its batches had been read)",
                     stacklevel=2,
                 )
-            self._done, self._origin, self._checkpoint, self._checked = 0, self.epoch, None, True
+            self._begin_anew()
 
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let malloc keep freed memory: otherwise batches of tens of MB go back to the system and return as new pages, which took
-    an eighth of all CPU time. It affects the whole process. Only the CPU needs it: for a GPU, DALI has memory pools.
-    """
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # <malloc.h>
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-    libc.mallopt(m_arena_max, 1)  # per-thread arenas cannot hold blocks of more than 64 MB
+    def _begin_anew(self) -> None:
+        """Begin the current epoch with an order and draws of its own, which no earlier epoch decides."""
+        self._done, self._origin, self._checkpoint, self._checked = 0, self.epoch, None, True
 
 
 class PretrainLoader(_Loader):
@@ -334,7 +333,8 @@ class PretrainLoader(_Loader):
 
 
 class LabelledLoader(_Loader):
-    """One view of each tile, or the tile as it is; every tile exactly once per epoch, so the last batch may be smaller.
+    """One view of each tile, or the tile as it is; without `draw` every tile exactly once per epoch, so the last batch may be
+    smaller.
 
     Yields ``(tiles, numbers)``: a tensor (N, 1, view_size, view_size) on the device, in ``channels_last`` strides, and int64
     numbers (N,) on the CPU, ``N <= batch_size``. Labels are joined by number. With several ranks, each yields its share, and
@@ -353,6 +353,9 @@ class LabelledLoader(_Loader):
         Whether the order changes each epoch; otherwise it is the source's.
     tiles
         Numbers of the tiles to read, or positions if the source is files; None reads all.
+    draw
+        Epoch (from 0) -> the numbers to read in it, as many as there are `tiles`: some several times, others not at all. None
+        reads each once. It needs `shuffle`, `tiles` and memory maps, and is the same on all ranks, which share its draws.
     options
         Fields of :class:`~mammostream.dali_pipelines.loader_config.LoaderConfig`: used instead of `config`, or to
         override some of its fields.
@@ -371,11 +374,14 @@ class LabelledLoader(_Loader):
         view: View | None = None,
         shuffle: bool = False,
         tiles: Iterable[int] | None = None,
+        draw: Callable[[int], np.ndarray] | None = None,
         **options: Any,
     ) -> None:
         config = LoaderConfig.of(config, options)
         views = () if view is None else (view,)
-        super().__init__(source, config, views=views, tiles=tiles, shuffle=shuffle, drop_tail=False)
+        if draw is not None and not (tiles is not None and shuffle and config.mmap):  # each part of an epoch opens its tars
+            raise ValueError("draws need a choice of tiles, a shuffle and memory maps")
+        super().__init__(source, config, views=views, tiles=tiles, shuffle=shuffle, drop_tail=False, draw=draw)
         self._size = config.size
 
     def _next(self) -> tuple[torch.Tensor, ...]:

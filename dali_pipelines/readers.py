@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import resource
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,6 +50,8 @@ class ShardSource:
         Bits per pixel of ``raw`` tiles, which need no decoder; None for all other codecs.
     directories
         Directory number of each tar, by path; empty if there is only one directory.
+    listed
+        Tile numbers of each index's samples, in their order; only for a subset.
     temporary
         The directory of indexes made for a subset; it is deleted with this object.
     """
@@ -59,6 +61,7 @@ class ShardSource:
     count: int
     raw_bits: int | None
     directories: dict[str, int]
+    listed: list[np.ndarray] = field(default_factory=list)
     temporary: TemporaryDirectory | None = None
 
     resizes = False  # a shard's tiles all have the same size
@@ -275,6 +278,7 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
     numbered: list[int] = []  # directory number of each tar
     stored: dict[int, int | None] = {}  # directory number -> bits per pixel of raw tiles, or None
     indexes: list[str] = []
+    listed: list[np.ndarray] = []  # tile numbers of each index, of a subset
     count = 0
     for shard in shards:
         index = read_index(shard.index)
@@ -284,10 +288,12 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
         index_path = shard.index
         if wanted is not None and temporary is not None:
             numbers = tile_numbers(shard.tar, index) + directory * DIRECTORY_STRIDE
-            index = [index[i] for i in np.flatnonzero(np.isin(numbers, wanted))]
+            chosen = np.flatnonzero(np.isin(numbers, wanted))
+            index = [index[i] for i in chosen]
             index_path = Path(temporary.name) / f"{len(tars):06d}.idx"
             if index:
                 write_index(index_path, index)
+                listed.append(numbers[chosen])
         if not index:
             continue
         if directory not in stored:
@@ -311,7 +317,7 @@ def _open_shards(shards: list[Shard], tile_size: int, wanted: np.ndarray | None)
             f"alike: {', '.join(map(str, order))}"
         )
     directories = dict(zip(tars, numbered, strict=True)) if any(numbered) else {}
-    return ShardSource(tars, indexes, count, next(iter(stored.values())), directories, temporary)
+    return ShardSource(tars, indexes, count, next(iter(stored.values())), directories, listed, temporary)
 
 
 def tile_numbers(tar: Path | BucketPath, index: Sequence[Sample]) -> np.ndarray:

@@ -13,6 +13,7 @@ from mammostream.common.errors import BadInput
 from mammostream.common.files import write_json, write_yaml
 from mammostream.common.options import Command, ListOption, config_file_option, config_options, resolved, split_commas
 from mammostream.train.classify.config import FinetuneConfig
+from mammostream.train.classify.folds_command import check_folds, run_folds
 
 if TYPE_CHECKING:
     from mammostream.train.classify.run import LabelledData
@@ -26,8 +27,8 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--val-csv",
     type=FILE,
-    required=True,
-    help="The same for validation; it must share no patient, film or tile with --train-csv.",
+    help="The same for validation; it must share no patient, film or tile with --train-csv. With --folds it is optional: its "
+    "tiles are added to those of --train-csv.",
 )
 @click.option("--tiles-dir", type=FILE, help="Folder that tile_path is relative to.")
 @click.option("--shards", "shards_dir", type=FILE, help="Shard directory, instead of --tiles-dir; tile_path then holds keys.")
@@ -46,6 +47,19 @@ FILE = click.Path(path_type=Path)
     callback=split_commas,
     help="Train once with each of these seeds, in --output-dir/seed_<n>, and report mean and spread (instead of --seed).",
 )
+@click.option(
+    "--folds",
+    type=int,
+    help="Cross-validate by patient, stratified by label: each of so many folds (3 or more) is tested by a model that the next "
+    "fold validated and the others trained, in --output-dir/fold-<n>; the out-of-fold predictions are gathered. The folds "
+    "follow from labels, patients and --seed.",
+)
+@click.option(
+    "--fold",
+    type=int,
+    help="Run only this fold of --folds (from 0), for instance as a task of a SLURM array; the last to finish, or the command "
+    "without --fold, gathers the predictions.",
+)
 @click.option("--patient-regex", help="With --tiles-dir: the part of tile_path that names the patient, e.g. 'patient\\d+'.")
 @click.option(
     "--allow-leakage/--no-allow-leakage",
@@ -60,13 +74,15 @@ def finetune(
     /,
     byol_checkpoint: Path,
     train_csv: Path,
-    val_csv: Path,
+    val_csv: Path | None,
     tiles_dir: Path | None,
     shards_dir: Path | None,
     class_names: tuple[str, ...],
     output_dir: Path,
     resume: str | None,
     seeds: tuple[str, ...],
+    folds: int | None,
+    fold: int | None,
     patient_regex: str | None,
     allow_leakage: bool,
     **options: Any,
@@ -77,7 +93,7 @@ def finetune(
     best_classification_model.pth (highest validation AUC), classification_epoch_10.pth and so on, _last after each epoch,
     final_classification_model.pth, and metrics.json with the LAST epoch's figures: the best epoch's are biased upwards by the
     selection. SIGTERM, SIGUSR1 and Ctrl-C save _last after the current step; the exit code is then 75 (Ctrl-C: 130), and
-    --resume auto continues after that step.
+    --resume auto continues after that step. With --folds, --resume auto also skips the folds that are finished.
     Several processes: torchrun --standalone --nproc-per-node N -m mammostream finetune ...
     """
     if (tiles_dir is None) == (shards_dir is None):
@@ -86,11 +102,18 @@ def finetune(
     configs = _by_seed(config, seeds)
     if resume not in (None, "auto") and seeds:
         raise BadInput("--resume PATH resumes one run; with --seeds use --resume auto")
+    if folds is not None or fold is not None:
+        csvs = (train_csv,) if val_csv is None else (train_csv, val_csv)
+        check_folds(folds, fold, seeds, resume)
+        run_folds(ctx, csvs, config, class_names, output_dir)
+        return
+    if val_csv is None:
+        raise BadInput("give --val-csv, or --folds for a cross-validation over the patients of --train-csv")
     csvs = (train_csv, val_csv)
     data = _read_data(csvs, class_names, config.max_samples, tiles_dir, shards_dir, patient_regex)
     from mammostream.train.classify.finetune import finetune as run
     from mammostream.train.classify.run import CHECKPOINT_NAME
-    from mammostream.train.classify.validation import summarise
+    from mammostream.train.classify.spread import summarise
     from mammostream.train.run.resuming import find_resume
     from mammostream.train.run.runtime import join_processes
 
@@ -179,10 +202,7 @@ def _by_seed(config: FinetuneConfig, seeds: tuple[str, ...]) -> dict[int, Finetu
 def _print_seeds(summary: dict[str, Any]) -> None:
     """Print mean and standard deviation over seeds of the AUCs and average precisions."""
 
-    def words(spread: dict[str, Any]) -> str:
-        if spread["mean"] is None:
-            return "undefined"
-        return f"{spread['mean']:.3f}" + (f" ± {spread['sd']:.3f}" if spread["sd"] is not None else "")
+    from mammostream.train.classify.spread import spread_words as words
 
     seeds = f"{len(summary['seeds'])} seeds ({', '.join(map(str, summary['seeds']))}), mean ± standard deviation"
     for name, figures in [*summary["per_class"].items(), ("mean", {"auc": summary["mean_auc"], "ap": summary["mean_ap"]})]:

@@ -40,8 +40,17 @@ class FinetuneConfig(TrainingConfig):
         "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2; default: 0.1 for --loss bce, 0 for the others, "
         "which weigh labels by how well they are predicted.",
     )
+    sampling: str = option(
+        "natural",
+        "Tiles of an epoch: natural = each once; balanced = as many draws, equally many from the positives of each class and "
+        "from the tiles positive in none (where a missing label counts as not positive); each of these sets is gone through "
+        "evenly, a small one several times, and of a large one another part each epoch.",
+        choices=("natural", "balanced"),
+    )
     pos_weight: tuple[str, ...] = option(
-        (), "Weight of positive labels: auto = negatives / positives of each class, or one number per class; default: 1."
+        (),
+        "Weight of positive labels: auto = negatives / positives of each class, as --sampling draws them; or one number per "
+        "class; default: 1.",
     )
     focal_gamma: float = option(2.0, "--loss focal: how steeply easy labels lose weight.")
     asymmetric_gamma_positive: float = option(0.0, "--loss asymmetric: how steeply easy positives lose weight.")

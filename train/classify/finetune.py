@@ -19,6 +19,7 @@ from mammostream.common.progress import progress
 from mammostream.models.checkpoints import entries_of, load_checkpoint
 from mammostream.train.classify.config import FinetuneConfig
 from mammostream.train.classify.run import CHECKPOINT_NAME, LabelledData, Run
+from mammostream.train.classify.sampling import describe_sampling
 from mammostream.train.classify.step import train_step
 from mammostream.train.classify.validation import Validation, validate, with_intervals
 from mammostream.train.run.charts import draw_curves
@@ -96,6 +97,8 @@ def finetune(
     ):
         if (report := byol.get("load_report")) and runtime.is_main:
             bar.write("\n".join(report.lines()))
+        if config.sampling == "balanced" and runtime.is_main:
+            bar.write(describe_sampling(data.train.labels, data.class_names))
         while not run.finished:
             found = _run_epoch(run, tracker, bar)
     if found is None:  # a finished run, resumed

@@ -81,7 +81,9 @@ def _smoothed(log_p: Tensor, log_q: Tensor, smoothing: float) -> tuple[Tensor, T
     return (1 - half) * log_p + half * log_q, half * log_p + (1 - half) * log_q
 
 
-def positive_weights(labels: np.ndarray, wanted: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+def positive_weights(
+    labels: np.ndarray, wanted: Sequence[str], class_names: Sequence[str], times: np.ndarray | None = None
+) -> np.ndarray:
     """Return the weight of a positive label for each class: float32 (C,).
 
     Parameters
@@ -92,6 +94,8 @@ def positive_weights(labels: np.ndarray, wanted: Sequence[str], class_names: Seq
         Empty for no weights, ``("auto",)`` for negatives / positives, or one number per class.
     class_names
         C names.
+    times
+        (N,) how often an epoch draws each row on average; None: once. ``auto`` counts the labels as they are drawn.
 
     Raises
     ------
@@ -107,10 +111,11 @@ def positive_weights(labels: np.ndarray, wanted: Sequence[str], class_names: Seq
                 f"--class-names ({', '.join(class_names)}), or auto"
             )
         return np.array([float(value) for value in wanted], np.float32)
-    positives, negatives = (labels == 1).sum(0), (labels == 0).sum(0)
+    times = np.ones(len(labels), int) if times is None else times
+    positives, negatives = times @ (labels == 1), times @ (labels == 0)
     # A class whose labels are all equal has nothing to balance.
     both = (positives > 0) & (negatives > 0)
-    return np.where(both, negatives / np.maximum(positives, 1), 1).astype(np.float32)
+    return np.where(both, negatives / np.where(both, positives, 1), 1).astype(np.float32)
 
 
 def build_loss(config: FinetuneConfig, pos_weight: Tensor) -> Loss:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mammostream.models.tensors import load_state
 from mammostream.shards.reading import check_same_pixels, view_size_of
 from mammostream.train.classify.config import FinetuneConfig
 from mammostream.train.classify.losses import positive_weights
+from mammostream.train.classify.sampling import balanced_numbers, check_strata, expected_draws
 from mammostream.train.classify.step import TrainingState, build_state
 from mammostream.train.classify.validation import Validation
 from mammostream.train.levels.calibration import PROB, TILE, plain
@@ -33,7 +35,8 @@ from mammostream.train.run.stopping import StopSignals
 
 CHECKPOINT_NAME = "{}_classification_model.pth"
 # Options that may differ when a run is resumed: they do not change its result, or are changed on purpose.
-_FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing", "save_every_steps"}
+FREE = {"num_workers", "wandb_project", "wandb_mode", "device", "precision", "gradient_checkpointing", "save_every_steps"}
+_DEFAULTS = {"sampling": "natural"}  # of options that checkpoints of earlier versions do not have
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,18 @@ class Run:
         record = (data.preprocessing or learnt) | {"mean": learnt["mean"], "std": learnt["std"]}
         if view_size := view_size_of(learnt, record["tile_size"]):
             record["view_size"] = view_size
-        reading = _loader_config(record, config, runtime)
-        train = data.train
-        train_loader = LabelledLoader(train.source, reading, view=TRAIN_VIEW, shuffle=True, tiles=train.numbers)
+        reading = loader_config(record, config, runtime)
+        train, draw, times = data.train, None, None
+        if config.sampling == "balanced":
+            check_strata(train.labels, data.class_names)
+            draw = partial(balanced_numbers, train.numbers, train.labels, config.seed)
+            times = expected_draws(train.labels)
+        train_loader = LabelledLoader(train.source, reading, view=TRAIN_VIEW, shuffle=True, tiles=train.numbers, draw=draw)
         val_loader = LabelledLoader(data.val.source, reading, tiles=data.val.numbers)
         # The process with the most tiles decides how many steps all of them take.
         steps = math.ceil(math.ceil(train_loader.tiles / runtime.world_size) / config.batch_size)
         model = MammogramClassifier.from_byol(network, len(data.class_names), config.dropout)
-        weights = positive_weights(train.labels, config.pos_weight, data.class_names)
+        weights = positive_weights(train.labels, config.pos_weight, data.class_names, times)
         state = build_state(model, config, runtime, steps * config.epochs, weights)
         pretrained_on = byol.get("subjects", ())
         loaders = train_loader, val_loader
@@ -223,7 +230,7 @@ class Run:
         """
         checkpoint = load_to_resume(path, "classifier")
         saved, state, runtime = checkpoint["resume"], self.state, self.runtime
-        check_same_options(path, checkpoint["config"], self.config, _FREE)
+        check_same_options(path, _DEFAULTS | checkpoint["config"], self.config, FREE)
         if saved["data"] != self.data.fingerprint():
             raise BadInput(f"checkpoint {path} was trained with other classes, labels or tiles; resume with the same CSVs")
         if len(saved["processes"]) != runtime.world_size:
@@ -246,7 +253,8 @@ class Run:
         self.metrics = checkpoint["metrics"]
 
 
-def _loader_config(record: Mapping[str, Any], config: FinetuneConfig, runtime: Runtime) -> LoaderConfig:
+def loader_config(record: Mapping[str, Any], config: FinetuneConfig, runtime: Runtime) -> LoaderConfig:
+    """Return how this process reads tiles that were made as `record`, a checkpoint's ``preprocessing``, says."""
     return LoaderConfig(
         batch_size=config.batch_size,
         tile_size=record["tile_size"],

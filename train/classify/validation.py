@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,33 +125,4 @@ def _cross_fitted_figures(rows: Judged, class_names: Sequence[str]) -> dict[str,
         "brier": calibrated["brier"],
         "ece": calibrated["ece"],
         "exact_match": decided["exact_match"],
-    }
-
-
-def summarise(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return mean, standard deviation (of the sample, n - 1) and values over seeds of each metric, undefined ones as None.
-
-    Parameters
-    ----------
-    runs
-        Seed -> metrics as :func:`finetune` returns them.
-    """
-
-    def spread(values: list[float | None]) -> dict[str, Any]:
-        known = [value for value in values if value is not None]
-        defined = len(known) == len(values)
-        return {
-            "mean": float(np.mean(known)) if defined else None,
-            "sd": float(np.std(known, ddof=1)) if defined and len(known) > 1 else None,
-            "values": values,
-        }
-
-    metrics = list(runs.values())
-    return {
-        "seeds": list(runs),
-        **{name: spread([m[name] for m in metrics]) for name in ("mean_auc", "mean_ap", "exact_match", "val_loss")},
-        "per_class": {
-            name: {figure: spread([m["per_class"][name][figure] for m in metrics]) for figure in ("auc", "ap")}
-            for name in metrics[0]["per_class"]
-        },
     }

@@ -57,7 +57,12 @@ def _score(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.option(
     "--findings",
     type=FILE,
-    help="findings.parquet: FROC of tiles against its boxes, sensitivity at 0.25, 0.5, 1 and 2 false positives per image.",
+    help="findings.parquet: FROC against its boxes, sensitivity at 0.25, 0.5, 1 and 2 false positives per image.",
+)
+@click.option(
+    "--froc-marks",
+    type=click.Choice(["tiles", "peaks"]),
+    help="What marks a place for --findings: tiles (default), or the peaks of the heat map that the tiles blend to.",
 )
 @click.option(
     "--by",

@@ -1,8 +1,8 @@
-"""Free-response ROC: tiles as marks against boxes; sensitivity by the number of false positives per image."""
+"""Free-response ROC: tiles or peaks of heat maps as marks against boxes; sensitivity by false positives per image."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from mammostream.train.levels.labels import labels_of_units
 RATES = (0.25, 0.5, 1.0, 2.0)  # false positives per image
 HIT = 0.5  # as `shards labels --min-fraction` has it by default
 _RESAMPLES = 100  # drawn at a time
+# From x, y, size and score of a film's tiles and its boxes: the marks' scores (M,), which mark hits which box (M, B), and which
+# marks are false positives (M,).
+Marks = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,21 @@ def overlap_fraction(tiles: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return overlap / np.minimum(area_of_tiles[:, None], np.maximum(area_of_boxes, 1)[None])
 
 
-def mark(tiles: pd.DataFrame, boxes: pd.DataFrame, images: pd.DataFrame) -> Marked:
-    """Tell hits and false positives apart.
+def tile_marks(
+    x: np.ndarray, y: np.ndarray, size: np.ndarray, scores: np.ndarray, boxes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the tiles of a film that are marks: scores, which of the (B, 4) boxes they hit, and which are false positives.
 
     A mark hits a box where at least half of the box lies in the tile, or half of the tile in the box, the rule by which tiles
-    are labelled. A mark that touches a box by less is neither a hit nor a false positive. One mark may hit several boxes.
+    are labelled. A mark that touches a box by less is neither a hit nor a false positive.
+    """
+    kept = suppressed(x, y, size, scores)
+    fraction = overlap_fraction(np.stack([x, y, x + size, y + size], 1)[kept], boxes)
+    return scores[kept], fraction >= HIT, np.all(fraction <= 0, axis=1)
+
+
+def mark(tiles: pd.DataFrame, boxes: pd.DataFrame, images: pd.DataFrame, marks: Marks = tile_marks) -> Marked:
+    """Tell hits and false positives apart; one mark may hit several boxes.
 
     Parameters
     ----------
@@ -99,6 +112,8 @@ def mark(tiles: pd.DataFrame, boxes: pd.DataFrame, images: pd.DataFrame) -> Mark
         ``image, xmin, ymin, xmax, ymax`` of the class.
     images
         The judged images: ``image, patient, breast``; what is on others counts nowhere.
+    marks
+        What makes marks of an image's tiles.
     """
     best = np.full(len(boxes), -np.inf)
     false: list[tuple[str, np.ndarray]] = []
@@ -106,14 +121,9 @@ def mark(tiles: pd.DataFrame, boxes: pd.DataFrame, images: pd.DataFrame) -> Mark
     box_rows = dict(iter(boxes.reset_index(drop=True).groupby("image", sort=False)))
     for image, rows in tiles[tiles["image"].isin(patients.index) & tiles["score"].notna()].groupby("image", sort=False):
         x, y, size, scores = (rows[c].to_numpy(np.float64) for c in ("_x", "_y", "_size", "score"))
-        kept = suppressed(x, y, size, scores)
-        scores, edges = scores[kept], np.stack([x, y, x + size, y + size], 1)[kept]
-        away = np.ones(len(scores), bool)
-        if image in box_rows:
-            mine = box_rows[image]
-            fraction = overlap_fraction(edges, mine[["xmin", "ymin", "xmax", "ymax"]].to_numpy(np.float64))
-            best[mine.index] = np.where(fraction >= HIT, scores[:, None], -np.inf).max(0, initial=-np.inf)
-            away = np.all(fraction <= 0, axis=1)
+        mine = box_rows.get(image, boxes.iloc[:0])
+        scores, hits, away = marks(x, y, size, scores, mine[["xmin", "ymin", "xmax", "ymax"]].to_numpy(np.float64))
+        best[mine.index.to_numpy(int)] = np.where(hits, scores[:, None], -np.inf).max(0, initial=-np.inf)
         false.append((patients[image], scores[away]))
     lesions = boxes[["image"]].reset_index(drop=True).assign(score=best).merge(images, on="image")
     false_rows = pd.DataFrame(
@@ -201,6 +211,7 @@ def froc(
     findings_path: Path,
     patient_column: str = "patient_id",
     bootstrap: int = 1000,
+    marks: Marks = tile_marks,
 ) -> tuple[dict[str, Any], dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]]:
     """Return the FROC of each predicted class that has boxes.
 
@@ -219,6 +230,8 @@ def froc(
         Of the labels.
     bootstrap
         Resamples of patients.
+    marks
+        What makes marks of an image's tiles.
 
     Returns
     -------
@@ -249,7 +262,7 @@ def froc(
         has_box = images["image"].isin(boxes["image"])
         judged = images[has_box | (images[_CLASS + name] == 0)]
         boxes_there = boxes[boxes["image"].isin(judged["image"])]
-        marked = mark(tiles.assign(score=tiles[PROBABILITY + name]), boxes_there, judged[_ABOUT])
+        marked = mark(tiles.assign(score=tiles[PROBABILITY + name]), boxes_there, judged[_ABOUT], marks)
         metrics[name], curves[name] = _judge(marked, bootstrap)
         lost = films.loc[~films["predicted"], "image"]
         metrics[name]["left_out"] = {
@@ -286,9 +299,9 @@ def _boxes(path: Path, class_names: Sequence[str], images: pd.Series) -> pd.Data
     return findings
 
 
-def froc_lines(metrics: Mapping[str, Any]) -> list[str]:
+def froc_lines(metrics: Mapping[str, Any], title: str = "FROC") -> list[str]:
     """Return the figures as lines for the console."""
-    lines = [f"FROC: sensitivity at {', '.join(f'{rate:g}' for rate in RATES)} false positives per image"]
+    lines = [f"{title}: sensitivity at {', '.join(f'{rate:g}' for rate in RATES)} false positives per image"]
     for name, figures in metrics.items():
         if figures is None:
             lines.append(f"  {name}: undefined, the findings have no box of it")

@@ -13,10 +13,11 @@ from mammostream.train.evaluate.compare import compare, comparison_lines
 from mammostream.train.evaluate.doubts import warnings
 from mammostream.train.evaluate.evaluate import Further, choose_thresholds
 from mammostream.train.evaluate.figures import PartialAUC, Point, ProbabilisticF1, read_points
-from mammostream.train.evaluate.froc import froc, froc_lines
+from mammostream.train.evaluate.froc import froc, froc_lines, tile_marks
 from mammostream.train.evaluate.matching import Matched, match_labels
 from mammostream.train.evaluate.metrics import ExtraFigure
 from mammostream.train.evaluate.operating import choose_on, operating_lines, operating_points
+from mammostream.train.evaluate.peaks import peak_marks
 from mammostream.train.evaluate.pictures import draw_comparison, draw_froc, draw_subgroups
 from mammostream.train.evaluate.reading import Predictions, read_predictions, with_model
 from mammostream.train.evaluate.subgroups import Wanted, groups_of, judge_subgroups, read_columns, subgroup_lines
@@ -35,6 +36,7 @@ class Asked:
     model_path: Path | None
     compare_with: Path | None
     findings: Path | None
+    froc_marks: str | None
     by: Sequence[Wanted]
     by_table: Path | None
     at: Sequence[Point]
@@ -55,6 +57,7 @@ class Asked:
         *,
         compare_with: Path | None = None,
         findings: Path | None = None,
+        froc_marks: str | None = None,
         by: Sequence[str] = (),
         by_table: Path | None = None,
         at: Sequence[str] = (),
@@ -71,6 +74,7 @@ class Asked:
             An option that cannot be read, or that needs another one.
         """
         for flag, value, needed, there in (
+            ("--froc-marks", froc_marks, "--findings", findings),
             ("--by-table", by_table, "--by", by),
             ("--choose-on", choose_on, "--at", at),
             ("--choose-labels", choose_labels, "--choose-on", choose_on),
@@ -88,6 +92,7 @@ class Asked:
             model_path,
             compare_with,
             findings,
+            froc_marks,
             read_columns(by),
             by_table,
             read_points(at, "--at", with_one=True),
@@ -128,9 +133,11 @@ def look_further(asked: Asked, predictions: Predictions, matched: Matched, thres
         further.lines.extend(subgroup_lines(subgroups))
         further.pictures["subgroups.png"] = partial(draw_subgroups, subgroups)
     if asked.findings is not None:
-        metrics, curves = froc(predictions, asked.labels_path, asked.findings, asked.patient_column, asked.bootstrap)
+        peaks = asked.froc_marks == "peaks"
+        files = asked.labels_path, asked.findings, asked.patient_column
+        metrics, curves = froc(predictions, *files, asked.bootstrap, peak_marks if peaks else tile_marks)
         further.sections["froc"] = metrics
-        further.lines.extend(froc_lines(metrics))
+        further.lines.extend(froc_lines(metrics, "FROC of the heat maps' peaks" if peaks else "FROC"))
         further.pictures["froc.png"] = partial(draw_froc, curves)
     return further
 

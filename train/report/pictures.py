@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mammostream.common.temporaries import scratch_folder
 from mammostream.shards.archive import escape_id, short_name
-from mammostream.train.run.charts import draw_panels, metric_title
+from mammostream.train.predict.heat_maps import heat_map
+from mammostream.train.run.charts import draw_panels, metric_title, new_figure, save_figure
 
 PICTURES_OF_A_FOLDER = 24  # a page of thousands opens nowhere
 PICTURE_BYTES = 32 * 2**20  # of all of a page's pictures, before base64
 _MAX_EDGE = 1600  # pixels: larger pictures are shrunk
+_POINTS = 32  # of a map along a tile's edge, as `infer` draws it
+_MAP_INCHES = 5.0  # a map's height
 _SMALL_FILE = 100_000  # bytes up to which a picture goes in as it is
 
 # What a picture's name begins with -> what it shows, and how wide it needs to be. The order is that of the page.
@@ -110,6 +114,42 @@ def embed(path: Path) -> Picture:
             data, form = buffer.getvalue(), "webp"
     caption = f"{what}: {about}" if about and kind else what if kind else path.stem
     return Picture(path.name, caption, width, _uri(data, form))
+
+
+def draw_tile_map(tiles: pd.DataFrame, probabilities: np.ndarray, boxes: np.ndarray, name: str) -> Picture:
+    """Draw what a film's tiles blend to, as `infer` draws it over the film, where only the tiles are there.
+
+    Parameters
+    ----------
+    tiles
+        ``_x, _y, _size`` in native pixels, of N tiles.
+    probabilities
+        (N,) of the class.
+    boxes
+        (B, 4) of xmin, ymin, xmax, ymax.
+    name
+        The class.
+    """
+    from matplotlib.patches import Rectangle
+
+    x, y, sizes = (tiles[column].to_numpy(np.float64) for column in ("_x", "_y", "_size"))
+    size = int(np.median(sizes))
+    far = np.concatenate([np.stack([x + sizes, y + sizes], 1), boxes[:, 2:]]).max(0)
+    step = max(1, size // _POINTS)
+    heat = heat_map((int(far[1]), int(far[0])), x, y, size, probabilities, step)
+    figure = new_figure(_MAP_INCHES * far[0] / far[1] + 1.5, _MAP_INCHES)
+    axes = figure.subplots()
+    axes.set_facecolor("#d8dde2")
+    extent = (0, heat.shape[1] * step, heat.shape[0] * step, 0)
+    shown = axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    for xmin, ymin, xmax, ymax in boxes:
+        axes.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, facecolor="none", edgecolor="#39d0ff", linewidth=1.5))
+    axes.set(xlim=(0, far[0]), ylim=(far[1], 0), xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axes, fraction=0.04, pad=0.02).set_label(f"probability of {name}".replace("$", r"\$"))
+    with scratch_folder() as folder:
+        path = Path(folder) / "heatmap.png"
+        save_figure(figure, path)
+        return embed(path)
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:

@@ -16,6 +16,7 @@ from mammostream.common.errors import BadInput
 from mammostream.common.files import write_text
 from mammostream.common.machine import versions
 from mammostream.shards.reading import SHARDS_JSON, open_shards
+from mammostream.train.report.errors import Case, worst_errors
 from mammostream.train.report.pictures import (
     PICTURE_BYTES,
     PICTURES_OF_A_FOLDER,
@@ -31,7 +32,11 @@ _DEPTH = 2
 _ROWS = 200  # of a table
 _PACKAGES = ("mammostream", "torch", "torchvision", "numpy", "scikit-image", "webdataset")
 # Kinds of sections in the order of the pipeline, whatever the folders are called.
-_KINDS = ("Films", "Data", "Pre-training", "Probe", "Fine-tuning", "Predictions", "Evaluation", "Pictures")
+_KINDS = (
+    *("Films", "Data", "Pre-training", "Probe", "Cross-validation", "Fine-tuning", "Predictions", "Evaluation", "Errors"),
+    "Pictures",
+)
+ERRORS = 5  # films of each class and kind
 
 
 @dataclass
@@ -45,15 +50,18 @@ class _Section:
     tables: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     left_out: int = 0
+    cases: list[Case] = field(default_factory=list)
+    note: str = ""
     config: str = ""
 
 
-def write_report(run_dir: Path, output: Path) -> int:
+def write_report(run_dir: Path, output: Path, errors: int = ERRORS) -> int:
     """Write the page and return how many pictures it holds.
 
     Each folder of the run (itself and two levels down) becomes a section by what lies in it: ``shards.json``,
     ``metrics.json``, ``metrics.jsonl``, ``probe.json``, ``predictions.parquet``, ``*.png``, ``config.yaml``. Pictures are
-    embedded: the page needs no other file and no network. Large ones are shrunk, and of many the last are only counted.
+    embedded: the page needs no other file and no network. Large ones are shrunk, and of many the last are only counted. Of each
+    evaluation the worst `errors` false negatives and false positives of each class are shown, film by film; 0 for none.
 
     Raises
     ------
@@ -65,6 +73,7 @@ def write_report(run_dir: Path, output: Path) -> int:
     sections = [section for folder in _folders(run_dir) if (section := _section(folder, run_dir))]
     if not sections:
         raise BadInput(f"{run_dir} holds nothing of a run (no shards.json, metrics or pictures); give a command's --output-dir")
+    sections += _error_sections(run_dir, errors)
     sections.sort(key=lambda section: _KINDS.index(section.kind))
     _bound_pictures(sections)
     import jinja2
@@ -76,10 +85,14 @@ def write_report(run_dir: Path, output: Path) -> int:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html").render(
-        title=run_dir.resolve().name, sections=sections, simulated=_is_simulated(run_dir), versions=versions(_PACKAGES)
+        title=run_dir.resolve().name,
+        sections=sections,
+        table_of=table_of,
+        simulated=_is_simulated(run_dir),
+        versions=versions(_PACKAGES),
     )
     write_text(output, page)
-    return sum(len(section.pictures) for section in sections)
+    return sum(len(section.pictures) + sum(case.picture is not None for case in section.cases) for section in sections)
 
 
 def _folders(run_dir: Path) -> list[Path]:
@@ -100,6 +113,8 @@ def _section(folder: Path, run_dir: Path) -> _Section | None:
         _add_shards(section, folder)
     if (folder / "image_predictions.parquet").is_file():
         scores = _add_predictions(section, folder)
+    if (folder / "folds.json").is_file():
+        _add_folds(section, json.loads((folder / "folds.json").read_text(encoding="utf-8")))
     if (folder / "probe.json").is_file():
         _add_probe(section, json.loads((folder / "probe.json").read_text(encoding="utf-8")))
     if (folder / "metrics.jsonl").is_file():
@@ -114,9 +129,34 @@ def _section(folder: Path, run_dir: Path) -> _Section | None:
     return section
 
 
+def _error_sections(run_dir: Path, limit: int) -> list[_Section]:
+    """Return a section of misjudged films for each evaluation; those of the same predictions and labels share one."""
+    sections: list[_Section] = []
+    shown: set[tuple[str, ...]] = set()
+    for folder in _folders(run_dir) if limit else []:
+        if not (folder / "roc.png").is_file() or not (folder / "metrics.json").is_file():
+            continue
+        found = worst_errors(folder, run_dir, limit)
+        if found.source and found.source in shown:
+            continue
+        shown.add(found.source)
+        section = _Section("Errors", folder.relative_to(run_dir).as_posix(), cases=found.cases, note=found.note)
+        if found.counts is not None:
+            caption = f"Misjudged films; below, the {limit} most confident ones of each class and kind"
+            section.tables.append(table_of(caption, found.counts))
+        sections.append(section)
+    return sections
+
+
 def _bound_pictures(sections: list[_Section]) -> None:
     """Leave out pictures past the page's limit, from each section's end, so that no section loses its first ones."""
     room = PICTURE_BYTES
+    for case in (case for section in sections for case in section.cases):
+        picture = case.picture
+        if picture is not None and room - picture.size < PICTURE_BYTES // 2:
+            case.picture, case.note = None, f"Its heat map, {picture.file}, is left out: the page is full."
+        elif picture is not None:
+            room -= picture.size
     rank = 0
     while any(len(section.pictures) > rank for section in sections):
         for section in sections:
@@ -143,7 +183,7 @@ def _add_training(section: _Section, lines: list[dict[str, Any]]) -> None:
     if last is None:
         return
     figures = {name.removeprefix("epoch_mean/"): value for name, value in last.items()}
-    section.tables.append(_table("Last epoch", _pairs(figures)))
+    section.tables.append(table_of("Last epoch", _pairs(figures)))
     names = {"loss": "BYOL loss", "z_std": "z_std (near 0: collapsed)", "effective_rank": "effective rank"}
     section.facts += [(text, _cell(figures[name])) for name, text in names.items() if figures.get(name) is not None]
 
@@ -172,14 +212,14 @@ def _add_metrics(section: _Section, metrics: dict[str, Any]) -> None:
     if "epoch" not in metrics:
         section.kind = "Evaluation"
         what = f"{metrics['rows']} {metrics['level']}s of {metrics['patients']} patients"
-        section.tables.append(_table(f"Evaluation of {what}, intervals over patients", frame))
+        section.tables.append(table_of(f"Evaluation of {what}, intervals over patients", frame))
         return
     section.kind = "Fine-tuning"
     caption = (
         f"Validation after the last epoch ({metrics['epoch']}), {metrics['films']} films of {metrics['patients'] or 'unknown'} "
         f"patient(s), intervals over {metrics['intervals_over']}; the last epoch is reported, not the best one on these films"
     )
-    section.tables.append(_table(caption, frame))
+    section.tables.append(table_of(caption, frame))
 
 
 def _add_shards(section: _Section, folder: Path) -> None:
@@ -195,12 +235,12 @@ def _add_shards(section: _Section, folder: Path) -> None:
     totals = totals.astype(int).reset_index(names="").replace({"": _COUNTS})
     films = images[["image_id", "split", "side", "segmentation", "pixel_spacing_mm", "candidates", "kept", "flags"]]
     made = {k: v for k, v in shards.preprocessing.items() if v is not None}
-    tables = [_table("Tiles by split: candidates, why they went, which rule kept them", totals)]
+    tables = [table_of("Tiles by split: candidates, why they went, which rule kept them", totals)]
     if len(failed):
-        tables.append(_table("Failed films", failed[["image_id", "split", "reason"]]))
+        tables.append(table_of("Failed films", failed[["image_id", "split", "reason"]]))
     tables += [
-        _table("Films", films[images["reason"] == ""]),
-        _table("How tiles were made", _pairs(made | {f"version of {n}": v for n, v in _versions(shards.meta).items()})),
+        table_of("Films", films[images["reason"] == ""]),
+        table_of("How tiles were made", _pairs(made | {f"version of {n}": v for n, v in _versions(shards.meta).items()})),
     ]
     section.tables += tables
     kept = of_split["kept"].sum()
@@ -234,29 +274,49 @@ def _versions(meta: Mapping[str, Any]) -> Mapping[str, str]:
 
 def _add_predictions(section: _Section, folder: Path) -> dict[str, float]:
     """Add the table of images, those that failed first; return the heat maps' scores."""
-    section.kind = "Predictions"
+    if section.kind != "Fine-tuning":  # a fold of a cross-validation predicts its test patients
+        section.kind = "Predictions"
     path = folder / "image_predictions.parquet"
     images = pd.read_parquet(path)
     tiles = pq.read_metadata(folder / "predictions.parquet").num_rows
     classes = [c.removeprefix("max:") for c in images.columns if c.startswith("max:")]
     failed = images[images["reason"] != ""]
     if len(failed):
-        section.tables.append(_table("Images that failed", failed[["image_id", "reason"]]))
+        section.tables.append(table_of("Images that failed", failed[["image_id", "reason"]]))
     scores = [c for c in images.columns if c.partition(":")[2] in classes]
     good = images[images["reason"] == ""]
     if classes:
         good = good.sort_values(f"max:{classes[0]}", ascending=False, kind="stable")
     caption = f"Predictions: {tiles} tiles of {len(good)} images, highest first"
-    section.tables.append(_table(caption, good[["image_id", "tiles", *scores]]))
+    section.tables.append(table_of(caption, good[["image_id", "tiles", *scores]]))
     facts = json.loads((pq.read_schema(path).metadata or {}).get(b"mammostream", b"{}"))
     known = {
         name: facts[name] for name in ("model_sha256", "temperature", "thresholds", "precision", "versions") if facts.get(name)
     }
     if known:
-        section.tables.append(_table("Predicted with", _pairs(known)))
+        section.tables.append(table_of("Predicted with", _pairs(known)))
     also = f", {len(failed)} failed" if len(failed) else ""
     section.facts.append((f"images predicted in {section.name}", f"{len(good)}{also}"))
     return heat_map_scores(good, classes)
+
+
+def _add_folds(section: _Section, summary: Mapping[str, Any]) -> None:
+    """Add the figures of a cross-validation: of each fold, and of all predictions together."""
+    section.kind = "Cross-validation"
+    rows = []
+    for level, scores in summary["levels"].items():
+        for score, found in scores.items():
+            for name, pooled in found["pooled"]["per_class"].items():
+                auc, ap = (found["folds"]["per_class"][name][figure] for figure in ("auc", "ap"))
+                interval = pooled["intervals"]["auc"]
+                row = {"level": level, "score": score, "class": name, "AUC, mean of folds": auc["mean"], "sd": auc["sd"]}
+                row |= {f"fold {fold}": value for fold, value in enumerate(auc["values"])}
+                row |= {"AUC, pooled": pooled["auc"], "95 % interval": "{:.3f} - {:.3f}".format(*interval) if interval else ""}
+                row |= {"AP, mean of folds": ap["mean"], "AP, pooled": pooled["ap"]}
+                rows.append(row | {"positive": pooled["positives"], "negative": pooled["negatives"]})
+    sizes = ", ".join(map(str, summary["patients"]))
+    caption = f"Cross-validation, {summary['folds']} folds of {sizes} patients; intervals over patients"
+    section.tables.insert(0, table_of(caption, pd.DataFrame(rows)))
 
 
 def _add_probe(section: _Section, probe: Mapping[str, Any]) -> None:
@@ -266,10 +326,11 @@ def _add_probe(section: _Section, probe: Mapping[str, Any]) -> None:
     frame = rows[[c for c in columns if c in rows]].rename(columns={"share": "share of the labels", "auc": "AUC"})
     what = "AUC of probes on frozen features, mean over seeds, 95 % intervals over patients"
     caption = ". ".join([what, *probe.get("notes", ())])
-    section.tables.append(_table(caption, frame))
+    section.tables.append(table_of(caption, frame))
 
 
-def _table(caption: str, frame: pd.DataFrame) -> dict[str, Any]:
+def table_of(caption: str, frame: pd.DataFrame) -> dict[str, Any]:
+    """Return a table as the page's template takes it, of its first rows."""
     if len(frame) > _ROWS:
         caption = f"{caption} (the first {_ROWS} of {len(frame)} rows)"
     figures = [pd.api.types.is_numeric_dtype(column) and column.dtype != bool for _, column in frame.items()]

@@ -116,7 +116,8 @@ def test_the_page_holds_every_picture_contact_sheets_first(run_dir, page):
     }
     assert sum("heatmap" in p.name for p in pictures) == 4  # two films, two classes
     curves = [alternative for alternative in parsed.alternatives if alternative.endswith("by step")]
-    assert len(parsed.sources) == len(pictures) + len(curves)
+    errors = [alternative for alternative in parsed.alternatives if alternative.startswith("False ")]
+    assert len(parsed.sources) == len(pictures) + len(curves) + len(errors)
     for wanted in ("loss", "z std", "effective rank", "learning rate", "momentum", "val loss", "mean AUC"):
         assert f"{wanted} by step" in curves
     assert all(parsed.alternatives)
@@ -136,6 +137,7 @@ def test_the_page_goes_along_the_road(page):
         ("Fine-tuning", "finetune"),
         ("Predictions", "infer"),
         ("Evaluation", "evaluate"),
+        ("Errors", "evaluate"),
     ]
 
 
