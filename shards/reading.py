@@ -146,11 +146,25 @@ class ShardSet:
         return read_merged(path, schema, mend, columns, shard)
 
     def rows_of(self, shard: str, tiles: Sequence[str], images: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Read columns `tiles` of a shard's tiles, in tile order, and columns `images` of its images, and nothing else."""
+        """Read columns `tiles` of a shard's tiles, in tile order, and columns `images` of its images, and nothing else.
+
+        Raises
+        ------
+        BadInput
+            A table is damaged, or has more or fewer rows of the shard than ``shards.json`` says.
+        """
         its_tiles, its_images = (
             self._read(name, schema, columns, shard).to_pandas()
             for name, schema, columns in (("tiles", TILE_SCHEMA, tiles), ("images", IMAGE_SCHEMA, images))
         )
+        said = next(entry for entry in self.meta["shards"] if entry["name"] == shard)
+        for name, rows in (("tiles", its_tiles), ("images", its_images)):
+            if len(rows) != said[name]:
+                path, mend = (
+                    self.tables / f"{name}.parquet",
+                    f"make both again with 'mammostream shards finish {self.directory}'",
+                )
+                raise BadInput(f"{path} has {len(rows)} {name} of shard {shard}, {SHARDS_JSON} says {said[name]}; {mend}")
         return its_tiles.sort_values("tile", ignore_index=True), its_images
 
     def tiles(self, split: str | None = None) -> pd.DataFrame:
@@ -214,6 +228,9 @@ def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str, 
     """
     if "mapping" not in learnt:  # another program's checkpoint, which does not say how its tiles were made
         return
+    lacking = [name for name in (*_PIXEL_CONTRACT, "native_spacing_mm") if name not in learnt]
+    if lacking:
+        raise BadInput(f"the model's checkpoint does not say the {lacking[0]} of the tiles that it learnt from; give another")
     mend = "build shards with the options that the model's were built with"
     # Of tiles that came as image files nobody knows more than their size.
     known = learnt["mapping"] and given["mapping"]

@@ -35,6 +35,13 @@ def test_resampled_tiles_may_come_from_any_film():
     check_same_pixels(learnt, learnt | {"native_spacing_mm": [0.2, 0.2]}, "these shards")
 
 
+@pytest.mark.parametrize("name", ["tile_size", "pixel_spacing_mm", "native_spacing_mm"])
+def test_a_record_that_lacks_something_is_refused(name):
+    learnt = {key: value for key, value in LEARNT.items() if key != name}
+    with pytest.raises(BadInput, match=f"does not say the {name}"):
+        check_same_pixels(learnt, LEARNT, "these shards")
+
+
 def test_what_a_model_does_not_say_is_not_compared():
     """Checkpoints of other programs know their mean and std, and the size that they resize any tile to."""
     check_same_pixels({"mean": 0.5, "std": 0.5, "tile_size": 256}, LEARNT, "these shards")
@@ -55,6 +62,16 @@ def test_rows_of_a_shard_are_those_of_the_whole_table_whatever_its_row_groups(co
             mine = every[every["shard"] == entry["name"]].sort_values("tile")
             assert tiles.to_dict("list") == mine[TILES].to_dict("list")
             assert its_images["image_id"].tolist() == images.loc[images["shard"] == entry["name"], "image_id"].tolist()
+
+
+@pytest.mark.parametrize("name", ["tiles", "images"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_rows_too_few_or_too_many_are_refused(copied, name, twice):
+    path = copied.directory / f"{name}.parquet"
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]) if twice else table.slice(1), path)
+    with pytest.raises(BadInput, match=rf"{name}.parquet has \d+ {name} of shard train-000000, shards.json says \d+"):
+        copied.rows_of("train-000000", TILES, ["image_id", "kept"])
 
 
 def _replaced(table: pa.Table, column: str, values: pa.Array) -> pa.Table:
