@@ -74,8 +74,7 @@ class _Loader:
             raise BadInput("there is no usable GPU; choose --device cpu or see 'mammostream doctor'")
         form = ImageFormat(config.size, config.mean, config.std, config.dtype)
         self._source = open_source(source, tile_size=config.tile_size, tiles=tiles)
-        self._draw = draw
-        self._read = self._source  # what the pipeline reads: with `draw`, the tiles of this epoch
+        self._draw, self._read = draw, self._source  # what the pipeline reads: with `draw`, the tiles of this epoch
         self._device_id = torch.cuda.current_device() if device == "gpu" else None
         if not config.mmap:
             allow_open_files(self._source.file_count)
@@ -112,6 +111,7 @@ class _Loader:
             "initial_fill": config.initial_fill,
         }
         self._pipeline: Any = None
+        self._checked = True  # whether the pipeline reads headers before it decodes; one whose state is older does not
         self._checkpoint: bytes | None = None  # where to start the pipeline
         self._origin = 0  # the epoch at whose start the order and the draws were last seeded
         self._failure: Exception | None = None  # why the pipeline ended
@@ -152,7 +152,6 @@ class _Loader:
         self._done = 0
         self.epoch += 1
         if self._draw is not None:  # the pipeline reads the tiles of one epoch
-            self._pipeline = None
             self._begin_anew()
 
     def start(self) -> None:
@@ -202,7 +201,9 @@ class _Loader:
         draws = int(np.random.SeedSequence([seed, rank, self._origin]).generate_state(1)[0] >> 1)
         if self._draw is not None:
             self._read = drawn_source(self._source, self._draw(self.epoch))
-        self._pipeline = self._build(self._read, reader=self._reader | order, seed=draws, checkpoint=self._checkpoint)
+        self._pipeline = self._build(
+            self._read, reader=self._reader | order, seed=draws, checkpoint=self._checkpoint, checked=self._checked
+        )
         self._pipeline.schedule_run()
 
     def _explain(self, error: RuntimeError) -> Exception:
@@ -215,7 +216,7 @@ class _Loader:
         # All members are known to lie within their tars, so a read that fails in a bucket is a lost connection.
         if self._source.bucket is not None and "fn.readers." in text:
             return lost_connection(self._source.bucket, reason)
-        if any(name in text for name in ("fn.readers.", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
+        if any(name in text for name in ("fn.readers.", "fn.peek_image_shape", "fn.decoders.", "fn.reinterpret", "fn.reshape")):
             return UnreadableTile(self._read, text, reason)
         if self._checkpoint is not None and "checkpoint" in text:
             return BadInput(
@@ -240,6 +241,7 @@ class _Loader:
             "epoch": self.epoch,
             "batch": self._done,
             "origin": self._origin,
+            "checked": self._checked,
             "pipeline": None if checkpoint is None else torch.frombuffer(bytearray(checkpoint), dtype=torch.uint8),
         }
 
@@ -265,6 +267,7 @@ class _Loader:
                 )
         self.epoch, self._done, self._origin = state["epoch"], state["batch"], state["origin"]
         self._checkpoint = None if state["pipeline"] is None else state["pipeline"].cpu().numpy().tobytes()
+        self._checked = self._checkpoint is None or state.get("checked", False)
         self._pipeline = self._failure = None
         if moved:
             if self._done:
@@ -277,7 +280,7 @@ class _Loader:
 
     def _begin_anew(self) -> None:
         """Begin the current epoch with an order and draws of its own, which no earlier epoch decides."""
-        self._done, self._origin, self._checkpoint = 0, self.epoch, None
+        self._done, self._origin, self._pipeline, self._checkpoint, self._checked = 0, self.epoch, None, None, True
 
 
 @functools.cache
@@ -341,8 +344,7 @@ class PretrainLoader(_Loader):
 
 
 class LabelledLoader(_Loader):
-    """One view of each tile, or the tile as it is; without `draw` every tile exactly once per epoch, so the last batch may be
-    smaller.
+    """One view of each tile, or the tile as it is; each once per epoch unless drawn, so the last batch may be smaller.
 
     Yields ``(tiles, numbers)``: a tensor (N, 1, view_size, view_size) on the device, in ``channels_last`` strides, and int64
     numbers (N,) on the CPU, ``N <= batch_size``. Labels are joined by number. With several ranks, each yields its share, and

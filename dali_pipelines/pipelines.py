@@ -20,7 +20,9 @@ from mammostream.dali_pipelines.views import apply_view, normalise
 
 
 @do_not_convert
-def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **options: Any) -> tuple[Any, list[Any]]:
+def read_tiles(
+    source: ShardSource | FileSource, tile_size: int, device: str, *, checked: bool, **options: Any
+) -> tuple[Any, list[Any]]:
     """Return DALI nodes ``(tile, labels)``.
 
     Parameters
@@ -31,6 +33,8 @@ def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **
         Edge in pixels; a file of another size is resized to it with an antialiasing filter.
     device
         ``cpu``, or ``gpu`` to decode there where the codec allows it (PNG and TIFF with zstd do not).
+    checked
+        Read the header of each image before the decoder does.
     options
         Arguments of the source's ``nodes``.
 
@@ -42,11 +46,25 @@ def read_tiles(source: ShardSource | FileSource, tile_size: int, device: str, **
     data, labels = source.nodes(**options)
     if source.raw_bits is not None:
         return _reinterpret(data.gpu() if device == "gpu" else data, source.raw_bits, tile_size), labels
+    if checked:
+        data = _with_known_header(data)
     # GRAY always: leaving the colours as they are (ANY_DATA) corrupts memory on grayscale JPEG.
     tile = fn.decoders.image(data, device="mixed" if device == "gpu" else "cpu", output_type=types.GRAY, dtype=types.UINT16)
     if source.resizes:
         tile = fn.resize(tile, size=[tile_size, tile_size], antialias=True)
     return tile, labels
+
+
+def _with_known_header(data: Any) -> Any:
+    """Return the same bytes; a batch with bytes that are no image ends here, with an error.
+
+    In DALI 2.4 a header that the decoder cannot parse ends the process if it is one of 32 or more: the tasks of
+    other threads go on after what they use is gone.
+    """
+    shape = fn.peek_image_shape(data)
+    # The decoder must not start before: so the length of its input is made to depend on the shape.
+    length = fn.slice(fn.cat(data.shape(), shape), 0, 1, axes=[0])
+    return fn.reshape(data, shape=fn.cast(length, dtype=types.INT32))
 
 
 def _reinterpret(data: Any, bits: int, tile_size: int) -> Any:
@@ -64,17 +82,18 @@ def view_pipeline(
     tile_size: int,
     form: ImageFormat,
     device: str,
+    checked: bool,
     reader: dict[str, Any],
 ) -> tuple[Any, ...]:
     """Return independently drawn views of each tile, two for pre-training, and its labels."""
-    tile, labels = read_tiles(source, tile_size, device, **reader)
+    tile, labels = read_tiles(source, tile_size, device, checked=checked, **reader)
     return *[apply_view(tile, view, tile_size, form) for view in views], *labels
 
 
 @pipeline_def
 def evaluation_pipeline(
-    source: ShardSource | FileSource, *, tile_size: int, form: ImageFormat, device: str, reader: dict[str, Any]
+    source: ShardSource | FileSource, *, tile_size: int, form: ImageFormat, device: str, checked: bool, reader: dict[str, Any]
 ) -> tuple[Any, ...]:
     """Return the tile, decoded and normalised with nothing random, and its labels."""
-    tile, labels = read_tiles(source, tile_size, device, **reader)
+    tile, labels = read_tiles(source, tile_size, device, checked=checked, **reader)
     return normalise(tile, form), *labels

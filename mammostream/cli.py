@@ -14,6 +14,7 @@ from mammostream.common.options import Group
 from mammostream.common.packages import how_to_install
 from mammostream.common.surroundings import make_do
 
+_LONGEST_MESSAGE = 1800
 # name -> (module, attribute, one line for --help): --help must not import the rooms.
 BENCHMARKS = {
     "build": (".shards.build.bench_command", "build", "Films per second from file to shard, and time per stage."),
@@ -57,6 +58,11 @@ COMMANDS = {
     ),
     "infer": (".train.predict.command", "infer", "Predict the tiles of shards, or raw films with heat maps."),
     "embed": (".train.predict.command", "embed", "Write a backbone's features of the tiles of shards."),
+    "aggregate": (
+        ".train.aggregate.command",
+        "aggregate",
+        "Learn to aggregate tile features to films, breasts or patients, and predict with it.",
+    ),
     "evaluate": (
         ".train.evaluate.command",
         "evaluate",
@@ -131,6 +137,8 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
+    if len(message) > _LONGEST_MESSAGE:  # it quotes something that is no text for people
+        message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
     if speaks_for_all():
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)

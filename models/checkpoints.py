@@ -1,14 +1,17 @@
 """Checkpoint files: dicts of tensors and plain types, written atomically and read without executing anything in them.
 
-Required keys: ``kind`` ("byol" or "classifier"), ``arch``, ``model_state_dict``, ``config`` and, for a classifier,
+Required keys: ``kind`` ("byol", "classifier" or "aggregator"), ``arch``, ``model_state_dict``, ``config`` and, but for BYOL,
 ``class_names``. The trainer adds ``optimizer_state_dict``, ``epoch``, ``step``, ``metrics`` and ``preprocessing``.
 """
 
 from __future__ import annotations
 
 import shutil
+import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,29 @@ from mammostream.models.classifier import MammogramClassifier, build_classificat
 from mammostream.models.conversion import COUNTER, LoadReport, convert_state, examples, find_state
 from mammostream.models.tensors import load_state, read_torch
 
+BACKBONES = ("byol", "classifier")
+"""The kinds of checkpoints that hold a backbone."""
 _MENDS = {
     "byol": "give a mammogram_byol_*.pth that 'mammostream pretrain' wrote",
     "classifier": "give a *_classification_model.pth or classification_epoch_*.pth that 'mammostream finetune' wrote",
+    "aggregator": "give a *_aggregator.pth that 'mammostream aggregate train' wrote",
     None: "give a checkpoint that 'mammostream pretrain' or 'mammostream finetune' wrote",
 }
 _REQUIRED = {"model_state_dict": dict, "config": dict, "arch": str}
 _MIN_SHARE = 0.9  # fraction of a backbone's tensors that another program's file must have
 _GUIDE_TILE_SIZE = 512  # to which the guides' scripts resize every tile
+# Types of entries that later code relies on, where they are there.
+_ENTRIES: dict[str, Any] = {
+    "preprocessing": dict,
+    "metrics": dict,
+    "fitted_on": (dict, type(None)),
+    "epoch": int,
+    "step": int,
+    "preprocessing.tile_size": int,
+    "preprocessing.mean": (int, float),
+    "preprocessing.std": (int, float),
+    "preprocessing.view_size": (int, type(None)),
+}
 _FULL = 2**20  # a disk with fewer free bytes counts as full: torch writes more at a time
 _SCALARS = (type(None), bool, int, float, str, bytes)
 
@@ -88,7 +106,7 @@ def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
     path
         The file.
     kind
-        ``"byol"`` or ``"classifier"``; None accepts either.
+        ``"byol"``, ``"classifier"`` or ``"aggregator"``; None accepts both kinds that hold a backbone.
 
     Raises
     ------
@@ -97,12 +115,36 @@ def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
     """
     path = Path(path)
     checkpoint = read_torch(path, "checkpoint", _MENDS[kind])
-    if "kind" not in checkpoint:
+    if "kind" in checkpoint:
+        _check_bytes(path, _MENDS[kind])
+    else:
         checkpoint = _adopt(checkpoint, f"checkpoint {path}", _MENDS[kind])
     _check_kind(checkpoint, BadInput, f"checkpoint {path}", f"; {_MENDS[kind]}")
-    if kind is not None and checkpoint["kind"] != kind:
-        raise BadInput(f"checkpoint {path} holds a {checkpoint['kind']} model, not a {kind} model; {_MENDS[kind]}")
+    if checkpoint["kind"] not in ((kind,) if kind else BACKBONES):
+        wanted = kind or " or ".join(BACKBONES)
+        raise BadInput(f"checkpoint {path} holds a {checkpoint['kind']} model, not a {wanted} model; {_MENDS[kind]}")
+    for name, types in _ENTRIES.items():
+        outer, _, key = name.rpartition(".")
+        holder = checkpoint.get(outer, {}) if outer else checkpoint
+        if key in holder and not isinstance(holder[key], types):
+            raise BadInput(f"checkpoint {path} is damaged: its '{name}' is {str(holder[key])[:40]!r}; {_MENDS[kind]}")
     return checkpoint
+
+
+@contextmanager
+def entries_of(path: str | Path, kind: str | None) -> Iterator[None]:
+    """Report what a missing or damaged entry of a checkpoint sets off, while it is put to use, as one line.
+
+    Raises
+    ------
+    BadInput
+        Instead of the error of whatever used the entry.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise BadInput(f"checkpoint {path} has an entry that is missing or damaged ({what}); {_MENDS[kind]}") from error
 
 
 def restore_byol(checkpoint: Mapping[str, Any], path: str | Path, arch: str | None = None) -> MammogramBYOL:
@@ -165,6 +207,17 @@ def load_classifier(
 
 
 load_classification_model = load_classifier  # as the guide calls it
+
+
+def _check_bytes(path: Path, mend: str) -> None:
+    """Check the checksums within a file that ``torch.save`` wrote; torch itself does not, and would load changed weights."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        damaged = first_line(error)
+    if damaged is not None:
+        raise BadInput(f"checkpoint {path} is damaged: its bytes changed since it was written ({damaged}); {mend}")
 
 
 def _adopt(raw: Mapping[str, Any], what: str, mend: str) -> dict[str, Any]:
@@ -258,13 +311,15 @@ def _build_head(dim: int, state: Mapping[str, Any], what: str, foreign: bool = F
 
 def _check_kind(checkpoint: Mapping[str, Any], error: type[Exception], what: str, mend: str = "") -> None:
     """Raise `error` where a key that every checkpoint of its kind needs is missing or of another type."""
-    if checkpoint.get("kind") not in ("byol", "classifier"):
-        raise error(f"{what} does not say its kind ('byol' or 'classifier'){mend}")
-    classifier: dict[str, Any] = {"class_names": (list, tuple)} if checkpoint["kind"] == "classifier" else {}
+    if checkpoint.get("kind") not in (*BACKBONES, "aggregator"):
+        raise error(f"{what} does not say its kind ('byol', 'classifier' or 'aggregator'){mend}")
+    classifier: dict[str, Any] = {} if checkpoint["kind"] == "byol" else {"class_names": (list, tuple)}
     required: dict[str, Any] = {**_REQUIRED, **classifier}
     for key, kind in required.items():
         if not isinstance(checkpoint.get(key), kind):
             raise error(f"{what} has no '{key}'{mend}")
+    if classifier and not all(isinstance(name, str) for name in checkpoint["class_names"]):
+        raise error(f"{what} has a class name that is no text{mend}")
 
 
 def _check_plain(place: str, value: Any) -> None:

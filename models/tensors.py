@@ -74,6 +74,8 @@ def load_state(module: nn.Module, state: Mapping[str, Any], what: str, optional:
         found = state[name]
         if not isinstance(found, torch.Tensor):
             raise BadInput(f"{what} does not fit this model: '{name}' is a {type(found).__name__}, not a tensor")
+        if found.layout != tensor.layout or found.is_complex():
+            raise BadInput(f"{what} does not fit this model: '{name}' is no dense tensor of real numbers")
         if found.shape != tensor.shape:
             raise BadInput(
                 f"{what} does not fit this model: tensor '{name}' has the shape {tuple(found.shape)}, not {tuple(tensor.shape)}"

@@ -6,6 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -187,6 +188,21 @@ def subject_hashes(patients: Iterable[str], films: Iterable[str]) -> np.ndarray:
     unique = pairs.drop_duplicates()
     known = {(p, f): digest(p, f) for p, f in unique.itertuples(index=False)}
     return np.array([known[pair] for pair in pairs.itertuples(index=False, name=None)], dtype=str)
+
+
+def fitted_subjects(checkpoint: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the :func:`subject_hashes` that a checkpoint keeps, by what the model was fitted on them for.
+
+    Raises
+    ------
+    TypeError
+        The entry ``fitted_on`` does not hold lists of hashes.
+    """
+    found = checkpoint.get("fitted_on") or {}
+    for purpose, hashes in found.items():
+        if not isinstance(hashes, list) or not all(isinstance(value, str) for value in hashes):
+            raise TypeError(f"fitted_on of '{purpose}' is no list of hashes")
+    return found
 
 
 def seen_by(fitted_on: Mapping[str, Sequence[str]], patients: Iterable[str], films: Iterable[str]) -> np.ndarray:

@@ -48,6 +48,7 @@ FINDING_COLUMNS = {
     "xmax": "float64",
     "ymax": "float64",
 }
+_LARGEST = 1e6  # of any number in a manifest
 MAKE_MANIFEST = "make one with 'mammostream prepare'"
 
 
@@ -82,7 +83,7 @@ def read_manifest(path: Path, split: str | None = None) -> pd.DataFrame:
     BadInput
         The file is missing or no manifest, has no rows (of that split), or breaks :func:`check_manifest`.
     """
-    frame = _with_optional(read_parquet(path, "manifest", MAKE_MANIFEST, MANIFEST_COLUMNS))
+    frame = _with_optional(_typed(read_parquet(path, "manifest", MAKE_MANIFEST, MANIFEST_COLUMNS), f"manifest {path}"))
     frame["patient_id"] = clean_patients(frame["patient_id"]).where(frame["patient_id"].notna())
     check_manifest(frame, f"manifest {path}")
     frame["path"] = [str((path.parent / p).absolute()) for p in frame["path"]]
@@ -169,13 +170,42 @@ def read_findings(path: Path) -> pd.DataFrame:
     mend = f"it is a Parquet table with the columns {', '.join(FINDING_COLUMNS)}; 'mammostream simulate' writes one"
     frame = read_parquet(path, "findings", mend, FINDING_COLUMNS)
     try:
-        return frame.astype(FINDING_COLUMNS)
+        frame = frame.astype(FINDING_COLUMNS)
+        nameless = frame[["image_id", "label"]].isna().any(axis=1).to_numpy()
+        if nameless.any():
+            raise ValueError(f"row {nameless.argmax() + 1} lacks its image_id or label")
+        endless = np.isinf(frame[["xmin", "ymin", "xmax", "ymax"]]).any(axis=1).to_numpy()
+        if endless.any():
+            raise ValueError(f"row {endless.argmax() + 1} has a box without end")
     except (ValueError, TypeError) as error:
-        raise BadInput(f"findings {path}: {first_line(error)}; boxes are numbers, in native pixels") from error
+        raise BadInput(
+            f"findings {path}: {first_line(error)}; give each box its film, label and edges in native pixels"
+        ) from error
+    return frame
 
 
 def _with_optional(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{c: frame[c].fillna("") if c in frame else "" for c in OPTIONAL_COLUMNS})
+
+
+def _typed(frame: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Return a manifest's columns as :data:`MANIFEST_COLUMNS` has them; what is unknown is empty, of a number NaN or 0."""
+    columns: dict[str, pd.Series] = {}
+    for name, kind in MANIFEST_COLUMNS.items():
+        if kind == "string":
+            unknown = frame[name].isna()
+            if name in ("image_id", "path") and unknown.any():
+                raise BadInput(f"{what}: row {unknown.to_numpy().argmax() + 1} has no {name}; {MAKE_MANIFEST}")
+            if name != "patient_id":  # without one, see check_manifest
+                columns[name] = frame[name].astype(str).where(~unknown, "")
+            continue
+        values = pd.to_numeric(frame[name], errors="coerce").astype("float64")
+        wrong = (values.isna() & frame[name].notna()) | (values.abs() > _LARGEST)
+        if wrong.any():
+            first = frame[wrong].iloc[0]
+            raise BadInput(f"{what}: image '{first['image_id']}' has the {name} {first[name]!r}; correct it")
+        columns[name] = values if kind == "float64" else values.fillna(0).astype(kind)
+    return frame.assign(**columns)
 
 
 def _relative(path: Path, base: Path) -> str:

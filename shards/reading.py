@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mammostream.common.buckets import BucketPath, as_bucket, cache_folder
-from mammostream.common.errors import BadInput, nearest
-from mammostream.common.files import read_parquet, sha256_file
+from mammostream.common.errors import BadInput, first_line, nearest
+from mammostream.common.files import sha256_file
 from mammostream.preprocess.tiling import SPACING_TOLERANCE
-from mammostream.shards.tables import ADDED_COLUMNS, IMAGE_SCHEMA, TILE_SCHEMA
+from mammostream.shards.codecs import CODECS
+from mammostream.shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_merged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,19 +134,24 @@ class ShardSet:
 
     @cached_property
     def _tiles(self) -> pd.DataFrame:
-        return self._read("tiles", "tile table", TILE_SCHEMA)
+        return self._read("tiles", TILE_SCHEMA).to_pandas()
 
-    def _read(self, name: str, what: str, schema: pa.Schema) -> pd.DataFrame:
-        frame = read_parquet(self.table(name), what, "run 'mammostream shards build' again")
-        missing = [column for column in schema.names if column in ADDED_COLUMNS and column not in frame.columns]
-        return frame.assign(**dict.fromkeys(missing))
-
-    def table(self, name: str) -> Path:
-        """Return the path of the table ``tiles`` or ``images``; a bucket's is fetched first."""
+    def _read(self, name: str, schema: pa.Schema, columns: Sequence[str] = (), shard: str | None = None) -> pa.Table:
         path = self.tables / f"{name}.parquet"
-        if isinstance(self.directory, BucketPath) and not path.is_file():
-            (self.directory / path.name).fetch(path)
-        return path
+        mend = f"make it again with 'mammostream shards finish {self.directory}'"
+        if isinstance(self.directory, BucketPath):
+            mend = f"delete it to have it fetched from {self.directory} again"
+            if not path.is_file():
+                (self.directory / path.name).fetch(path)
+        return read_merged(path, schema, mend, columns, shard)
+
+    def rows_of(self, shard: str, tiles: Sequence[str], images: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Read columns `tiles` of a shard's tiles, in tile order, and columns `images` of its images, and nothing else."""
+        its_tiles, its_images = (
+            self._read(name, schema, columns, shard).to_pandas()
+            for name, schema, columns in (("tiles", TILE_SCHEMA, tiles), ("images", IMAGE_SCHEMA, images))
+        )
+        return its_tiles.sort_values("tile", ignore_index=True), its_images
 
     def tiles(self, split: str | None = None) -> pd.DataFrame:
         """Return the tile table (columns: :data:`mammostream.shards.tables.TILE_SCHEMA`) of a split, or of all."""
@@ -153,7 +159,32 @@ class ShardSet:
 
     def images(self) -> pd.DataFrame:
         """Return the image table (columns: :data:`mammostream.shards.tables.IMAGE_SCHEMA`)."""
-        return self._read("images", "image table", IMAGE_SCHEMA)
+        return self._read("images", IMAGE_SCHEMA).to_pandas()
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError where ``shards.json`` lacks an entry or has one of another type."""
+    if not isinstance(meta["shards"], list):
+        raise TypeError(f"'shards' is {meta['shards']!r:.40}")
+    for entry in meta["shards"]:
+        for name in ("name", "split"):
+            if not isinstance(entry[name], str):
+                raise TypeError(f"'{name}' of a shard is {entry[name]!r:.40}")
+        for name in ("tiles", "images"):
+            if type(entry[name]) is not int or entry[name] < 0:
+                raise TypeError(f"'{name}' of a shard is {entry[name]!r:.40}")
+        if entry["tiles"] and (type(entry["tar_bytes"]) is not int or not isinstance(entry["idx_sha256"], str)):
+            raise TypeError(f"'tar_bytes' or 'idx_sha256' of shard {entry['name']} is damaged")
+    if meta["codec"] not in CODECS:
+        raise ValueError(f"there is no codec {meta['codec']!r:.40}")
+    record = meta["preprocessing"]
+    for name in (*_PIXEL_CONTRACT, "native_spacing_mm", "shard_config_hash"):
+        record[name]
+    if type(record["tile_size"]) is not int or record["tile_size"] < 1:
+        raise TypeError(f"'tile_size' is {record['tile_size']!r:.40}")
+    spacings = [record["pixel_spacing_mm"], *(record["native_spacing_mm"] or ())]
+    if not all(spacing is None or 0 < float(spacing) < 100 for spacing in spacings):
+        raise ValueError(f"pixel spacings are {spacings!r:.80}")
 
 
 def check_same_pixels(learnt: dict[str, Any], given: dict[str, Any], what: str, any_tile_size: bool = False) -> None:
@@ -228,10 +259,13 @@ def open_shards(directory: str | Path) -> ShardSet:
         data = path.read_bytes()
         meta = json.loads(data)
         version = meta["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged; delete it and run 'mammostream shards build' again") from error
-    if version != FORMAT_VERSION:
-        raise BadInput(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build the shards again")
+        if version != FORMAT_VERSION:
+            raise BadInput(f"{path} has format {version}, this version reads {FORMAT_VERSION}; build the shards again")
+        _check_meta(meta)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        mend = f"make it again with 'mammostream shards finish {directory}'"
+        raise BadInput(f"{path} is damaged ({what:.200}); {mend}") from error
     sha256 = hashlib.sha256(data).hexdigest()
     if isinstance(place, BucketPath):
         # Of its own name for each content: what was fetched of an older one is never treated as the new one's.

@@ -8,13 +8,14 @@ with. It is written last, so that it alone marks the shard as finished. ``tiles.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput, first_line
@@ -102,15 +103,23 @@ ADDED_COLUMNS = frozenset(
     }
 )
 
+# Columns that have a value in every row.
+_FILLED = frozenset(
+    {"tile", "key", "shard", "image_id", "patient_id", "split", "crc32", "payload_crc32", "reason", "flags", "kept"}
+)
+
 
 def write_shard_table(path: Path, tiles: list[dict], images: list[dict], metadata: dict[str, Any]) -> None:
     """Write the table that marks a shard as finished."""
-    parts = []
-    for kind, rows, schema in (("tile", tiles, TILE_SCHEMA), ("image", images, IMAGE_SCHEMA)):
-        table = pa.Table.from_pylist(rows, schema=schema)
-        parts.append(table.add_column(0, "row", pa.array([kind] * len(rows), pa.string())))
-    table = pa.concat_tables(parts, promote_options="default")
+    table = _together(pa.Table.from_pylist(tiles, TILE_SCHEMA), pa.Table.from_pylist(images, IMAGE_SCHEMA))
     write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()}))
+
+
+def _together(tiles: pa.Table, images: pa.Table) -> pa.Table:
+    """Return the rows of a shard's tiles and images as its table has them."""
+    kinds = (("tile", tiles), ("image", images))
+    parts = [table.add_column(0, "row", pa.array([kind] * len(table), pa.string())) for kind, table in kinds]
+    return pa.concat_tables(parts, promote_options="default")
 
 
 def read_shard_metadata(path: Path) -> dict[str, Any]:
@@ -135,6 +144,7 @@ def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     """
     with _a_shard_table(path):
         table = pq.read_table(path)
+        table.validate(full=True)
         metadata = json.loads(table.schema.metadata[_METADATA_KEY])
         rows = table.column("row")
         # Without the whole table's metadata, which is one shard's.
@@ -143,6 +153,32 @@ def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
             for kind, schema in (("tile", TILE_SCHEMA), ("image", IMAGE_SCHEMA))
         )
     return tiles, images, metadata
+
+
+def is_as_written(path: Path) -> bool:
+    """Return whether a shard's table has the columns and types that it was written with, and nothing in cells that are empty.
+
+    Raises
+    ------
+    BadInput
+        The file is not a shard table.
+    """
+    tiles, images, _ = read_shard_table(path)
+    found = pq.read_table(path).replace_schema_metadata()
+    made = _together(tiles, images)
+    return has_columns_of(found.schema, made.schema) and same_rows(found, made.select(found.column_names))
+
+
+def has_columns_of(found: pa.Schema, schema: pa.Schema) -> bool:
+    """Return whether a table's columns are those of a schema, in its order; earlier versions lack some."""
+    wanted = [field for field in schema if field.name in found.names or field.name not in ADDED_COLUMNS]
+    return found.remove_metadata().equals(pa.schema(wanted))
+
+
+def same_rows(table: pa.Table, other: pa.Table) -> bool:
+    """Return whether two tables have the same rows; NaN equals NaN."""
+    # As text, since Arrow holds no NaN equal to another.
+    return json.dumps(table.to_pylist()) == json.dumps(other.to_pylist())
 
 
 def read_shard_images(path: Path) -> pa.Table:
@@ -158,6 +194,44 @@ def read_shard_images(path: Path) -> pa.Table:
         return with_schema(images, IMAGE_SCHEMA)
 
 
+def read_merged(path: Path, schema: pa.Schema, mend: str, columns: Sequence[str] = (), shard: str | None = None) -> pa.Table:
+    """Read ``tiles.parquet`` or ``images.parquet``, or some columns or one shard's rows of it.
+
+    Parameters
+    ----------
+    path
+        The file.
+    schema
+        :data:`TILE_SCHEMA` or :data:`IMAGE_SCHEMA`.
+    mend
+        What to do where it is missing or damaged, for the error.
+    columns
+        The columns to read; none reads all.
+    shard
+        Name of the shard whose rows are read; None reads all rows. Row groups of other shards are not read.
+
+    Raises
+    ------
+    BadInput
+        The file is missing or damaged, or a column or a value that every row must have is missing or of the wrong type.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; {mend}")
+    wanted = pa.schema([schema.field(name) for name in columns]) if columns else schema
+    rows = None if shard is None else pc.field("shard") == shard
+    try:
+        file = ds.dataset(path, format="parquet")
+        table = file.to_table([name for name in wanted.names if name in file.schema.names], filter=rows)
+        table.validate(full=True)  # text may be no UTF-8
+        table = with_schema(table, wanted)
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise BadInput(f"{path} is damaged ({first_line(error)}); {mend}") from error
+    for name in wanted.names:
+        if name in _FILLED and table.column(name).null_count:
+            raise BadInput(f"{path} is damaged (column '{name}' has rows without a value); {mend}")
+    return table
+
+
 def with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return a table with a schema's columns; those that earlier versions did not write are null."""
     for field in schema:
@@ -170,5 +244,5 @@ def with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def _a_shard_table(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise BadInput(f"{path} is no shard table ({first_line(error)}); delete it and build again") from error

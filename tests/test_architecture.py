@@ -34,6 +34,7 @@ TRAIN_ROOMS = {
     "classify": {"run", "levels", "evaluate"},
     "export": {"run", "levels"},
     "report": {"run", "levels", "predict", "evaluate"},
+    "aggregate": {"run", "levels", "evaluate", "classify"},
     "bench": {"run", "byol", "levels", "predict"},
 }
 SOURCES = sorted(

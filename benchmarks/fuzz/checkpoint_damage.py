@@ -65,7 +65,7 @@ def _tensor(tensor: Any, kind: str) -> Any:
 
     if kind in ("nan", "inf", "all nan"):
         new = tensor.clone().float()
-        (new if kind == "all nan" or not new.ndim else new.view(-1)[:1]).fill_(float(kind[-3:]))
+        (new if kind == "all nan" or not new.ndim else new.contiguous().view(-1)[:1]).fill_(float(kind[-3:]))
         return new
     made = {
         "half": lambda: tensor.half(),

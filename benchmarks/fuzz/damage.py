@@ -283,7 +283,11 @@ def table_damage(data: bytes, rng: Random) -> tuple[bytes, str]:
         values = [str(v) for v in values]
         values[row] = rng.choice(("a\0b", "x\ny", "../../x", "ä\u202e", "z" * 5000, " ", "=1+1", "s3://x/y"))
     arrays = {name: original.column(name) for name in original.column_names}
-    arrays[column] = pa.array(values, from_pandas=False) if how in whole or how in single or "text" in how else arrays[column]
+    if how in whole or how in single or "text" in how:
+        try:
+            arrays[column] = pa.array(values, from_pandas=False)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # of two types: one column of a file has one
+            arrays[column], how = pa.array(["" if v is None else str(v) for v in values]), f"{how} as text"
     table = pa.table(arrays).replace_schema_metadata(original.schema.metadata)
     if how == "drop":
         table = table.drop_columns([column])

@@ -74,6 +74,7 @@ def trained(folder: Path) -> Any:
 
 
 def evaluated(folder: Path) -> Any:
-    """``metrics.json`` without paths."""
+    """``metrics.json`` without paths; its counts of what was left out or repeated apart."""
     path = folder / "out/metrics.json"
-    return {"rows": json.loads(path.read_text().replace(str(folder), "")) if path.is_file() else None}
+    found = json.loads(path.read_text().replace(str(folder), "")) if path.is_file() else {}
+    return {"words": found.pop("counts", None), "rows": found}

@@ -137,7 +137,7 @@ def write_parquet(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def read_parquet(path: Path, what: str, mend: str, columns: Iterable[str] = ()) -> pd.DataFrame:
+def read_parquet(path: Path, what: str, mend: str, columns: Iterable[str] = (), nested: Iterable[str] = ()) -> pd.DataFrame:
     """Read a Parquet table and check that it has `columns`.
 
     Parameters
@@ -150,20 +150,28 @@ def read_parquet(path: Path, what: str, mend: str, columns: Iterable[str] = ()) 
         What to do where it is missing ("make one with ...").
     columns
         Columns that must be there.
+    nested
+        The only columns that may hold lists.
 
     Raises
     ------
     BadInput
         The file is missing, not Parquet, or lacks a column.
     """
-    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     if not path.is_file():
         raise BadInput(f"{what} {path} does not exist; {mend}")
     try:
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
+        table = pq.read_table(path)
+        table.validate(full=True)  # text may be no UTF-8
+        frame = table.to_pandas()
+    except (OSError, ValueError, NotImplementedError) as error:
         raise BadInput(f"{what} {path} is not a Parquet file: {first_line(error)}; {mend}") from error
+    for field in table.schema:
+        if pa.types.is_nested(field.type) and field.name not in nested:
+            raise BadInput(f"{what} {path}: column '{field.name}' holds lists or records; give one value per row")
     require_columns(frame, columns, f"{what} {path}")
     return frame
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from mammostream.common.buckets import refuse_bucket
 from mammostream.common.errors import BadInput, first_line, nearest
 from mammostream.common.temporaries import new_command
 
+_LONGEST_NAME = 255  # bytes, on Linux
 _SHARDS = {"--shards", "SHARDS"}  # what names shards, which may lie in a bucket
 
 
@@ -52,10 +54,20 @@ class Command(click.Command):
         new_command()
         for param in self.params:
             value = ctx.params.get(param.name or "")
-            for place in value if isinstance(value, tuple) else (value,):
-                if isinstance(place, Path) and not _SHARDS & {*param.opts, param.metavar}:
-                    refuse_bucket(place, param.opts[0] if isinstance(param, click.Option) else param.human_readable_name)
+            flag = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+            for single in value if isinstance(value, tuple) else (value,):
+                _refuse_what_no_machine_takes(single, flag)
+                if isinstance(single, Path) and not _SHARDS & {*param.opts, param.metavar}:
+                    refuse_bucket(single, flag)
         return super().invoke(ctx)
+
+
+def _refuse_what_no_machine_takes(value: Any, flag: str) -> None:
+    """Refuse paths that no file can have, and integers of more than 32 bits, which some library would trip over later."""
+    if isinstance(value, Path) and ("\0" in str(value) or any(len(os.fsencode(part)) > _LONGEST_NAME for part in value.parts)):
+        raise BadInput(f"{flag} {str(value)[:60]!r}… cannot be the name of a file or folder")
+    if isinstance(value, int) and not -(2**31) <= value < 2**31:
+        raise BadInput(f"{flag} {value} has more than 32 bits; give a smaller number")
 
 
 class Group(click.Group):
@@ -140,7 +152,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise BadInput(f"config {path} is neither YAML nor JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise BadInput(f"config {path} holds no mapping; write one 'option: value' a line")
@@ -159,9 +171,27 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None)
         key = str(key).replace("-", "_")
         if key not in names:
             raise BadInput(f"config {value} has the unknown key '{key}'{nearest(key, names)}; see --help for the options")
+        if entry is None:  # nothing given: the default
+            continue
         alone = isinstance(names[key], ListOption) and not isinstance(entry, list)
-        mapping[names[key].name] = [entry] if alone else entry
+        mapping[names[key].name] = _of_its_type(ctx, names[key], [entry] if alone else entry, f"config {value}: {key}")
     ctx.default_map = mapping
+
+
+def _of_its_type(ctx: click.Context, param: click.Parameter, entry: Any, what: str) -> Any:
+    """Return an entry of a config file that the option's type can take; click expects texts, and trips over much else."""
+    allowed = (list, tuple) if param.multiple or param.nargs != 1 else (str, bool, int, float)
+    values = entry if isinstance(entry, (list, tuple)) else [entry]
+    if isinstance(entry, allowed) and all(isinstance(value, (str, bool, int, float)) for value in values):
+        try:
+            param.type_cast_value(ctx, entry)
+            return entry
+        except click.UsageError:  # click says what is wrong when the command runs
+            return entry
+        except (TypeError, ValueError, OverflowError, AttributeError):
+            pass
+    kind = " of several values" if allowed == (list, tuple) else ""
+    raise BadInput(f"{what}: {str(entry)[:60]!r} is no value{kind} for {param.opts[0]}; see --help")
 
 
 config_file_option = click.option(

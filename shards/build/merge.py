@@ -71,14 +71,7 @@ def merge_tables(directory: Path, demanded: Container[str], allow_leakage: bool 
                 writer.write_table(tiles, row_group_size=len(tiles))
             shards.append(describe_shard(path.stem, metadata))
     write_parquet(directory / "images.parquet", films)
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "codec": first["codec"],
-        "bits": first["bits"],
-        "preprocessing": first["preprocessing"] | {"shard_config_hash": first["config_hash"]},
-        "recipe": first["recipe"],
-        "shards": shards,
-    }
+    meta = describe_directory(first) | {"shards": shards}
     write_json(directory / SHARDS_JSON, meta)
     return meta
 
@@ -96,6 +89,17 @@ def _without_copies(paths: list[Path], directory: Path, allow_leakage: bool) -> 
         if not marked["flags"].equals(as_built["flags"]):
             leave_out_copies(path, marked)
     return films
+
+
+def describe_directory(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``shards.json`` says of all shards, from the metadata of one."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "codec": metadata["codec"],
+        "bits": metadata["bits"],
+        "preprocessing": metadata["preprocessing"] | {"shard_config_hash": metadata["config_hash"]},
+        "recipe": metadata["recipe"],
+    }
 
 
 def describe_shard(name: str, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,11 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mammostream.common.buckets import BucketPath
@@ -23,11 +22,19 @@ from mammostream.shards.archive import Member, Sample, check_index, read_index, 
 from mammostream.shards.build.build import encode_meta
 from mammostream.shards.build.launch import ALONE, Launcher
 from mammostream.shards.build.leave_out import leave_out, read_or_scan_index
-from mammostream.shards.build.merge import describe_shard, merge_tables
+from mammostream.shards.build.merge import describe_directory, describe_shard, merge_tables
 from mammostream.shards.codecs import META_EXTENSION, NUMBER_EXTENSION, decode, encode_number, pixel_crc32
 from mammostream.shards.lock import ALL, lock_shards
-from mammostream.shards.reading import ShardSet
-from mammostream.shards.tables import IMAGE_SCHEMA, TILE_SCHEMA, read_shard_table, with_schema
+from mammostream.shards.reading import SHARDS_JSON, ShardSet
+from mammostream.shards.tables import (
+    IMAGE_SCHEMA,
+    TILE_SCHEMA,
+    has_columns_of,
+    is_as_written,
+    read_merged,
+    read_shard_table,
+    same_rows,
+)
 
 # What an interrupted check has found so far; a finished one removes it.
 _RECORD = ".verify.jsonl"
@@ -53,7 +60,6 @@ class _Job:
     directory: Path | BucketPath
     folder: Path  # where its files are read: the directory, or where a bucket's are fetched into
     shard: dict[str, Any]
-    row_group: int  # of tiles.parquet
     config_hash: str
     codec: str
     decoding: bool
@@ -99,10 +105,8 @@ def _at_hand(shards: ShardSet) -> Iterator[Path]:
 
 def _verify(shards: ShardSet, folder: Path, launcher: Launcher, decoding: bool) -> list[Fault]:
     directory, entries = shards.directory, shards.meta["shards"]
-    groups = [bool(entry["tiles"]) for entry in entries]
     jobs = [
-        _Job(directory, folder, entry, sum(groups[:n]), shards.preprocessing["shard_config_hash"], shards.codec, decoding)
-        for n, entry in enumerate(entries)
+        _Job(directory, folder, entry, shards.preprocessing["shard_config_hash"], shards.codec, decoding) for entry in entries
     ]
     record = shards.tables / _RECORD
     found = _resumed(record, jobs)
@@ -114,7 +118,7 @@ def _verify(shards: ShardSet, folder: Path, launcher: Launcher, decoding: bool) 
             found[name] = faults
             _record(record, todo[name], faults)
             bar.update(sizes[name])
-    faults = [fault for entry in entries for fault in found[entry["name"]]] + list(_image_faults(shards, folder))
+    faults = [fault for entry in entries for fault in found[entry["name"]]] + list(_merged_faults(shards, folder))
     if record.is_file():
         record.unlink()
     return faults
@@ -176,14 +180,15 @@ def _shard_faults(job: _Job) -> Iterator[tuple[str, ...]]:
     if metadata["config_hash"] != job.config_hash:
         yield ("was built with other options than shards.json says",)
         return
+    if not is_as_written(job.folder / f"{name}.parquet"):
+        yield ("its own table has other columns than were written, or something in cells that are empty",)
     if describe_shard(name, metadata) != job.shard:
         yield ("shards.json disagrees with its own table",)
     if not len(tiles):
         return
     try:
-        merged = pq.ParquetFile(job.folder / "tiles.parquet").read_row_group(job.row_group)
-        same = _same(with_schema(merged, TILE_SCHEMA), tiles)
-    except (OSError, ValueError, KeyError, IndexError):
+        same = same_rows(read_merged(job.folder / "tiles.parquet", TILE_SCHEMA, "", shard=name), tiles)
+    except BadInput:
         same = False
     if not same:
         yield ("tiles.parquet says otherwise of its tiles than its own table",)
@@ -253,14 +258,18 @@ def _is_header_of(block: memoryview, member: Member) -> bool:
     return info.size == member.size and info.name == member.name[: tarfile.LENGTH_NAME]
 
 
-def _image_faults(shards: ShardSet, folder: Path) -> Iterator[Fault]:
-    """Compare images.parquet with the shards' own tables; shards whose table cannot be read are named already."""
+def _merged_faults(shards: ShardSet, folder: Path) -> Iterator[Fault]:
+    """Compare images.parquet and shards.json with the shards' own tables; unreadable ones of those are named already."""
     try:
-        merged = with_schema(pq.read_table(folder / "images.parquet"), IMAGE_SCHEMA)
-    except (OSError, ValueError, KeyError) as error:
-        yield Fault("images.parquet", f"cannot be read ({first_line(error)})")
+        merged = read_merged(folder / "images.parquet", IMAGE_SCHEMA, "build again")
+    except BadInput as error:
+        yield Fault("images.parquet", str(error).replace(str(folder), str(shards.directory)))
         return
-    first = 0
+    for path, schema in ((folder / "tiles.parquet", TILE_SCHEMA), (folder / "images.parquet", IMAGE_SCHEMA)):
+        with suppress(OSError, ValueError):  # said already
+            if not has_columns_of(pq.read_schema(path), schema):
+                yield Fault(path.name, "has other columns than were written")
+    first, described = 0, False
     for entry in shards.meta["shards"]:
         its_rows = merged.slice(first, entry["images"])
         first += entry["images"]
@@ -268,18 +277,19 @@ def _image_faults(shards: ShardSet, folder: Path) -> Iterator[Fault]:
             path = folder / f"{entry['name']}.parquet"
             if isinstance(shards.directory, BucketPath) and not path.is_file():  # checked in an earlier run
                 (shards.directory / path.name).fetch(path)
-            _, images, _ = read_shard_table(path)
+            _, images, metadata = read_shard_table(path)
         except BadInput:
             continue
-        if not _same(its_rows, images):
+        if not described and metadata["config_hash"] == shards.preprocessing["shard_config_hash"]:
+            described = True
+            said = describe_directory(metadata)
+            wrong = [name for name in sorted({*said, *shards.meta} - {"shards"}) if said.get(name) != shards.meta.get(name)]
+            if wrong:
+                yield Fault(SHARDS_JSON, f"says otherwise than the shards' own tables of: {', '.join(wrong)}")
+        if not same_rows(its_rows, images):
             yield Fault("images.parquet", f"says otherwise of the films of {entry['name']} than its own table")
     if first != len(merged):
         yield Fault("images.parquet", f"has {len(merged)} films, the shards have {first}")
-
-
-def _same(table: pa.Table, other: pa.Table) -> bool:
-    # As text, since Arrow holds no NaN equal to another.
-    return json.dumps(table.to_pylist()) == json.dumps(other.to_pylist())
 
 
 def quarantine(shards: ShardSet, faults: Sequence[Fault]) -> list[Fault]:

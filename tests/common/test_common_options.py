@@ -124,6 +124,13 @@ def test_config_file_takes_the_options_own_name_and_a_single_value(tmp_path, key
         ("- a\n- b", "holds no mapping"),
         ("a: [", "neither YAML nor JSON"),
         ("", "holds no mapping"),
+        ("{" * 3000, "neither YAML nor JSON"),
+        ("tile_size: [1]", r"tile_size: '\[1\]' is no value for --tile-size"),
+        ("tile_size: {a: 1}", "is no value for --tile-size"),
+        ("tile_size: .inf", "'inf' is no value for --tile-size"),
+        ("fast: 9223372036854775808", "is no value for --fast"),
+        ("class_names: [a, [b]]", "is no value of several values for --class-names"),
+        ("class_names: {a: b}", "is no value of several values for --class-names"),
     ],
 )
 def test_bad_config_file(tmp_path, text, message):
@@ -133,6 +140,21 @@ def test_bad_config_file(tmp_path, text, message):
         call("--config", path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tile-size", 2**31], "--tile-size 2147483648 has more than 32 bits"),
+        (["--tile-size", -(10**30)], "has more than 32 bits"),
+        (["--csv-path", "a/" + "x" * 256], "--csv-path 'a/xxx.* cannot be the name"),
+        (["--csv-path", "ä" * 128], "cannot be the name"),
+    ],
+)
+def test_what_no_machine_takes_is_refused_before_the_command_runs(args, message):
+    with pytest.raises(BadInput, match=message):
+        call(*args)
+    assert call("--tile-size", 2**31 - 1, "--csv-path", "x" * 255)
 
 
 def test_missing_config_file(tmp_path):
@@ -145,6 +167,12 @@ def test_wrong_value_of_a_config_file_is_refused(tmp_path):
     result = CliRunner().invoke(group, ["run", "--config", str(tmp_path / "c.yaml")])
     assert result.exit_code == 2
     assert "--tile-size" in result.stderr
+
+
+def test_an_empty_value_of_a_config_file_is_the_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("tile_size:\nclass_names: null\nmode: b\n")
+    got, default = call("--config", tmp_path / "c.yaml"), call()
+    assert got == default | {"mode": "b"}
 
 
 def test_resolved_options_are_a_config_file_themselves(tmp_path):

@@ -439,6 +439,20 @@ def test_state_of_another_setting_is_refused(tiles):
         pretrain(tiles, initial_fill=7).load_state_dict(pretrain(tiles).state_dict())
 
 
+def test_a_state_of_a_version_that_did_not_read_headers_first_goes_on_bit_for_bit(tiles):
+    """DALI's checkpoint names the operators, so such a run keeps its graph; a new epoch order starts with the new one."""
+    older = pretrain(tiles, views=RECIPES["mammo"])
+    older._checked = False
+    expected = copies(pretrain(tiles, views=RECIPES["mammo"]))
+    first = [tuple(tensor.clone() for tensor in batch) for batch in islice(older, 2)]
+    state = through_a_file(older.state_dict())
+    del state["checked"]
+    resumed = pretrain(tiles, views=RECIPES["mammo"])
+    resumed.load_state_dict(state)
+    assert_same([*first, *copies(resumed)], expected)
+    assert not resumed.state_dict()["checked"]
+
+
 def test_damaged_state(tiles):
     loader = pretrain(tiles)
     next(iter(loader))
@@ -499,6 +513,27 @@ def test_a_bad_tile_is_named_with_its_shard_and_how_to_fix_it(make_shards, tmp_p
     shuffled = labelled(bad, 1, shuffle=True, initial_fill=4)
     with pytest.raises(BadInput, match=message):
         numbers_of(shuffled)
+
+
+def read_with_rubbish(tiles, codec):
+    """Read two batches of 64 tiles of which the first 20 are rubbish; return the error."""
+    samples = []
+    for i, (number, pixels) in enumerate(tiles.pixels.items()):
+        data = codecs.encode(pixels, codec)
+        samples.append((f"k{i}", [(codec, bytes(len(data)) if 0 < i < 20 else data), ("num", codecs.encode_number(number))]))
+    archive.write_archive(tiles.shards[0].tar, samples)
+    with pytest.raises(BadInput) as caught:
+        numbers_of(labelled(tiles, 64))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("codec", ["tif", "png"])
+def test_rubbish_in_a_large_batch_is_an_error_and_does_not_end_the_process(make_shards, tmp_path, in_process, codec):
+    tiles = make_shards(tmp_path, (128,), codec)
+    for _ in range(3):  # it is a race in DALI
+        ended = in_process(read_with_rubbish, tiles, codec)()
+        assert ended.code == 0
+        assert "cannot be decoded" in ended.value
 
 
 def test_a_bad_tile_among_several_shards_and_directories(make_shards, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from mammostream.common.errors import BadInput
 from mammostream.models.backbones import build_backbone
 from mammostream.models.byol import MammogramBYOL
-from mammostream.models.checkpoints import load_byol, load_checkpoint, load_classifier, save_checkpoint
+from mammostream.models.checkpoints import entries_of, load_byol, load_checkpoint, load_classifier, save_checkpoint
 from mammostream.models.classifier import MammogramClassifier
 
 
@@ -175,8 +176,48 @@ def test_the_first_tensor_that_does_not_fit_is_named(byol, tmp_path):
     refused({"backbone.bn1.weight": None}, r"bad\.pth does not fit this model: it has no tensor 'backbone\.bn1\.weight'")
     refused({"backbone.bn1.weight": torch.ones(7)}, r"'backbone\.bn1\.weight' has the shape \(7,\), not \(64,\)")
     refused({"backbone.bn1.weight": "text"}, r"'backbone\.bn1\.weight' is a str, not a tensor")
+    refused({"backbone.bn1.weight": torch.ones(64).to_sparse()}, r"'backbone\.bn1\.weight' is no dense tensor of real numbers")
+    refused({"backbone.bn1.weight": torch.ones(64) * 1j}, r"'backbone\.bn1\.weight' is no dense tensor of real numbers")
     refused({"backbone.surplus": torch.ones(1)}, r"extra tensor 'backbone\.surplus'")
     refused({"projection_head.0.weight": None}, r"no matrix 'projection_head\.0\.weight'")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bytes_that_changed_are_refused(byol_path, seed):
+    """torch does not look at the checksums in its files, and would load other weights."""
+    with zipfile.ZipFile(byol_path) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(byol_path.read_bytes())
+    rng = np.random.default_rng(seed)
+    data[largest.header_offset + 512 + rng.integers(largest.file_size - 512)] ^= 1 << rng.integers(8)
+    byol_path.write_bytes(data)
+    with pytest.raises(BadInput, match=f"checkpoint {byol_path} is damaged: its bytes changed"):
+        load_byol(byol_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("metrics", 3), ("step", "x"), ("epoch", None), ("preprocessing", []), ("preprocessing.mean", "x")]
+)
+def test_entries_of_another_type_are_refused_by_name(byol, tmp_path, name, value):
+    checkpoint = byol_dict(byol)
+    outer, _, key = name.rpartition(".")
+    holder = checkpoint if not outer else checkpoint[outer]
+    checkpoint = checkpoint | ({outer: holder | {key: value}} if outer else {key: value})
+    save_checkpoint(tmp_path / "c.pth", checkpoint)
+    with pytest.raises(BadInput, match=f"c.pth is damaged: its '{name}' is "):
+        load_checkpoint(tmp_path / "c.pth", "byol")
+
+
+def test_what_an_entry_sets_off_is_one_line(tmp_path):
+    for use in (lambda: {}["calibration"], lambda: float(None), lambda: None.items(), lambda: int("x"), lambda: [][3]):
+        with (
+            pytest.raises(BadInput, match=r"c\.pth has an entry that is missing or damaged") as caught,
+            entries_of("c.pth", None),
+        ):
+            use()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError), entries_of("c.pth", None):  # such as a GPU without memory
+        raise RuntimeError("CUDA out of memory")
 
 
 def test_class_names_must_match_the_outputs(byol, tmp_path):

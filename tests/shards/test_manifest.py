@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -105,6 +106,40 @@ def test_columns_that_old_manifests_lack_read_as_empty(tmp_path):
     assert (read_manifest(tmp_path / "old.parquet")[list(OPTIONAL_COLUMNS)] == "").all(axis=None)
 
 
+def test_what_a_manifest_does_not_know_reads_as_unknown(tmp_path):
+    frame = frame_of(*GOOD)
+    frame[["laterality", "view", "study_id", "spacing_source"]] = None
+    frame[["bits", "pixel_spacing_mm"]] = np.nan
+    write_unchecked(frame, tmp_path / "m")
+    read = read_manifest(tmp_path / "m")
+    assert (read[["laterality", "view", "study_id", "spacing_source"]] == "").all(axis=None)
+    assert read["bits"].tolist() == [0] * len(read)
+    assert read["pixel_spacing_mm"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("pixel_spacing_mm", "wide", "pixel_spacing_mm 'wide'"),
+        ("pixel_spacing_mm", np.inf, "pixel_spacing_mm"),
+        ("bits", 1e30, "bits"),
+        ("path", None, "row 2 has no path"),
+        ("image_id", None, "row 2 has no image_id"),
+        ("image_id", [1], "column 'image_id' holds lists"),
+        ("manufacturer", [1], "column 'manufacturer' holds lists"),
+    ],
+)
+def test_a_value_of_another_type_is_named(tmp_path, column, value, message):
+    frame = frame_of(*GOOD, manufacturer=["", "", ""])
+    values = [value] * 3 if isinstance(value, list) else [*frame[column][:1], value, *frame[column][2:]]
+    frame[column] = pd.Series([[1]] * 3 if isinstance(value, list) else values, dtype=object)
+    if isinstance(value, str):
+        frame[column] = frame[column].astype(str)
+    write_unchecked(frame, tmp_path / "m")
+    with pytest.raises(BadInput, match=message):
+        read_manifest(tmp_path / "m")
+
+
 @pytest.mark.parametrize("column", MANIFEST_COLUMNS)
 def test_missing_column_is_named(tmp_path, column):
     write_unchecked(frame_of(*GOOD).drop(columns=column), tmp_path / "m")
@@ -129,6 +164,10 @@ def test_findings_round_trip(tmp_path):
     assert read_findings(tmp_path / "f").to_dict("records") == frame.astype({"xmin": float}).to_dict("records")
     write_findings(frame[:0], tmp_path / "none")
     assert read_findings(tmp_path / "none").empty
+    for column, value in (("label", None), ("image_id", None), ("xmin", np.inf), ("ymax", "low")):
+        write_unchecked(frame.assign(**{column: [value]}), tmp_path / "h")
+        with pytest.raises(BadInput, match="findings .*h: "):
+            read_findings(tmp_path / "h")
     write_unchecked(frame.drop(columns="image_id"), tmp_path / "g")
     with pytest.raises(BadInput, match="no column 'image_id'"):
         read_findings(tmp_path / "g")

@@ -62,9 +62,8 @@ def write_set(
             row = {"tile": ordinal * 2**20 + position, "key": tile_key(image["image_id"], position, 0), "shard": name}
             row |= {"image_id": image["image_id"], "patient_id": image["patient_id"], "split": "val"}
             row |= {"x": 0, "y": position, "size": len(tile)}
-            rows.append(row)
             data = encode(tile, codec)
-            row |= {"crc32": pixel_crc32(tile), "payload_crc32": zlib.crc32(data)}
+            rows.append(row | {"crc32": pixel_crc32(decode(data, codec)), "payload_crc32": zlib.crc32(data)})
             members = [(codec, data), ("num", encode_number(row["tile"])), ("json", encode_meta(row))]
             samples.append((row["key"], members))
         metadata = known | {"split": "val", "tiles": count, "images": 2, "counts": [["val", len(counts)]], "codec": codec}

@@ -16,6 +16,7 @@ from mammostream.common.errors import BadInput, Stopped
 from mammostream.common.progress import progress
 from mammostream.dali_pipelines import PretrainLoader
 from mammostream.models.byol import BYOLOutput
+from mammostream.models.checkpoints import entries_of
 from mammostream.shards.reading import ShardSet
 from mammostream.train.byol.assembly import build_monitor, build_probe, build_state, draw_some_views, open_loader, pair_flops
 from mammostream.train.byol.bad_steps import BadSteps
@@ -27,7 +28,7 @@ from mammostream.train.byol.speed import collecting_on_schedule
 from mammostream.train.byol.step import Views, train_step
 from mammostream.train.run.charts import draw_curves
 from mammostream.train.run.memory import memory_explained
-from mammostream.train.run.runtime import Runtime, make_deterministic, resolve_runtime
+from mammostream.train.run.runtime import TRAINING_LOCK, Runtime, make_deterministic, only_run, resolve_runtime
 from mammostream.train.run.stopping import StopSignals
 from mammostream.train.run.tracking import Tracker, drop_lines
 
@@ -74,7 +75,11 @@ def pretrain(
     runtime = runtime or resolve_runtime(config)
     if config.deterministic:
         make_deterministic()
-    with memory_explained(runtime.device, config.batch_size, config.accumulate), StopSignals(runtime.is_main) as signals:
+    with (
+        only_run(output_dir / TRAINING_LOCK, runtime),
+        memory_explained(runtime.device, config.batch_size, config.accumulate),
+        StopSignals(runtime.is_main) as signals,
+    ):
         torch.manual_seed(config.seed)
         loader = open_loader(shards, config, runtime)
         state = build_state(config, runtime, len(loader))
@@ -84,7 +89,8 @@ def pretrain(
             state.chosen["online probe"] = probe.about
         run = Run(shards, output_dir, config, runtime, loader, state, bad_steps, signals, monitor, probe)
         if resume is not None:
-            run.restore(resume)
+            with entries_of(resume, "byol"):
+                run.restore(resume)
         with _tracker(run, command, resumed=resume is not None) or nullcontext() as run.tracker:
             _train(run)
     if runtime.is_main:

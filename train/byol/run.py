@@ -17,6 +17,7 @@ from mammostream.common.files import second_name
 from mammostream.common.normalisation import MEAN, STD
 from mammostream.dali_pipelines import PretrainLoader, views_to_dict
 from mammostream.models.checkpoints import save_checkpoint
+from mammostream.models.tensors import load_state
 from mammostream.shards.identity import clean_patients, subject_hashes
 from mammostream.shards.reading import ShardSet
 from mammostream.train.byol.assembly import chosen_views, steps_per_epoch
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from mammostream.train.probe.compare import OnlineProbe
 
 CHECKPOINT_NAME = "mammogram_byol_{}.pth"
+PRINTED = ("loss", "z_std", "pairs_per_second", "data_wait_percent")
+"""Of the last epoch's metrics, what the command prints at the end."""
 # What may change between the two halves of a run without changing its result, or on purpose. The file of views may move: the
 # loader compares its content.
 _FREE = {"num_workers", "wandb_project", "wandb_mode", "save_every", "save_every_steps", "device", "precision", "compile"}
@@ -149,12 +152,14 @@ class Run:
                 f"there are {runtime.world_size}: {self.steps_per_epoch} steps an epoch"
             )
         self._continue_schedules()
-        state.model.load_state_dict(checkpoint["model_state_dict"])
+        load_state(state.model, checkpoint["model_state_dict"], f"checkpoint {path}")
         state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         if saved["scaler"]:  # empty where the first half needed no scaler
             state.scaler.load_state_dict(saved["scaler"])
         state.step = checkpoint["step"]
         self.metrics, self.best = checkpoint["metrics"], saved["best"]
+        for name in PRINTED if self.metrics else ():
+            float(self.metrics[name])  # at the end of the run it would be too late to notice
         self.bad_steps.load_state_dict(saved["bad_steps"])
         self.monitor.load_state_dict(saved["monitor"])
         mine = saved["processes"][0 if moves else runtime.rank]

@@ -16,14 +16,14 @@ from torch import Tensor
 from mammostream.common.errors import BadInput, Stopped
 from mammostream.common.files import write_json
 from mammostream.common.progress import progress
-from mammostream.models.checkpoints import load_checkpoint
+from mammostream.models.checkpoints import entries_of, load_checkpoint
 from mammostream.train.classify.config import FinetuneConfig
 from mammostream.train.classify.run import CHECKPOINT_NAME, LabelledData, Run
 from mammostream.train.classify.sampling import describe_sampling
 from mammostream.train.classify.step import train_step
 from mammostream.train.classify.validation import Validation, validate, with_intervals
 from mammostream.train.run.charts import draw_curves
-from mammostream.train.run.runtime import Runtime, resolve_runtime
+from mammostream.train.run.runtime import TRAINING_LOCK, Runtime, only_run, resolve_runtime
 from mammostream.train.run.stages import STAGE_COUNT, train_top_stages
 from mammostream.train.run.stopping import StopSignals
 from mammostream.train.run.tracking import Tracker
@@ -81,13 +81,16 @@ def finetune(
     runtime = runtime or resolve_runtime(config)
     torch.manual_seed(config.seed)
     byol = load_checkpoint(checkpoint_path, "byol")
-    run = Run.start(byol, checkpoint_path, data, output_dir, config, runtime)
+    with entries_of(checkpoint_path, "byol"):
+        run = Run.start(byol, checkpoint_path, data, output_dir, config, runtime)
     if runtime.rank:  # the same weights, but different random draws
         torch.manual_seed(int(np.random.SeedSequence([config.seed, runtime.rank]).generate_state(1)[0]))
     if resume is not None:
-        run.restore(resume)
+        with entries_of(resume, "classifier"):
+            run.restore(resume)
     found = None
     with (
+        only_run(output_dir / TRAINING_LOCK, runtime),
         StopSignals(runtime.is_main) as run.signals,
         _tracker(run, command, resumed=resume is not None) or nullcontext() as tracker,
         _progress(run) as bar,

@@ -18,6 +18,7 @@ from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import TRAIN_VIEW, LabelledLoader, LoaderConfig
 from mammostream.models.checkpoints import restore_byol, save_checkpoint
 from mammostream.models.classifier import MammogramClassifier
+from mammostream.models.tensors import load_state
 from mammostream.shards.reading import check_same_pixels, view_size_of
 from mammostream.train.classify.config import FinetuneConfig
 from mammostream.train.classify.losses import positive_weights
@@ -234,9 +235,10 @@ class Run:
             raise BadInput(f"checkpoint {path} was trained with other classes, labels or tiles; resume with the same CSVs")
         if len(saved["processes"]) != runtime.world_size:
             raise BadInput(f"checkpoint {path} was trained by {len(saved['processes'])} processes; resume with as many")
-        state.model.load_state_dict(saved["weights"] or checkpoint["model_state_dict"])
+        what = f"checkpoint {path}"
+        load_state(state.model, saved["weights"] or checkpoint["model_state_dict"], what)
         if state.average:
-            state.average.model.load_state_dict(checkpoint["model_state_dict"])
+            load_state(state.average.model, checkpoint["model_state_dict"], what)
         state.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         if saved["scaler"]:  # empty if the run so far needed no scaler
             state.scaler.load_state_dict(saved["scaler"])
@@ -246,7 +248,7 @@ class Run:
         if mine.get("losses") is not None:
             self.losses = list(mine["losses"].to(runtime.device))
         if mine.get("buffers") is not None:
-            state.model.load_state_dict(mine["buffers"], strict=False)
+            load_state(state.model, state.model.state_dict() | mine["buffers"], what)
         set_random_state(mine["random"], runtime.device)
         self.metrics = checkpoint["metrics"]
 

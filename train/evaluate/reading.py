@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.files import read_csv, read_parquet, sha256_file
-from mammostream.shards.identity import clean_ids, clean_patients, clean_sides, film_of_tile, seen_by
+from mammostream.shards.identity import clean_ids, clean_patients, clean_sides, film_of_tile, fitted_subjects, seen_by
 from mammostream.shards.manifest import LABEL_PREFIX
 from mammostream.train.levels.aggregation import PROBABILITY
 from mammostream.train.levels.calibration import (
@@ -107,8 +107,8 @@ def read_predictions(path: Path, score: str = "max") -> Predictions:
     elif path.suffix == ".csv":
         frame = read_csv(path, "predictions")
     else:
-        frame = read_parquet(path, "predictions", HINT)
-        facts = json.loads((pq.read_schema(path).metadata or {}).get(b"mammostream", b"{}"))
+        frame = read_parquet(path, "predictions", HINT, nested=("features",))
+        facts = recorded_facts(path)
     prefix = next((p for p in (PROBABILITY, f"{score}:") if any(str(c).startswith(p) for c in frame.columns)), None)
     level = TILE if "key" in frame else IMAGE if "image_id" in frame else BREAST if {*BREAST_COLUMNS} <= {*frame} else None
     if prefix is None or level is None:
@@ -129,16 +129,33 @@ def read_predictions(path: Path, score: str = "max") -> Predictions:
         wrong = table.loc[~(table[name].between(0, 1) | table[name].isna()), name]
         if len(wrong):
             raise BadInput(f"predictions {path}, column '{name}': {wrong.iloc[0]:g} is not a probability between 0 and 1")
-    return Predictions(
-        table,
-        level,
-        score,
-        calibrations_of(facts.get("calibration") or {}),
-        facts.get("class_names") or (),
-        facts.get("threshold"),
-        _recorded_thresholds(facts),
-        facts.get("model_sha256"),
-    )
+    try:
+        calibrations = calibrations_of(facts.get("calibration") or {})
+        thresholds = _recorded_thresholds(facts)
+        threshold = None if facts.get("threshold") is None else float(facts["threshold"])
+        fitted_classes = [str(name) for name in facts.get("class_names") or ()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise BadInput(f"predictions {path} record a damaged calibration, threshold or class name ({what}); {HINT}") from error
+    recorded = fitted_classes, threshold, thresholds, facts.get("model_sha256")
+    return Predictions(table, level, score, calibrations, *recorded)
+
+
+def recorded_facts(path: Path) -> dict[str, Any]:
+    """Return what a Parquet file of predictions records besides its rows: what made them, calibrations and thresholds.
+
+    Raises
+    ------
+    BadInput
+        It is damaged.
+    """
+    try:
+        facts = json.loads((pq.read_schema(path).metadata or {}).get(b"mammostream", b"{}"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"predictions {path}: what the file records is damaged ({first_line(error)}); {HINT}") from error
+    if not isinstance(facts, dict):
+        raise BadInput(f"predictions {path}: what the file records is no mapping; {HINT}")
+    return facts
 
 
 def with_model(predictions: Predictions, model_path: Path) -> Predictions:
@@ -154,17 +171,19 @@ def with_model(predictions: Predictions, model_path: Path) -> Predictions:
     """
     if predictions.model_sha256 not in (None, sha256_file(model_path)):
         raise BadInput(f"the predictions are not of {model_path}: its hash is another; give the model that predicted")
-    from mammostream.models.checkpoints import load_checkpoint  # needs torch, which nothing else here does
+    from mammostream.models.checkpoints import entries_of, load_checkpoint  # needs torch, which nothing else here does
 
     checkpoint = load_checkpoint(model_path, "classifier")
-    table = predictions.table
-    if "seen" not in table and checkpoint.get("fitted_on"):
+    table, recorded = predictions.table, predictions.calibrations
+    with entries_of(model_path, "classifier"):
+        stored = stored_calibrations(checkpoint)
+        fitted_on = fitted_subjects(checkpoint)
+    if "seen" not in table and fitted_on:
         patients = table.get("patient_id", pd.Series("", table.index))
         images = table.get("image_id", patients)
         # A tile that came as an image file has its path for an image.
         films = [film_of_tile(image) or image if "/" in image else image for image in images]
-        table = table.assign(seen=seen_by(checkpoint["fitted_on"], patients, films))
-    stored, recorded = stored_calibrations(checkpoint), predictions.calibrations
+        table = table.assign(seen=seen_by(fitted_on, patients, films))
     if TILE in recorded and not recorded[TILE][PROB].maps_as(stored[TILE][PROB]):
         return replace(predictions, table=table)
     return replace(
@@ -183,7 +202,7 @@ def _recorded_thresholds(facts: Mapping[str, Any]) -> dict[str, float]:
     thresholds = facts.get("thresholds") or {}
     if not isinstance(thresholds, Mapping):
         thresholds = dict(zip(facts.get("class_names", ()), thresholds, strict=False))
-    return {name: threshold for name, threshold in thresholds.items() if threshold is not None}
+    return {name: float(threshold) for name, threshold in thresholds.items() if threshold is not None}
 
 
 def _read_json(path: Path) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mammostream.common.errors import BadInput
 from mammostream.common.files import sha256_file, whole_file
-from mammostream.models.checkpoints import load_checkpoint, restore_byol, restore_classifier
+from mammostream.models.checkpoints import entries_of, load_checkpoint, restore_byol, restore_classifier
 from mammostream.shards.reading import ShardSet, check_same_pixels
 from mammostream.train.levels.calibration import PROB, TILE, Calibration, plain, stored_calibrations
 
@@ -98,17 +98,18 @@ def export_onnx(
     import onnxscript  # noqa: F401 - torch's exporter writes through it
 
     checkpoint = load_checkpoint(model_path, None if features else "classifier")
-    record = checkpoint["preprocessing"]
-    if shards is not None:
-        check_same_pixels(record, shards.preprocessing, str(shards.directory))
-    restore = restore_byol if checkpoint["kind"] == "byol" else restore_classifier
-    normalisation = (record["mean"], record["std"]) if include_normalisation else None
-    calibration = None if features else stored_calibrations(checkpoint)[TILE][PROB]
-    network = _Exported(restore(checkpoint, model_path), normalisation, calibration).eval()
-    size = record.get("view_size") or record["tile_size"]
+    with entries_of(model_path, None):
+        record = checkpoint["preprocessing"]
+        if shards is not None:
+            check_same_pixels(record, shards.preprocessing, str(shards.directory))
+        restore = restore_byol if checkpoint["kind"] == "byol" else restore_classifier
+        normalisation = (record["mean"], record["std"]) if include_normalisation else None
+        calibration = None if features else stored_calibrations(checkpoint)[TILE][PROB]
+        network = _Exported(restore(checkpoint, model_path), normalisation, calibration).eval()
+        size = record.get("view_size") or record["tile_size"]
+        properties = _properties(checkpoint, model_path, features, include_normalisation)
     names = ["features"] if features else ["logits", "probabilities"]
     proto = _convert(network, size, names)
-    properties = _properties(checkpoint, model_path, features, include_normalisation)
     onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto)
     differences: dict[str, float] = {}

@@ -67,9 +67,23 @@ class Calibration:
 
     @classmethod
     def of_dict(cls, fields: Mapping[str, Any]) -> Calibration:
-        """Return the calibration that :meth:`as_dict` gave."""
+        """Return the calibration that :meth:`as_dict` gave.
+
+        Raises
+        ------
+        ValueError
+            A field is not a value per class.
+        """
         lists: dict[str, Any] = {name: tuple(fields[name]) for name in ("thresholds", "fits", "positives", "negatives")}
-        return cls(np.array(fields["slope"], np.float64), np.array(fields["intercept"], np.float64), **lists)
+        slope, intercept = (np.array(fields[name], np.float64) for name in ("slope", "intercept"))
+        count = len(lists["fits"])
+        if not slope.shape == intercept.shape == (count,) or {len(values) for values in lists.values()} - {0, count}:
+            raise ValueError(f"the calibration of {count} classes has fields of other lengths")
+        if not (np.isfinite(slope).all() and np.isfinite(intercept).all() and (slope > 0).all()):
+            raise ValueError("the calibration has a slope or intercept that is no number, or a slope of 0 or less")
+        if not all(value is None or 0 <= value <= 1 for value in lists["thresholds"]):
+            raise ValueError("the calibration has a threshold outside 0-1")
+        return cls(slope, intercept, **lists)
 
     def maps_as(self, other: Calibration) -> bool:
         """Return whether both make the same probabilities of the same logits; thresholds are not compared."""
@@ -99,9 +113,13 @@ def stored_calibrations(checkpoint: Mapping[str, Any]) -> Calibrations:
             f"this {checkpoint['arch']} was saved within epoch {checkpoint['epoch'] + 1} of its fine-tuning, so it has neither "
             "calibration nor thresholds; use best_classification_model.pth, or go on with 'finetune --resume auto'"
         )
-    if stored := checkpoint.get("calibration"):
-        return calibrations_of(stored)
     count = len(checkpoint["class_names"])
+    if stored := checkpoint.get("calibration"):
+        calibrations = calibrations_of(stored)
+        if any(len(each.fits) != count for scores in calibrations.values() for each in scores.values()):
+            raise ValueError(f"a calibration is not of the {count} classes")
+        calibrations[TILE][PROB]  # which must be there
+        return calibrations
     thresholds = [*(checkpoint.get("thresholds") or ()), *[None] * count][:count]
     return {TILE: {PROB: Calibration.of_temperature(float(checkpoint.get("temperature") or 1.0), thresholds)}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,12 @@ def infer(
 
     shards = open_shards(shards_dir) if shards_dir else None
     from mammostream.train.predict.network import load_predictor
-    from mammostream.train.run.runtime import join_processes
+    from mammostream.train.run.runtime import PREDICTION_LOCK, join_processes, only_run
 
-    with join_processes(config) as runtime:
+    with ExitStack() as stack:
+        runtime = stack.enter_context(join_processes(config))
+        if output_dir is not None:
+            stack.enter_context(only_run(output_dir / PREDICTION_LOCK, runtime))
         predictor = load_predictor(model_path, config, runtime)
         if shards is not None:
             work = work_on_shards(predictor, shards, split, runtime)
@@ -180,9 +184,9 @@ def embed(checkpoint: Path, shards_dir: Path, split: str | None, output: Path, m
     from mammostream.train.predict.network import load_predictor
     from mammostream.train.predict.parts import check_record, merge_tiles, predict_parts
     from mammostream.train.predict.stream import shard_parts
-    from mammostream.train.run.runtime import join_processes
+    from mammostream.train.run.runtime import join_processes, only_run
 
-    with join_processes(config) as runtime:
+    with join_processes(config) as runtime, only_run(output.with_name(f".{output.name}.lock"), runtime):
         predictor = load_predictor(checkpoint, config, runtime, features_only=True)
         parts = shard_parts(predictor, shards, split)
         record = record_of(predictor, [shards.sha256, split])

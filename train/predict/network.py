@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from mammostream.common.files import sha256_file
 from mammostream.models.backbones import encode, feature_dim
 from mammostream.models.byol import MammogramBYOL
-from mammostream.models.checkpoints import load_checkpoint, restore_byol, restore_classifier
+from mammostream.models.checkpoints import entries_of, load_checkpoint, restore_byol, restore_classifier
 from mammostream.models.classifier import MammogramClassifier
 from mammostream.models.folding import fold_batch_norms
 from mammostream.models.tensors import place
-from mammostream.shards.identity import seen_by
+from mammostream.shards.identity import fitted_subjects, seen_by
 from mammostream.train.levels.aggregation import MAX, NOISY_OR, PROBABILITY, TOP
 from mammostream.train.levels.calibration import GIVEN, IMAGE, PROB, TILE, Calibration, Calibrations, stored_calibrations
 from mammostream.train.predict.config import EmbedConfig, InferConfig
@@ -208,9 +208,19 @@ def load_predictor(
         The file is no such checkpoint.
     """
     runtime = runtime or resolve_runtime(config)
-    checkpoint = load_checkpoint(path, None if features_only else "classifier")
-    restore = restore_classifier if checkpoint["kind"] == "classifier" else restore_byol
-    model = place(restore(checkpoint, path), runtime.device).eval()
+    kind = None if features_only else "classifier"
+    checkpoint = load_checkpoint(path, kind)
+    names: list[str] = []
+    calibrations: Calibrations = {}
+    wants_features = features_only
+    with entries_of(path, kind):
+        restore = restore_classifier if checkpoint["kind"] == "classifier" else restore_byol
+        model = place(restore(checkpoint, path), runtime.device).eval()
+        if isinstance(config, InferConfig):
+            names = list(checkpoint["class_names"])
+            calibrations = _with_options(stored_calibrations(checkpoint), config)
+            wants_features = config.embeddings
+        record, fitted_on = checkpoint["preprocessing"], fitted_subjects(checkpoint)
     network: Any = Network(model, _DTYPES[runtime.precision], with_head=not features_only).eval()
     if config.compiles(runtime.device.type):
         if runtime.device.type == "cpu":
@@ -220,15 +230,7 @@ def load_predictor(
             # torch.compile it comes too late to do anything.
             inductor.freezing = True
         network = torch.compile(network)
-    names: list[str] = []
-    calibrations: Calibrations = {}
-    wants_features = features_only
-    if isinstance(config, InferConfig):
-        names = list(checkpoint["class_names"])
-        calibrations = _with_options(stored_calibrations(checkpoint), config)
-        wants_features = config.embeddings
-    record, sha256 = checkpoint["preprocessing"], sha256_file(path)
-    fitted_on = checkpoint.get("fitted_on") or {}
+    sha256 = sha256_file(path)
     return Predictor(model, network, names, record, runtime, config, calibrations, fitted_on, sha256, wants_features)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mammostream.common.buckets import LostConnection, Patience
+from mammostream.common.buckets import BucketPath, LostConnection, Patience
 from mammostream.common.errors import BadInput, first_line
 from mammostream.common.temporaries import scratch_folder
 from mammostream.dali_pipelines import LabelledLoader, create_inference_transform
@@ -113,7 +115,18 @@ class _ReadableTiles:
 class ShardTiles(_ReadableTiles):
     """The tiles of a shard by key; its index or tar may be damaged, cut short or missing.
 
-    Its first batches are being read when it is made, and it may be made in another thread.
+    A tar on a disk is read once before DALI opens it, and tiles whose bytes changed are left out: decoders make other pixels of
+    some damage and end the process on other. Of a tar in a bucket, which would have to be transferred twice, only the length is
+    checked. The first batches are being read when it is made, and it may be made in another thread.
+
+    Parameters
+    ----------
+    shard
+        The shard.
+    checksums
+        Key -> CRC-32 of the encoded tile.
+    options
+        Those of :class:`dali_pipelines.LabelledLoader`.
 
     Attributes
     ----------
@@ -121,14 +134,14 @@ class ShardTiles(_ReadableTiles):
         Why none of the shard's tiles can be read; empty where some can.
     """
 
-    def __init__(self, shard: Shard, **options: Any) -> None:
+    def __init__(self, shard: Shard, checksums: Mapping[str, int], **options: Any) -> None:
         super().__init__(**options)
         self.fault = ""
         self._shard = shard
         self._temporary: TemporaryDirectory | None = None
         try:
             index = read_index(shard.index)
-            self._left = self._whole(index)
+            self._left = self._whole(index, checksums)
         except LostConnection:
             raise
         except BadInput as error:
@@ -149,16 +162,25 @@ class ShardTiles(_ReadableTiles):
         write_index(path, items)
         return self._load([Shard(self._shard.tar, path, self._shard.split, len(items))], **options)
 
-    def _whole(self, index: Sequence[Sample]) -> list[Sample]:
-        """Return the samples that lie in the tar with all they need; the others get their reason."""
-        size = self._shard.tar.stat().st_size
+    def _whole(self, index: Sequence[Sample], checksums: Mapping[str, int]) -> list[Sample]:
+        """Return the samples that lie in the tar with all they need, unchanged; the others get their reason."""
+        tar = self._shard.tar
+        size = tar.stat().st_size
         whole = []
-        for sample in index:
-            fault = _fault(sample, size, self._options["tile_size"])
-            if fault:
-                self.faults[sample_key(sample)] = f"shard {self._shard.tar}: {fault}"
-            else:
-                whole.append(sample)
+        with ExitStack() as stack:
+            file = None if isinstance(tar, BucketPath) else stack.enter_context(tar.open("rb", buffering=0))
+            for sample in index:
+                key = sample_key(sample)
+                fault = _fault(sample, size, self._options["tile_size"])
+                if not fault and file is not None and key in checksums:
+                    tile = _tile(sample)
+                    file.seek(tile.offset)
+                    if zlib.crc32(file.read(tile.size)) != checksums[key]:
+                        fault = f"the bytes of {tile.name} changed since it was built"
+                if fault:
+                    self.faults[key] = f"shard {tar}: {fault}"
+                else:
+                    whole.append(sample)
         return whole
 
     def _damaged(self, items: Sequence[Sample]) -> dict[str, str]:

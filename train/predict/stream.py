@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import torch
 
 from mammostream.shards.identity import film_of_tile, tile_stem
@@ -20,9 +19,17 @@ from mammostream.train.predict.readable_tiles import FileTiles, ShardTiles
 
 _IMAGES_A_PART, _FILMS_A_PART = 4096, 32
 
-_TILE_COLUMNS = ["tile", "key", "image_id", "patient_id", "split", "x", "y", "size"]
+_TILE_COLUMNS = ["tile", "key", "image_id", "patient_id", "split", "x", "y", "size", "payload_crc32"]
 
 _IMAGE_COLUMNS = ["image_id", "patient_id", "split", "laterality", "view", "reason"]
+
+
+class _OpenShard(NamedTuple):
+    """The rows of a shard's tiles and images, and its tiles being read; None where it holds none."""
+
+    tiles: pd.DataFrame
+    images: pd.DataFrame
+    reading: ShardTiles | None
 
 
 class Predicted(NamedTuple):
@@ -68,8 +75,8 @@ def shard_parts(predictor: Predictor, shards: ShardSet, split: str | None) -> li
         Part(
             entry["name"],
             entry["tiles"],
-            partial(_open_shard, predictor, found.get(entry["name"])),
-            partial(_predict_shard, predictor, shards, entry["name"]),
+            partial(_open_shard, predictor, shards, entry["name"], found.get(entry["name"])),
+            partial(_predict_shard, predictor, entry["name"]),
         )
         for entry in shards.meta["shards"]
         if split in (None, entry["split"])
@@ -91,17 +98,19 @@ def part_name(start: int) -> str:
     return f"part-{start:08d}"
 
 
-def _open_shard(predictor: Predictor, shard: Shard | None) -> ShardTiles | None:
+def _open_shard(predictor: Predictor, shards: ShardSet, name: str, shard: Shard | None) -> _OpenShard:
+    tiles, images = read_rows(shards, name)
     if shard is None:
-        return None
+        return _OpenShard(tiles, images, None)
     if predictor.runtime.device.type == "cuda":
         torch.cuda.set_device(predictor.runtime.device)  # each thread has its own
-    return ShardTiles(shard, **loader_options(predictor))
+    checksums = dict(zip(tiles["key"], tiles["payload_crc32"], strict=True))
+    return _OpenShard(tiles, images, ShardTiles(shard, checksums, **loader_options(predictor)))
 
 
-def _predict_shard(predictor: Predictor, shards: ShardSet, name: str, ready: ShardTiles | None) -> Predicted:
+def _predict_shard(predictor: Predictor, name: str, opened: _OpenShard) -> Predicted:
     """Return one row per tile of a shard, in tile order, and one row per image; those that cannot be read have their reason."""
-    tiles, images = read_rows(shards, name)
+    tiles, images, ready = opened
     place = {key: row for row, key in enumerate(tiles["key"])}
     numbers_of = tiles["tile"].to_numpy()
     reasons = np.full(len(tiles), (ready.fault if ready else "") or "the index of its shard does not name it", object)
@@ -117,7 +126,7 @@ def _predict_shard(predictor: Predictor, shards: ShardSet, name: str, ready: Sha
         if key in place:
             reasons[place[key]] = reason
     reasons[rows] = ""
-    return Predicted(predictor.frame(tiles.drop(columns="tile"), answers, reasons, rows), images)
+    return Predicted(predictor.frame(tiles.drop(columns=["tile", "payload_crc32"]), answers, reasons, rows), images)
 
 
 def read_rows(shards: ShardSet, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -125,17 +134,10 @@ def read_rows(shards: ShardSet, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     An image without tiles has the reason for it.
     """
-    table = pq.ParquetFile(shards.table("tiles"))
-    with_tiles = [entry["name"] for entry in shards.meta["shards"] if entry["tiles"]]  # a row group each
-    if name in with_tiles:
-        tiles = table.read_row_group(with_tiles.index(name), _TILE_COLUMNS)
-    else:
-        tiles = table.schema_arrow.empty_table().select(_TILE_COLUMNS)
-    columns = [*_IMAGE_COLUMNS, "flags", "kept"]
-    images = pq.read_table(shards.table("images"), columns=columns, filters=[("shard", "=", name)]).to_pandas()
+    tiles, images = shards.rows_of(name, _TILE_COLUMNS, [*_IMAGE_COLUMNS, "flags", "kept"])
     empty = (images["reason"] == "") & (images["kept"] == 0)
     images.loc[empty, "reason"] = [_without_tiles(flags) for flags in images.loc[empty, "flags"]]
-    return tiles.to_pandas().sort_values("tile", ignore_index=True), images[_IMAGE_COLUMNS]
+    return tiles, images[_IMAGE_COLUMNS]
 
 
 def _without_tiles(flags: str) -> str:

@@ -15,7 +15,7 @@ from mammostream.common.files import sha256_file, sha256_json, whole_file
 from mammostream.common.normalisation import MEAN, STD
 from mammostream.dali_pipelines import LabelledLoader
 from mammostream.models.backbones import build_backbone, encode
-from mammostream.models.checkpoints import load_checkpoint, restore_byol, restore_classifier
+from mammostream.models.checkpoints import entries_of, load_checkpoint, restore_byol, restore_classifier
 from mammostream.models.tensors import place
 from mammostream.shards.reading import ShardSet, check_same_pixels, view_size_of
 from mammostream.train.probe.config import ProbeConfig
@@ -130,13 +130,14 @@ def checkpoint_network(path: Path, name: str, shards: ShardSet) -> tuple[Network
         It is not a checkpoint, or was trained on tiles of another size, mapping or spacing than the shards'.
     """
     checkpoint = load_checkpoint(path, None)
-    record = checkpoint["preprocessing"]
-    check_same_pixels(record, shards.preprocessing, str(shards.directory))
-    restore = restore_byol if checkpoint["kind"] == "byol" else restore_classifier
-    backbone = restore(checkpoint, path).backbone
-    digest = sha256_file(path)
-    size = view_size_of(record, shards.preprocessing["tile_size"])
-    return Network(name, lambda _: backbone, lambda _: digest, record["mean"], record["std"], size), checkpoint["arch"]
+    with entries_of(path, None):
+        record = checkpoint["preprocessing"]
+        check_same_pixels(record, shards.preprocessing, str(shards.directory))
+        restore = restore_byol if checkpoint["kind"] == "byol" else restore_classifier
+        backbone = restore(checkpoint, path).backbone
+        digest = sha256_file(path)
+        size = view_size_of(record, shards.preprocessing["tile_size"])
+        return Network(name, lambda _: backbone, lambda _: digest, record["mean"], record["std"], size), checkpoint["arch"]
 
 
 def random_network(arch: str, view_size: int | None = None) -> Network:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mammostream.common.errors import BadInput
+from mammostream.common.errors import BadInput, first_line
 from mammostream.models.checkpoints import load_checkpoint
 from mammostream.train.run.config import TrainingConfig
 
@@ -94,7 +94,16 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Set what :func:`random_state` returned; a GPU's is ignored where there is none."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    """Set what :func:`random_state` returned; a GPU's is ignored where there is none.
+
+    Raises
+    ------
+    ValueError
+        It is not a state.
+    """
+    try:
+        torch.set_rng_state(state["cpu"])
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)
+    except RuntimeError as error:
+        raise ValueError(f"no state of torch's random generators: {first_line(error)}") from error

@@ -6,15 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
 from mammostream.common.errors import BadInput, Stopped
+from mammostream.common.locks import hold
 from mammostream.train.run.config import RuntimeConfig
 
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo, gloo, NCCL
+TRAINING_LOCK, PREDICTION_LOCK = ".training.lock", ".prediction.lock"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -143,6 +146,20 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def only_run(lock: Path, runtime: Runtime) -> Iterator[None]:
+    """Hold the lock of a folder that a run writes to, in the main process; the others wait until it is held.
+
+    Raises
+    ------
+    BadInput
+        Another command holds it.
+    """
+    with hold(lock) if runtime.is_main else nullcontext():
+        runtime.from_main(None)
+        yield
 
 
 @contextmanager

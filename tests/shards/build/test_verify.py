@@ -209,6 +209,49 @@ def test_shards_json_is_compared_with_the_shards_own(copied):
     assert fault.startswith("train-000001: shards.json disagrees")
 
 
+@pytest.mark.parametrize("place", [("preprocessing", "frame"), ("recipe", "options", "max_pectoral_ratio"), ("bits",)])
+def test_shards_json_says_of_all_shards_what_they_say(copied, place):
+    path = copied.directory / "shards.json"
+    meta = json.loads(path.read_text())
+    *outer, last = place
+    holder = meta
+    for name in outer:
+        holder = holder[name]
+    del holder[last]
+    path.write_text(json.dumps(meta))
+    (fault,) = verify_shards(open_shards(copied.directory))
+    assert fault == f"shards.json: says otherwise than the shards' own tables of: {place[0]}"
+
+
+@pytest.mark.parametrize("name", ["tiles.parquet", "images.parquet", "train-000000.parquet"])
+@pytest.mark.parametrize("how", ["text", "order"])
+def test_columns_of_another_type_or_order_are_seen(copied, name, how):
+    path = copied.directory / name
+    table = pq.read_table(path)
+    if how == "text":
+        column = "kept" if name == "images.parquet" else "x"
+        place = table.schema.get_field_index(column)
+        table = table.set_column(place, column, table.column(column).cast(pa.string()))
+    else:
+        table = table.select([*table.column_names[1:], table.column_names[0]])
+    pq.write_table(table, path)
+    (fault,) = verify_shards(copied)
+    assert "other columns" in fault
+    assert path.stem in fault
+
+
+def test_something_in_a_cell_that_is_empty_is_seen(copied, shard):
+    path = shard.tar.with_suffix(".parquet")
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("segmentation")
+    values = table.column("segmentation").to_pylist()
+    assert table.column("row")[0].as_py() == "tile"
+    values[0] = "a tile has none"
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(values, pa.string())), path)
+    (fault,) = verify_shards(copied)
+    assert "cells that are empty" in fault
+
+
 def test_two_workers_find_the_same(copied):
     for shard in copied.shards()[1:3]:
         flip(shard.tar, read_index(shard.index)[5][0].offset + 20)

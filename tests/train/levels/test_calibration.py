@@ -137,6 +137,31 @@ def test_a_calibration_is_stored_as_plain_types():
     assert stored_calibrations({"class_names": ["a"], "calibration": stored})["tile"]["prob"].thresholds == again.thresholds
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("slope", [1.0]),
+        ("slope", [1.0, 0.0]),
+        ("slope", [1.0, float("nan")]),
+        ("intercept", "x"),
+        ("intercept", [[0.0], [0.0]]),
+        ("thresholds", [0.5, 2.0]),
+        ("thresholds", [0.5, "x"]),
+        ("fits", ["fitted"]),
+        ("positives", [1, 2, 3]),
+    ],
+)
+def test_a_stored_calibration_that_is_none_is_refused(field, value):
+    good = plain({"tile": {"prob": Calibration.of_temperature(2.0, (0.3, None))}})
+    assert stored_calibrations({"class_names": ["a", "b"], "calibration": good})
+    damaged = {"tile": {"prob": good["tile"]["prob"] | {field: value}}}
+    with pytest.raises((ValueError, TypeError)):
+        stored_calibrations({"class_names": ["a", "b"], "calibration": damaged})
+    for names, calibration in ((["a"], good), (["a", "b"], {"image": good["tile"]})):
+        with pytest.raises((ValueError, KeyError)):
+            stored_calibrations({"class_names": names, "calibration": calibration})
+
+
 def test_an_old_checkpoint_keeps_its_temperature():
     found = stored_calibrations({"class_names": ["a", "b"], "temperature": 2.5, "thresholds": [0.3, None]})
     assert found.keys() == {"tile"}

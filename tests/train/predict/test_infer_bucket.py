@@ -157,27 +157,31 @@ def test_training_reads_a_bucket_as_it_reads_a_disk(server, shard_set, tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_truncated_or_missing_object_is_rows_with_their_reason(
+def test_a_damaged_truncated_or_missing_object_is_rows_with_their_reason(
     server, shard_set, sharp_classifier, mammostream, finetuned, tmp_path
 ):
     damaged = tmp_path / "damaged"
     shutil.copytree(shard_set, damaged)
     index = read_index(damaged / "val-000000.idx")
     tar = damaged / "val-000000.tar"
-    tar.write_bytes(tar.read_bytes()[: index[6][0].offset + 1])
+    data = bytearray(tar.read_bytes()[: index[6][0].offset + 1])
+    spoilt = next(member for member in index[1] if member.extension == "tif")
+    data[spoilt.offset : spoilt.offset + spoilt.size] = bytes(spoilt.size)
+    tar.write_bytes(data)
     (damaged / "val-000002.tar").unlink()
     place = server.upload(damaged, "damaged")
     outcome = mammostream(
-        f"infer --model-path {sharp_classifier} --shards {place} --output-dir {tmp_path}/out --device cpu --max-bad 17"
+        f"infer --model-path {sharp_classifier} --shards {place} --output-dir {tmp_path}/out --device cpu --max-bad 18"
     )
     assert outcome.code == 0, outcome.err
     tiles = predictions(tmp_path / "out")
     bad = tiles[tiles["reason"] != ""]
-    assert len(bad) == 3 + 14
+    assert len(bad) == 1 + 3 + 14
+    assert bad["reason"].str.contains("cannot be decoded").sum() == 1
     assert bad["reason"].str.contains("cut short").sum() == 3
     assert bad["reason"].str.contains(f"{place}/val-000002.tar does not exist").sum() == 14
     good = tiles.loc[tiles["reason"] == "", [f"prob:{name}" for name in finetuned.classes]]
-    assert len(good) == 11
+    assert len(good) == 10
     assert good.notna().all(axis=None)
 
 
@@ -185,7 +189,7 @@ def test_an_object_removed_while_it_is_read_is_rows_with_their_reason(server, fi
     place = server.upload(write_set(open_shards(finetuned.shards), tmp_path / "set", (40,)), "removed")
     opened = open_shards(place)
     options = {"batch_size": 4, "tile_size": opened.preprocessing["tile_size"], "mean": 0.4, "std": 0.2, "device": "cpu"}
-    tiles = ShardTiles(opened.shards()[0], **options)
+    tiles = ShardTiles(opened.shards()[0], {}, **options)
     batches = iter(tiles)
     read = len(next(batches)[0])
     server.client().delete_file(f"{BUCKET}/removed/val-000000.tar")
