@@ -333,8 +333,7 @@ class PretrainLoader(_Loader):
 
 
 class LabelledLoader(_Loader):
-    """One view of each tile, or the tile as it is; without `draw` every tile exactly once per epoch, so the last batch may be
-    smaller.
+    """One view of each tile, or the tile as it is; each once per epoch unless drawn, so the last batch may be smaller.
 
     Yields ``(tiles, numbers)``: a tensor (N, 1, view_size, view_size) on the device, in ``channels_last`` strides, and int64
     numbers (N,) on the CPU, ``N <= batch_size``. Labels are joined by number. With several ranks, each yields its share, and
