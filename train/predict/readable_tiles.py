@@ -119,8 +119,8 @@ class ShardTiles(_ReadableTiles):
     """The tiles of a shard by key; its index or tar may be damaged, cut short or missing.
 
     A tar on a disk is read once before DALI opens it, and tiles whose bytes changed are left out: decoders make pixels of some
-    damage. Of a tar in a bucket, which would have to be transferred twice, only the length is checked. The first batches are being
-    read when it is made, and it may be made in another thread.
+    damage. Of a tar in a bucket, which would have to be transferred twice, only the length is checked. The first batches are
+    being read when it is made, and it may be made in another thread.
 
     Parameters
     ----------
