@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mammostream.common.errors import BadInput, nearest
-from mammostream.shards.identity import clean_patients, clean_sides, known_breast, subject_hashes
+from mammostream.shards.identity import clean_ids, clean_patients, clean_sides, known_breast, subject_hashes
 from mammostream.shards.manifest import LABEL_PREFIX
 from mammostream.train.aggregate.config import BREAST, IMAGE, PATIENT
 from mammostream.train.aggregate.features import Features
@@ -19,6 +19,9 @@ from mammostream.train.levels.labels import labels_of_units
 
 _NAMES = {IMAGE: ["image_id", "patient_id"], BREAST: ["patient_id", "laterality"], PATIENT: ["patient_id"]}
 _WITHOUT_UNIT = {BREAST: "its patient or side is unknown: it is of no breast", PATIENT: "its patient is unknown"}
+_MM = 100.0  # what makes millimetres of a film numbers of order 1
+POSITIONS = ("known", "x", "y", "CC", "MLO", "L", "R")
+"""What a tile's position is: 1 and its centre in units of 100 mm (0, 0, 0 if unknown); 1 for its film's view and side."""
 _WITHOUT_TILES = "no tile in the features: none passed the build's rules, or 'embed' read other shards or another --split"
 
 
@@ -38,6 +41,8 @@ class Bags:
         (B, C) float32: 1, 0, or NaN where the label is missing.
     disagreeing
         Number of bags with films that say 1 and films that say 0 of a class: they are positive.
+    positions
+        (T, P) float32 of all tiles of the features, :data:`POSITIONS`; None where the heads are not to know them.
     """
 
     features: Features
@@ -46,9 +51,15 @@ class Bags:
     starts: np.ndarray
     labels: np.ndarray
     disagreeing: int
+    positions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def dim(self) -> int:
+        """Number of inputs of a tile: its features, and what says its position."""
+        return self.features.dim + (0 if self.positions is None else self.positions.shape[1])
 
     @property
     def sizes(self) -> np.ndarray:
@@ -68,19 +79,26 @@ class Bags:
         order = np.concatenate([self.order[:0], *rows])
         starts = np.concatenate([[0], np.cumsum([len(r) for r in rows], dtype=np.int64)])
         names = self.names.iloc[numbers].reset_index(drop=True)
-        return Bags(self.features, names, order, starts, self.labels[numbers], self.disagreeing)
+        return replace(self, names=names, order=order, starts=starts, labels=self.labels[numbers])
+
+    def inputs(self, rows: np.ndarray) -> Tensor:
+        """Return the inputs of tiles: float16 (R, D) features, or float32 with their positions behind them."""
+        features = torch.from_numpy(self.features.values[rows])
+        if self.positions is None:
+            return features
+        return torch.cat([features.float(), torch.from_numpy(self.positions[rows])], 1)
 
     def batch(self, numbers: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features (R, D) float32 of the tiles of some bags, the bag (R,) of each, counted from 0, and labels (n, C)."""
+        """Return inputs (R, D) float32 of the tiles of some bags, the bag (R,) of each, counted from 0, and labels (n, C)."""
         rows = [self.order[self.starts[n] : self.starts[n + 1]] for n in numbers]
-        features = torch.from_numpy(self.features.values[np.concatenate(rows)])
+        inputs = self.inputs(np.concatenate(rows))
         bag = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r) for r in rows]))
         labels = torch.from_numpy(self.labels[numbers])
-        return features.to(device).float(), bag.to(device), labels.to(device)
+        return inputs.to(device).float(), bag.to(device), labels.to(device)
 
 
 def make_bags(
-    features: Features, manifest: pd.DataFrame, level: str, class_names: Sequence[str], split: str
+    features: Features, manifest: pd.DataFrame, level: str, class_names: Sequence[str], split: str, position: bool = False
 ) -> tuple[Bags, pd.DataFrame]:
     """Gather the tiles of a split by bag and join the labels.
 
@@ -99,6 +117,8 @@ def make_bags(
         Its columns ``label:<class>``; none gives bags without labels.
     split
         ``train``, ``val`` or ``test``.
+    position
+        Whether the inputs of a tile are to say where it lies.
 
     Returns
     -------
@@ -133,7 +153,13 @@ def make_bags(
     starts = np.concatenate([[0], np.cumsum(np.bincount(bag, minlength=len(distinct)))]).astype(np.int64)
     names = named.assign(_bag=of_film).drop_duplicates("_bag").sort_values("_bag")[[*_NAMES[level], "split"]]
     everything = Bags(
-        features, names.reset_index(drop=True), order, starts, labels.astype(np.float32), int((torn[0] & torn[1]).sum())
+        features,
+        names.reset_index(drop=True),
+        order,
+        starts,
+        labels.astype(np.float32),
+        int((torn[0] & torn[1]).sum()),
+        _positions(features.tiles, films) if position else None,
     )
     return everything.take(everything.sizes > 0), problems
 
@@ -144,6 +170,23 @@ def _units(films: pd.DataFrame, level: str) -> np.ndarray:
     if level == IMAGE:
         return films["image_id"].to_numpy(str)
     return patients if level == PATIENT else known_breast(patients, films["laterality"].to_numpy(str))
+
+
+def _positions(tiles: pd.DataFrame, films: pd.DataFrame) -> np.ndarray:
+    """Return the (T, P) float32 :data:`POSITIONS` of tiles; those of other films are 0."""
+    numbers = pd.Series(np.arange(len(films)), films["image_id"])
+    film = tiles["image_id"].map(numbers).to_numpy(np.float64)
+    mine = np.flatnonzero(~np.isnan(film))
+    film = film[mine].astype(np.int64)
+    pixels = tiles[["x", "y"]].to_numpy(np.float64)[mine] + tiles[["size"]].to_numpy(np.float64)[mine] / 2
+    centre = pixels * films["pixel_spacing_mm"].to_numpy(np.float64)[film, None] / _MM
+    known = np.isfinite(centre).all(1)
+    columns = [known, *np.where(known[:, None], centre, 0).T]
+    views, sides = clean_ids(films["view"]).to_numpy(str)[film], films["laterality"].to_numpy(str)[film]
+    columns += [views == "CC", views == "MLO", sides == "L", sides == "R"]
+    found = np.zeros((len(tiles), len(POSITIONS)), np.float32)
+    found[mine] = np.stack(columns, 1)
+    return found
 
 
 def _labels(films: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:

@@ -81,7 +81,7 @@ def train(
     features = open_features(features_path)
     sides, problems = {}, []
     for split in ("train", "val", "test"):
-        sides[split], lost = make_bags(features, films, config.level, class_names, split)
+        sides[split], lost = make_bags(features, films, config.level, class_names, split, config.position)
         problems.append(lost)
     make_folder(output_dir)
     _write_problems(problems, output_dir / "problems.csv")
@@ -127,7 +127,7 @@ def _finish(run: Training, facts: dict[str, Any], judged: dict[str, Bags], outpu
         "model_state_dict": run.heads.state_dict(),
         "config": asdict(run.config),
         "class_names": run.class_names,
-        "feature_dim": run.train.features.dim,
+        "feature_dim": run.train.dim,
         "epoch": run.epoch,
         "best_epochs": epochs,
         "calibration": calibrations,
@@ -188,7 +188,8 @@ def predict(
     aggregator = Aggregator(path, resolve_runtime(RuntimeConfig(device=device)).device)
     features = open_features(features_path)
     check_features(aggregator.checkpoint, features.facts, path, same_shards=False)
-    bags, problems = make_bags(features, read_manifest(manifest, split), aggregator.config.level, (), split)
+    chosen = aggregator.config
+    bags, problems = make_bags(features, read_manifest(manifest, split), chosen.level, (), split, chosen.position)
     for row in problems.to_dict("records"):
         click.echo(f"left out: {row['image_id']}: {row['reason']}", err=True)
     if not len(bags):

@@ -23,6 +23,9 @@ class AggregateConfig(TrainingConfig):
     hidden_dim: int = option(128, "Width of what each tile's features are projected to.")
     attention_dim: int = option(64, "Width of the attention's gate.")
     attention: str = option("shared", "One attention for all classes, or one per class.", choices=("shared", "per-class"))
+    position: bool = option(
+        False, "Tell the heads where each tile lies (mm from the film's upper left corner), and its film's view and side."
+    )
     top: int = option(3, "Pooling 'top': of how many of a bag's highest tiles the mean is taken.")
     dropout: float = option(0.25, "Dropout rate of the projected features, in [0, 1).")
     label_smoothing: float = option(0.0, "Pull labels this far towards 0.5: 1 becomes 1 - s/2, 0 becomes s/2.")

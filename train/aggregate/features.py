@@ -17,7 +17,7 @@ from mammostream.common.files import sha256_json, whole_file, write_json
 from mammostream.common.progress import progress
 
 _COLUMN = "features"
-_IDENTITY = ["key", "image_id", "patient_id", "split", "x", "y", "reason"]
+_IDENTITY = ["key", "image_id", "patient_id", "split", "x", "y", "size", "reason"]
 _MEND = "make it with 'mammostream embed'"
 
 
@@ -30,7 +30,7 @@ class Features:
     values
         (N, D) float16, mapped into memory: only what is used is read.
     tiles
-        One row per tile, in the same order: ``key``, ``image_id``, ``patient_id``, ``split``, ``x``, ``y``.
+        One row per tile, in the same order: ``key``, ``image_id``, ``patient_id``, ``split``, ``x``, ``y``, ``size``.
     unread
         ``image_id`` and ``reason`` of tiles that could not be read and have no features.
     facts
@@ -103,11 +103,15 @@ def _write(table: pq.ParquetFile, array: Path, rows: int, dim: int, path: Path) 
             column = batch.column(0)
             good = column.filter(column.is_valid())
             part = pa.array(good).flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+            if done + len(part) > rows:
+                raise BadInput(f"features {path} has features of tiles that have a reason to have none; {_MEND}")
             with np.errstate(over="ignore"):
                 values[done : done + len(part)] = part
             if not np.isfinite(values[done : done + len(part)]).all():
                 raise BadInput(f"features {path} has values that are no numbers or above 65504: they do not fit float16")
             done += len(part)
             bar.update(len(batch))
+        if done != rows:  # else the last rows would stay 0
+            raise BadInput(f"features {path} has features of {done} tiles, but {rows} without a reason to have none; {_MEND}")
         values.flush()
         del values

@@ -97,7 +97,7 @@ def start_training(train: Bags, val: Bags, class_names: list[str], config: Aggre
     """Return a run before its first epoch; bags without any label are left out of the training."""
     train = train.take(~np.isnan(train.labels).all(1))
     torch.manual_seed(config.seed)
-    heads = build_heads(train.features.dim, len(class_names), config)
+    heads = build_heads(train.dim, len(class_names), config)
     mean, std = _moments(train, config.seed)
     for head in named_heads(heads).values():
         head.mean.copy_(mean)
@@ -115,7 +115,7 @@ def _moments(bags: Bags, seed: int) -> tuple[Tensor, Tensor]:
     rows = bags.order
     if len(rows) > _SAMPLED:
         rows = np.sort(np.random.default_rng(seed).choice(rows, _SAMPLED, replace=False))
-    sample = bags.features.values[rows].astype(np.float32)
+    sample = bags.inputs(rows).float().numpy()
     std = sample.std(0)
     return torch.from_numpy(sample.mean(0)), torch.from_numpy(np.where(std > 1e-6, std, 1))
 
@@ -252,7 +252,7 @@ def _checkpoint(run: Training, facts: Mapping[str, Any]) -> dict[str, Any]:
         "model_state_dict": run.heads.state_dict(),
         "config": asdict(run.config),
         "class_names": run.class_names,
-        "feature_dim": run.train.features.dim,
+        "feature_dim": run.train.dim,
         "epoch": run.epoch,
         "step": run.epoch * run.steps_per_epoch,
         "resume": {

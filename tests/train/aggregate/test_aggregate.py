@@ -210,3 +210,12 @@ def test_the_real_thing_from_embed(finetuned, mammostream, tmp_path):
     )
     assert "bags of split 'train': nothing to tell apart" in mammostream(line).error
     assert (tmp_path / "out/problems.csv").exists()
+
+
+def test_heads_that_know_positions_predict_as_they_were_trained(planted, mammostream, tmp_path):
+    run = tmp_path / "out"
+    assert mammostream(train_line(planted, run, "--position").replace("--epochs 12", "--epochs 2")).code == 0
+    outcome = mammostream(predict_line(run, planted, tmp_path / "p.parquet"))
+    assert outcome.code == 0, outcome.err
+    one, other = pd.read_parquet(tmp_path / "p.parquet"), pd.read_parquet(run / "test_predictions_gated.parquet")
+    pd.testing.assert_frame_equal(one, other)

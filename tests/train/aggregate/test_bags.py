@@ -9,7 +9,7 @@ import torch
 from planted_set import DIM, planted_tiles, write_features
 
 from mammostream.common.errors import BadInput
-from mammostream.train.aggregate.bags import check_labels, make_bags
+from mammostream.train.aggregate.bags import POSITIONS, check_labels, make_bags
 from mammostream.train.aggregate.features import open_features
 
 CPU = torch.device("cpu")
@@ -145,3 +145,37 @@ def test_a_table_that_is_none_or_too_large_is_one_line(tmp_path, planted):
     with pytest.raises(BadInput, match="do not fit float16"):
         open_features(tmp_path / "large.parquet")
     assert not list(tmp_path.glob("large.parquet.f16*"))
+
+
+def test_a_table_whose_reasons_contradict_its_features_is_refused(tmp_path):
+    rows = planted_tiles(pd.DataFrame([film("1", a=1)]).assign(**{"label:lesion": 0}))
+    rows["features"] = [None, *rows["features"][1:]]
+    write_features(tmp_path / "f.parquet", rows)
+    with pytest.raises(BadInput, match=f"features of {len(rows) - 1} tiles, but {len(rows)} without a reason"):
+        open_features(tmp_path / "f.parquet")
+    rows = planted_tiles(pd.DataFrame([film("1", a=1)]).assign(**{"label:lesion": 0}))
+    write_features(tmp_path / "f.parquet", rows.assign(reason=["", *["cannot be decoded"] * (len(rows) - 1)]))
+    with pytest.raises(BadInput, match="have a reason to have none"):
+        open_features(tmp_path / "f.parquet")
+    assert not list(tmp_path.glob("f.parquet.f16*"))
+
+
+def test_positions_are_those_of_the_tiles_and_films(tmp_path):
+    films = [
+        film("1", a=1) | {"view": "CC", "pixel_spacing_mm": 0.1},
+        film("2", side="R", a=0) | {"view": "MLO", "pixel_spacing_mm": 0.5},
+        film("3", "Q", side="", a=0) | {"view": "", "pixel_spacing_mm": np.nan},
+    ]
+    frame = pd.DataFrame(films)
+    write_features(tmp_path / "f.parquet", planted_tiles(frame.assign(**{"label:lesion": 0})))
+    features = open_features(tmp_path / "f.parquet")
+    plain, _ = make_bags(features, frame, "image", ["a"], "train")
+    bags, _ = make_bags(features, frame, "image", ["a"], "train", position=True)
+    assert (plain.dim, bags.dim) == (DIM, DIM + len(POSITIONS))
+    values, bag, _ = bags.batch(np.arange(3), CPU)
+    torch.testing.assert_close(values[:, :DIM], plain.batch(np.arange(3), CPU)[0])
+    for number, (spacing, rest) in enumerate([(0.1, [1, 0, 1, 0]), (0.5, [0, 1, 0, 1]), (None, [0, 0, 0, 0])]):
+        for n, found in enumerate(values[bag == number, DIM:].tolist()):
+            # tiles of 64 pixels, the n-th 64 n below the corner; units of 100 mm
+            centre = [1, 32 * spacing / 100, (64 * n + 32) * spacing / 100] if spacing else [0, 0, 0]
+            assert found == pytest.approx(centre + rest)
