@@ -68,7 +68,7 @@ class BagHead(nn.Module):
         self.pooling, self.top = pooling, top
         self.register_buffer("mean", torch.zeros(feature_dim))
         self.register_buffer("std", torch.ones(feature_dim))
-        self.project = nn.Sequential(nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout))
+        self.project, self.dropout = nn.Linear(feature_dim, hidden_dim), nn.Dropout(dropout)
         self.classifier = nn.Linear(hidden_dim, num_classes)
         self.attention = (
             GatedAttention(hidden_dim, attention_dim, num_classes if per_class else 1) if pooling == GATED else None
@@ -86,7 +86,7 @@ class BagHead(nn.Module):
         bags
             Their number.
         """
-        h = self.project((features - self.mean) / self.std)
+        h = self._projected(features)
         if self.attention is not None:
             weights = self.attention(h, bag, bags)
             pooled = segment_sum(weights[:, :, None] * h[:, None, :], bag, bags)  # (bags, A, hidden)
@@ -95,6 +95,12 @@ class BagHead(nn.Module):
         if self.pooling == MEAN:
             return self.classifier(segment_sum(h, bag, bags) / _sizes(bag, bags)), None
         return segment_top_mean(self.classifier(h), bag, bags, 1 if self.pooling == MAX else self.top), None
+
+    def _projected(self, features: Tensor) -> Tensor:
+        """Return ``dropout(relu(W (x - mean) / std + b))``; mean and std go into the small W and b, not into the large x."""
+        weight = self.project.weight / self.std
+        bias = self.project.bias - weight @ self.mean
+        return self.dropout(torch.relu(nn.functional.linear(features, weight, bias)))
 
 
 def segment_sum(values: Tensor, bag: Tensor, bags: int) -> Tensor:

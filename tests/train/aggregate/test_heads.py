@@ -26,7 +26,7 @@ def reference(head, tiles):
     """Logits of one bag (n, DIM), and the weights of its tiles, in NumPy."""
     p = {name: tensor.detach().double().numpy() for name, tensor in head.state_dict().items()}
     x = (tiles.double().numpy() - p["mean"]) / p["std"]
-    h = np.maximum(x @ p["project.0.weight"].T + p["project.0.bias"], 0)
+    h = np.maximum(x @ p["project.weight"].T + p["project.bias"], 0)
     w, b = p["classifier.weight"], p["classifier.bias"]
     if head.pooling == "gated":
         gate = np.tanh(h @ p["attention.v.weight"].T + p["attention.v.bias"])
