@@ -123,7 +123,8 @@ def load_checkpoint(path: str | Path, kind: str | None) -> dict[str, Any]:
     _check_kind(checkpoint, BadInput, f"checkpoint {path}", f"; {_MENDS[kind]}")
     if checkpoint["kind"] not in ((kind,) if kind else BACKBONES):
         wanted = kind or " or ".join(BACKBONES)
-        raise BadInput(f"checkpoint {path} holds a {checkpoint['kind']} model, not a {wanted} model; {_MENDS[kind]}")
+        what, other = (f"a{'n' if name[0] == 'a' else ''} {name} model" for name in (checkpoint["kind"], wanted))
+        raise BadInput(f"checkpoint {path} holds {what}, not {other}; {_MENDS[kind]}")
     for name, types in _ENTRIES.items():
         outer, _, key = name.rpartition(".")
         holder = checkpoint.get(outer, {}) if outer else checkpoint

@@ -193,12 +193,14 @@ def subject_hashes(patients: Iterable[str], films: Iterable[str]) -> np.ndarray:
 def fitted_subjects(checkpoint: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the :func:`subject_hashes` that a checkpoint keeps, by what the model was fitted on them for.
 
+    A classifier's has ``fitted_on``, that of a pre-training ``subjects``.
+
     Raises
     ------
     TypeError
-        The entry ``fitted_on`` does not hold lists of hashes.
+        They are no lists of hashes.
     """
-    found = checkpoint.get("fitted_on") or {}
+    found = checkpoint.get("fitted_on") or ({"pre-trained": checkpoint["subjects"]} if "subjects" in checkpoint else {})
     for purpose, hashes in found.items():
         if not isinstance(hashes, list) or not all(isinstance(value, str) for value in hashes):
             raise TypeError(f"fitted_on of '{purpose}' is no list of hashes")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mammostream.common.errors import BadInput, nearest
-from mammostream.shards.identity import clean_ids, clean_patients, clean_sides, known_breast, subject_hashes
+from mammostream.shards.identity import SEEN, clean_ids, clean_patients, clean_sides, known_breast, seen_by, subject_hashes
 from mammostream.shards.manifest import LABEL_PREFIX
-from mammostream.train.aggregate.config import BREAST, IMAGE, PATIENT
 from mammostream.train.aggregate.features import Features
+from mammostream.train.levels.calibration import BREAST, IMAGE, PATIENT
 from mammostream.train.levels.labels import labels_of_units
 
 _NAMES = {IMAGE: ["image_id", "patient_id"], BREAST: ["patient_id", "laterality"], PATIENT: ["patient_id"]}
@@ -200,6 +200,25 @@ def _labels(films: pd.DataFrame, class_names: Sequence[str]) -> np.ndarray:
     return np.stack(columns, 1) if columns else np.zeros((len(films), 0))
 
 
+def joined_subjects(*each: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return by purpose all on whom the heads or their backbone were fitted, as :func:`mammostream.shards.identity.seen_by`
+    takes them.
+    """
+    return {purpose: sorted({name for one in each for name in one.get(purpose, ())}) for purpose in SEEN}
+
+
+def describe_seen(bags: Bags, fitted_on: Mapping[str, Sequence[str]], split: str) -> str:
+    """Return a line on bags of patients whose labels the backbone was fitted on, "" without any."""
+    patients = bags.names["patient_id"]
+    seen = np.isin(seen_by(fitted_on, patients, bags.names.get("image_id", patients)), ("trained", "validated"))
+    if not seen.any():
+        return ""
+    return (
+        f"the backbone was fitted on labels of the patients of {seen.sum()} of {len(bags)} bags of split '{split}': their "
+        "figures are flattered; use a backbone that was not"
+    )
+
+
 def check_labels(train: Bags, val: Bags, class_names: Sequence[str]) -> list[str]:
     """Return a line for each thing about the labels that a user should know.
 
@@ -224,6 +243,8 @@ def check_labels(train: Bags, val: Bags, class_names: Sequence[str]) -> list[str
                 "apart; leave it out of --class-names or change the split"
             )
         positives, negatives = ((val.labels[:, c] == value).sum() for value in (1, 0))
+        if not positives and not negatives:
+            raise BadInput(f"no bag of split 'val' has a label of class '{name}': nothing says which epoch is the best")
         if not positives or not negatives:
             lines.append(
                 f"class '{name}' has {positives} positive, {negatives} negative bags of split 'val': its AUC is undefined"

@@ -70,7 +70,7 @@ def train(
     """
     config = AggregateConfig(**options)
     from mammostream.shards.manifest import read_manifest
-    from mammostream.train.aggregate.bags import check_labels, make_bags
+    from mammostream.train.aggregate.bags import check_labels, describe_seen, joined_subjects, make_bags
     from mammostream.train.aggregate.features import open_features
     from mammostream.train.aggregate.training import LAST, fit, start_training
     from mammostream.train.run.resuming import find_resume
@@ -89,10 +89,14 @@ def train(
         click.echo(line, err=True)
     runtime = resolve_runtime(config)
     run = start_training(sides["train"], sides["val"], list(class_names), config, runtime)
+    own = {"trained": run.train.subjects, "validated": run.val.subjects}
     facts = {
         "features": {name: features.facts[name] for name in ("model_sha256", "inputs_sha256")},
-        "fitted_on": {"trained": run.train.subjects, "validated": run.val.subjects},
+        "fitted_on": joined_subjects(own, features.fitted_on),
     }
+    for split in ("val", "test"):
+        if line := describe_seen(sides[split], features.fitted_on, split):
+            click.echo(line, err=True)
     fit(run, output_dir, resolved(ctx), checkpoint, facts)
     _finish(run, facts, {name: bags for name, bags in sides.items() if name != "train" and len(bags)}, output_dir)
 
@@ -141,9 +145,7 @@ def _finish(run: Training, facts: dict[str, Any], judged: dict[str, Bags], outpu
         for name in aggregator.poolings:
             probabilities[name], _ = aggregator.predict(bags, name)
             path = output_dir / (f"predictions_{name}.parquet" if split == "val" else f"{split}_predictions_{name}.parquet")
-            write_predictions(
-                path, bags, probabilities[name], run.class_names, aggregator.fitted_on, {"pooling": name} | facts["features"]
-            )
+            write_predictions(path, bags, probabilities[name], aggregator, name)
         metrics[split] = judge_heads(bags, probabilities, run.class_names)
         chosen = "; heads were chosen and calibrated on these bags, which flatters them" if split == "val" else ""
         click.echo(f"AUC on {len(bags)} bags of split '{split}' (95 % interval over patients{chosen}):")
@@ -195,8 +197,7 @@ def predict(
     if not len(bags):
         raise BadInput(f"no film of split '{split}' of {manifest} has tiles in {features_path}")
     probabilities, weights = aggregator.predict(bags, pooling)
-    facts = {"pooling": pooling, "model_sha256": features.facts["model_sha256"]}
-    write_predictions(output, bags, probabilities, aggregator.class_names, aggregator.fitted_on, facts)
+    write_predictions(output, bags, probabilities, aggregator, pooling)
     if attention_path is not None and weights is not None:
         write_attention(attention_path, bags, weights, aggregator.class_names)
     click.echo(f"{len(bags)} bags of {int(bags.sizes.sum())} tiles -> {output}")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from mammostream.common.errors import BadInput
 from mammostream.common.options import option
+from mammostream.train.levels.calibration import BREAST, IMAGE, PATIENT
 from mammostream.train.run.config import TrainingConfig, require_positive
 
-IMAGE, BREAST, PATIENT = "image", "breast", "patient"
 LEVELS = (IMAGE, BREAST, PATIENT)
 
 

@@ -34,13 +34,19 @@ class Features:
     unread
         ``image_id`` and ``reason`` of tiles that could not be read and have no features.
     facts
-        What they were made by: ``model_sha256``, ``inputs_sha256`` (of the shards and split), ``precision``, ``preprocessing``.
+        What they were made by: ``model_sha256``, ``inputs_sha256`` (of the shards and split), ``precision``, ``preprocessing``;
+        and ``fitted_on``: whom the backbone was fitted on (:func:`mammostream.shards.identity.seen_by`).
     """
 
     values: np.ndarray
     tiles: pd.DataFrame
     unread: pd.DataFrame
     facts: dict[str, Any]
+
+    @property
+    def fitted_on(self) -> dict[str, list[str]]:
+        """Whom the backbone was fitted on; empty in tables of versions that did not write it down."""
+        return self.facts.get("fitted_on") or {}
 
     @property
     def dim(self) -> int:
@@ -78,13 +84,24 @@ def open_features(path: Path) -> Features:
     if not good.any():
         raise BadInput(f"features {path} has no tile that could be read; {_MEND}")
     array, record = (path.with_name(f"{path.name}.f16.{ending}") for ending in ("npy", "json"))
-    if not (array.is_file() and _is_of(record, source)):
+    shape = int(good.sum()), dim
+    values = _mapped(array, shape) if _is_of(record, source) else None
+    if values is None:
         record.unlink(missing_ok=True)
-        _write(table, array, int(good.sum()), dim, path)
+        _write(table, array, *shape, path)
         write_json(record, source)
-    values = np.load(array, mmap_mode="r")
+        values = np.load(array, mmap_mode="r")
     known = tiles[good].drop(columns="reason").reset_index(drop=True)
     return Features(values, known, tiles.loc[~good, ["image_id", "reason"]], facts)
+
+
+def _mapped(array: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Return the array, or None where it is not there or cut short."""
+    try:
+        values = np.load(array, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return values if values.shape == shape and values.dtype == np.float16 else None
 
 
 def _is_of(record: Path, source: dict[str, Any]) -> bool:

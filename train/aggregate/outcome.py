@@ -20,7 +20,7 @@ from mammostream.train.aggregate.config import AggregateConfig
 from mammostream.train.aggregate.training import bag_logits, build_heads, named_heads
 from mammostream.train.evaluate.metrics import evaluate_predictions
 from mammostream.train.levels.aggregation import PROBABILITY
-from mammostream.train.levels.calibration import Calibration
+from mammostream.train.levels.calibration import PROB, Calibration
 
 _METADATA_KEY = "mammostream"
 
@@ -63,6 +63,15 @@ class Aggregator:
         logits, weights = bag_logits(self._heads[pooling], bags, self.config.batch_size, self._device)
         return self.calibrations[pooling](logits), weights
 
+    def facts(self, pooling: str) -> dict[str, Any]:
+        """Return what a table of predictions records: by what they were made, and the thresholds that ``evaluate`` takes."""
+        return {
+            "pooling": pooling,
+            "model_sha256": self.checkpoint["features"]["model_sha256"],
+            "class_names": self.class_names,
+            "calibration": {self.config.level: {PROB: self.calibrations[pooling].as_dict()}},
+        }
+
 
 def judge_heads(bags: Bags, probabilities: Mapping[str, np.ndarray], class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return the metrics of each pooling, with intervals over patients; bags of unknown patients stand for themselves."""
@@ -91,9 +100,8 @@ def write_predictions(
     path: Path,
     bags: Bags,
     probabilities: np.ndarray,
-    class_names: Sequence[str],
-    fitted_on: Mapping[str, Sequence[str]],
-    facts: Mapping[str, Any],
+    aggregator: Aggregator,
+    pooling: str,
 ) -> None:
     """Write a table of bags that ``evaluate`` reads: what names them, ``tiles``, ``prob:<class>``, ``seen``.
 
@@ -103,19 +111,17 @@ def write_predictions(
         The Parquet file.
     bags, probabilities
         B bags and their (B, C).
-    fitted_on
-        See :func:`mammostream.shards.identity.seen_by`.
-    facts
-        What is written into its metadata.
+    aggregator, pooling
+        What predicted.
     """
     import json
 
     names = bags.names
     films = names.get("image_id", names["patient_id"])
-    columns: dict[str, Any] = {PROBABILITY + name: probabilities[:, c] for c, name in enumerate(class_names)}
-    frame = names.assign(tiles=bags.sizes, **columns, seen=seen_by(fitted_on, names["patient_id"], films))
+    columns: dict[str, Any] = {PROBABILITY + name: probabilities[:, c] for c, name in enumerate(aggregator.class_names)}
+    frame = names.assign(tiles=bags.sizes, **columns, seen=seen_by(aggregator.fitted_on, names["patient_id"], films))
     table = pa.Table.from_pandas(pd.DataFrame(frame), preserve_index=False)
-    write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts, sort_keys=True)}))
+    write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(aggregator.facts(pooling), sort_keys=True)}))
 
 
 def write_attention(path: Path, bags: Bags, weights: np.ndarray, class_names: Sequence[str]) -> None:

@@ -54,13 +54,14 @@ def choose_thresholds(
     class_names
         The classes that are judged.
     level
-        What is judged: ``tile``, ``image`` or ``breast``.
+        What is judged: ``tile``, ``image``, ``breast`` or ``patient``.
     threshold
         One for all classes.
     """
     if threshold is not None:
         return [threshold] * len(class_names), "--threshold"
     found = predictions.calibration(level, PROB if level == TILE else predictions.score, class_names)
+    found = found or predictions.calibration(level, PROB, class_names)  # of a level that has one score only
     if found is not None:
         return list(found.thresholds), predictions.source
     if predictions.threshold is not None:

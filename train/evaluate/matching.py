@@ -22,7 +22,7 @@ from mammostream.shards.identity import (
 )
 from mammostream.train.evaluate.reading import BREAST_COLUMNS, HINT, Predictions, read_label_table
 from mammostream.train.levels.aggregation import PROBABILITY, TOP_TILES, aggregate
-from mammostream.train.levels.calibration import BREAST, IMAGE, TILE
+from mammostream.train.levels.calibration import BREAST, IMAGE, PATIENT, TILE
 from mammostream.train.levels.labels import labels_of_units
 
 UNMATCHED = ("labels_without_prediction", "predictions_without_label")
@@ -60,7 +60,7 @@ class Matched:
     seen
         (N,) what the model was fitted on each row's patient for, "" for nothing; None if nothing is known.
     level
-        What a row is: ``tile``, ``image`` or ``breast``.
+        What a row is: ``tile``, ``image``, ``breast`` or ``patient``.
     counts
         What matched and what did not, by name.
     left_out
@@ -165,7 +165,7 @@ def _names(
 ) -> tuple[pd.DataFrame, str, pd.Series, pd.Series]:
     """Return the predictions at the labels' level, that level, and what labels and predictions join by."""
     table, level = predictions.table, predictions.level
-    if "tile_path" in labels and level != BREAST:
+    if "tile_path" in labels and level not in (BREAST, PATIENT):
         label_names, names = _tile_names(clean_ids(labels["tile_path"]), table)
         if level == IMAGE and not label_names.isin(names).any():
             films = [film_of_tile(path) or "" for path in clean_ids(labels["tile_path"])]
@@ -182,9 +182,11 @@ def _names(
             labels.index,
         )
         return table, level, sides, pd.Series(known_breast(*(table[c].to_numpy(str) for c in BREAST_COLUMNS)), table.index)
+    if "patient_id" in labels and level == PATIENT:
+        return table, level, clean_patients(labels["patient_id"]), table["patient_id"]
     raise BadInput(
         f"labels {path} do not name {level}s, as the predictions do: give tile_path for tiles, image_id for images, "
-        f"patient_id and laterality for breasts; their columns are: {', '.join(map(str, labels.columns))}"
+        f"patient_id for patients, and laterality too for breasts; their columns are: {', '.join(map(str, labels.columns))}"
     )
 
 

@@ -20,6 +20,7 @@ from mammostream.train.levels.aggregation import PROBABILITY
 from mammostream.train.levels.calibration import (
     BREAST,
     IMAGE,
+    PATIENT,
     PROB,
     TILE,
     Calibration,
@@ -86,7 +87,7 @@ class Predictions:
 
 
 def read_predictions(path: Path, score: str = "max") -> Predictions:
-    """Read predictions of tiles, images or breasts from Parquet, CSV or JSON.
+    """Read predictions of tiles, images, breasts or patients from Parquet, CSV or JSON.
 
     Parameters
     ----------
@@ -110,10 +111,13 @@ def read_predictions(path: Path, score: str = "max") -> Predictions:
         frame = read_parquet(path, "predictions", HINT, nested=("features",))
         facts = recorded_facts(path)
     prefix = next((p for p in (PROBABILITY, f"{score}:") if any(str(c).startswith(p) for c in frame.columns)), None)
-    level = TILE if "key" in frame else IMAGE if "image_id" in frame else BREAST if {*BREAST_COLUMNS} <= {*frame} else None
+    named = {TILE: ["key"], IMAGE: ["image_id"], BREAST: BREAST_COLUMNS, PATIENT: ["patient_id"]}
+    level = next((level for level, columns in named.items() if {*columns} <= {*frame}), None)
     if prefix is None or level is None:
         have = ", ".join(map(str, frame.columns))
-        raise BadInput(f"predictions {path} name no probabilities of tiles, images or breasts (columns: {have}); {HINT}")
+        raise BadInput(
+            f"predictions {path} name no probabilities of tiles, images, breasts or patients (columns: {have}); {HINT}"
+        )
     scores = {c: PROBABILITY + c.removeprefix(prefix) for c in frame.columns if c.startswith(prefix)}
     identities = [c for c in _IDENTITY if c in frame]
     further = {c: f"_{c}" for c in _FURTHER if c in frame}

@@ -16,7 +16,7 @@ from scipy.special import expit, log_expit, logit
 
 from mammostream.common.errors import BadInput
 
-TILE, IMAGE, BREAST = "tile", "image", "breast"
+TILE, IMAGE, BREAST, PATIENT = "tile", "image", "breast", "patient"
 PROB = "prob"  # the one score of a tile
 FEW = 10
 """Below so many positive or negative labels, a class's slope is not fitted."""

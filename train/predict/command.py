@@ -195,7 +195,8 @@ def embed(checkpoint: Path, shards_dir: Path, split: str | None, output: Path, m
         predict_parts(predictor, parts, folder, "tile", runtime)
         if not runtime.is_main:
             return
-        totals = merge_tiles(parts, folder, predictor, facts_of(predictor, record), output)
+        seen = {"fitted_on": dict(predictor.fitted_on)}  # for what learns from these features
+        totals = merge_tiles(parts, folder, predictor, facts_of(predictor, record) | seen, output)
         shutil.rmtree(folder)
         failed = f", {totals.failed_tiles} tiles failed" if totals.failed_tiles else ""
         click.echo(f"{totals.tiles} tiles{failed}, {predictor.feature_dim} features each -> {output}")

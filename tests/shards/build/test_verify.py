@@ -209,7 +209,7 @@ def test_shards_json_is_compared_with_the_shards_own(copied):
     assert fault.startswith("train-000001: shards.json disagrees")
 
 
-@pytest.mark.parametrize("place", [("preprocessing", "frame"), ("recipe", "options", "max_pectoral_ratio"), ("bits",)])
+@pytest.mark.parametrize("place", [("preprocessing", "frame"), ("recipe", "options", "max_pectoral_ratio"), ("recipe",)])
 def test_shards_json_says_of_all_shards_what_they_say(copied, place):
     path = copied.directory / "shards.json"
     meta = json.loads(path.read_text())

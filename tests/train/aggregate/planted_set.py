@@ -32,9 +32,9 @@ class Planted:
         return read_manifest(self.manifest)
 
 
-def write_features(path: Path, tiles: pd.DataFrame, model: str = "a" * 64, inputs: str = "b" * 64) -> None:
+def write_features(path: Path, tiles: pd.DataFrame, model: str = "a" * 64, inputs: str = "b" * 64, **more) -> None:
     """Write a table as ``embed`` writes it, in several row groups."""
-    facts = {"model_sha256": model, "inputs_sha256": inputs, "precision": "fp32", "preprocessing": {"tile_size": 64}}
+    facts = {"model_sha256": model, "inputs_sha256": inputs, "precision": "fp32", "preprocessing": {"tile_size": 64}} | more
     with TableWriter(path, tile_schema((), DIM), facts, "tiles") as table:
         for start in range(0, len(tiles), 500):
             table.write(tiles.iloc[start : start + 500])

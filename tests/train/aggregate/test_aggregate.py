@@ -15,6 +15,8 @@ import torch
 from planted_set import planted_tiles, write_features
 
 from mammostream.models.checkpoints import load_checkpoint
+from mammostream.shards.identity import SEEN, subject_hashes
+from mammostream.train.aggregate.features import open_features
 from mammostream.train.run.charts import read_metrics
 
 SMALL = "--device cpu --num-workers 1 --wandb-mode disabled --batch-size 16 --lr 3e-3 --hidden-dim 16 --attention-dim 8"
@@ -99,10 +101,27 @@ def test_predictions_are_those_of_the_training_and_evaluate_reads_them(trained, 
     evaluated = pd.read_json(tmp_path / "e/metrics.json", typ="series")
     metrics = pd.read_json(trained / "metrics.json", typ="series")
     assert evaluated["level"] == "breast"
+    thresholds = load_checkpoint(trained / "final_aggregator.pth", "aggregator")["calibration"]["gated"]["thresholds"]
+    assert [figures["threshold"] for figures in evaluated["per_class"].values()] == pytest.approx(thresholds)
+    assert "thresholds: the predictions" in outcome.out
     assert evaluated["mean_auc"] == pytest.approx(metrics["test"]["gated"]["mean_auc"])
     seen = pd.read_parquet(trained / "predictions_gated.parquet")["seen"]
     assert set(seen) == {"validated"}
     assert set(pd.read_parquet(trained / "test_predictions_gated.parquet")["seen"]) == {""}
+
+
+@pytest.mark.parametrize("level", ["image", "patient"])
+def test_other_levels_are_evaluated_too(planted, mammostream, tmp_path, level):
+    line = train_line(planted, tmp_path / "out").replace("--level breast", f"--level {level}")
+    assert mammostream(line.replace("--epochs 12", "--epochs 2")).code == 0
+    predictions = tmp_path / "out/test_predictions_max.parquet"
+    outcome = mammostream(f"evaluate --predictions {predictions} --labels {planted.manifest} --output-dir {tmp_path}/e")
+    assert outcome.code == 0, outcome.err
+    metrics = pd.read_json(tmp_path / "out/metrics.json", typ="series")
+    evaluated = pd.read_json(tmp_path / "e/metrics.json", typ="series")
+    assert evaluated["level"] == level
+    assert evaluated["rows"] == {"image": 120, "patient": 30}[level]
+    assert evaluated["mean_auc"] == pytest.approx(metrics["test"]["max"]["mean_auc"])
 
 
 def test_a_missing_label_teaches_nothing(planted, mammostream, tmp_path):
@@ -175,6 +194,30 @@ def test_features_of_another_backbone_are_refused_by_name(trained, planted, mamm
     assert not (tmp_path / "p.parquet").exists()
 
 
+def test_patients_that_the_backbone_learnt_from_are_known(planted, mammostream, tmp_path):
+    films = planted.films()
+    learnt = films.loc[films["split"] == "test", "patient_id"].unique()[:4]
+    fitted_on = {"trained": subject_hashes(learnt, learnt).tolist()}
+    write_features(tmp_path / "f.parquet", planted_tiles(films), fitted_on=fitted_on)
+    line = train_line(planted, tmp_path / "out").replace(str(planted.features), str(tmp_path / "f.parquet"))
+    outcome = mammostream(line.replace("--epochs 12", "--epochs 1"))
+    assert outcome.code == 0, outcome.err
+    assert "fitted on labels of the patients of 8 of 60 bags of split 'test'" in outcome.err
+    found = pd.read_parquet(tmp_path / "out/test_predictions_gated.parquet")
+    assert set(found.loc[found["seen"] == "trained", "patient_id"]) == set(learnt)
+    assert set(found["seen"]) == {"trained", ""}
+
+
+def test_embed_says_whom_the_backbone_was_fitted_on(finetuned, mammostream, tmp_path):
+    classifier = finetuned.finetuned / "final_classification_model.pth"
+    for path, purposes in ((finetuned.byol, {"pre-trained"}), (classifier, set(SEEN))):
+        table = tmp_path / f"{path.stem}.parquet"
+        line = f"embed --checkpoint {path} --shards {finetuned.shards} --split val --device cpu --output {table}"
+        assert mammostream(line).code == 0
+        fitted_on = open_features(table).fitted_on
+        assert {purpose for purpose, hashes in fitted_on.items() if hashes} == purposes
+
+
 def test_resuming_with_features_of_other_shards_is_refused(trained, planted, mammostream, tmp_path):
     write_features(tmp_path / "f.parquet", planted_tiles(planted.films()), inputs="d" * 64)
     line = train_line(planted, tmp_path / "o", f"--resume {trained}/last_aggregator.pth")
@@ -186,12 +229,12 @@ def test_other_checkpoints_are_refused(trained, finetuned, planted, mammostream,
     line = predict_line(trained, planted, tmp_path / "p.parquet")
     model = finetuned.finetuned / "final_classification_model.pth"
     refused = mammostream(line.replace(f"{trained}/final_aggregator.pth", str(model)))
-    assert "holds a classifier model, not a aggregator model" in refused.error
+    assert "holds a classifier model, not an aggregator model" in refused.error
     refused = mammostream(line.replace("final_aggregator", "last_aggregator"))
     assert "calibration" in refused.error
     embed = f"embed --checkpoint {trained}/final_aggregator.pth --shards {finetuned.shards} --device cpu"
     refused = mammostream(f"{embed} --output {tmp_path}/e.parquet")
-    assert "holds a aggregator model, not a byol or classifier model" in refused.error
+    assert "holds an aggregator model, not a byol or classifier model" in refused.error
     refused = mammostream(
         predict_line(trained, planted, tmp_path / "p.parquet", f"--pooling mean --attention {tmp_path}/a.parquet")
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -109,6 +111,9 @@ def test_what_cannot_be_learnt_is_one_line(tmp_path, planted):
         check_labels(positive, val, ["lesion"])
     (line,) = check_labels(train, val.take(val.labels[:, 0] == 0), ["lesion"])
     assert "its AUC is undefined" in line
+    unknown = replace(val, labels=np.full_like(val.labels, np.nan))
+    with pytest.raises(BadInput, match="no bag of split 'val' has a label of class 'lesion'"):
+        check_labels(train, unknown, ["lesion"])
     with pytest.raises(BadInput, match="no bag of split 'val' has tiles"):
         check_labels(train, val.take(np.zeros(len(val), bool)), ["lesion"])
     with pytest.raises(BadInput, match=r"no label 'lesoin' \(did you mean 'lesion'"):
@@ -128,6 +133,8 @@ def test_features_are_copied_once_and_anew_when_the_table_changes(tmp_path, plan
     assert array.stat().st_mtime_ns == made
     other = planted_tiles(frame, seed=3)
     write_features(path, other)
+    np.testing.assert_array_equal(open_features(path).values, np.stack(other["features"]).astype(np.float16))
+    array.write_bytes(array.read_bytes()[:-5])  # a copy of the folder that was cut short
     np.testing.assert_array_equal(open_features(path).values, np.stack(other["features"]).astype(np.float16))
 
 
