@@ -5,10 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 
-
-@pytest.mark.timeout(600)
 def test_damaged_inputs_are_reported_and_nothing_else_happens(finetuned, tmp_path, single_thread_environment):
     """Each in a process of its own: no signal, traceback, hang, other result without a word, or error of several lines."""
     fuzz = f"-m benchmarks.fuzz --output-dir {tmp_path} --run {finetuned.root} --cases 30 --seed 7 --processes 1"
