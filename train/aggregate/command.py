@@ -112,11 +112,9 @@ def _write_problems(problems: list[pd.DataFrame], path: Path) -> None:
 
 def _finish(run: Training, facts: dict[str, Any], judged: dict[str, Bags], output_dir: Path) -> None:
     """Calibrate the best heads, write the final checkpoint, the predictions and the figures, and print the AUCs."""
-    from dataclasses import asdict
-
     from mammostream.models.checkpoints import save_checkpoint
     from mammostream.train.aggregate.outcome import Aggregator, auc_table, judge_heads, write_predictions
-    from mammostream.train.aggregate.training import bag_logits, named_heads
+    from mammostream.train.aggregate.training import bag_logits, checkpoint_of, named_heads
     from mammostream.train.levels.calibration import fit_calibration
 
     calibrations = {}
@@ -125,18 +123,7 @@ def _finish(run: Training, facts: dict[str, Any], judged: dict[str, Bags], outpu
         logits, _ = bag_logits(head, run.val, run.config.batch_size, run.runtime.device)
         calibrations[name] = fit_calibration(run.val.labels, logits).as_dict()
     epochs = {name: best["epoch"] for name, best in run.best.items()}
-    checkpoint = {
-        "kind": "aggregator",
-        "arch": "aggregator",
-        "model_state_dict": run.heads.state_dict(),
-        "config": asdict(run.config),
-        "class_names": run.class_names,
-        "feature_dim": run.train.dim,
-        "epoch": run.epoch,
-        "best_epochs": epochs,
-        "calibration": calibrations,
-        **facts,
-    }
+    checkpoint = checkpoint_of(run, facts, best_epochs=epochs, calibration=calibrations)
     save_checkpoint(output_dir / FINAL, checkpoint)
     aggregator = Aggregator(output_dir / FINAL, run.runtime.device)
     metrics: dict[str, Any] = {"epoch": run.epoch, "best_epochs": epochs}

@@ -166,7 +166,7 @@ def fit(run: Training, output_dir: Path, command: Mapping[str, Any], resume: Pat
             bar.set_postfix(epoch=run.epoch, loss=f"{losses.sum():.3f}", refresh=False)
             trained = {f"{name}/train_loss": float(loss) for name, loss in zip(run.heads, losses, strict=True)}
             tracker.log(run.epoch * run.steps_per_epoch, {"epoch": run.epoch} | trained | figures)
-            save_checkpoint(output_dir / LAST, _checkpoint(run, facts))
+            save_checkpoint(output_dir / LAST, checkpoint_of(run, facts, **_to_resume(run)))
 
 
 def _train_epoch(run: Training, signals: StopSignals, bar: Any) -> np.ndarray:
@@ -245,7 +245,8 @@ def _merit(found: Mapping[str, Any]) -> tuple[float, float]:
     return (0.0 if math.isnan(found["auc"]) else found["auc"]), -found["loss"]
 
 
-def _checkpoint(run: Training, facts: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_of(run: Training, facts: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return a checkpoint of the heads as they are, with further entries."""
     return {
         "kind": "aggregator",
         "arch": "aggregator",
@@ -254,15 +255,15 @@ def _checkpoint(run: Training, facts: Mapping[str, Any]) -> dict[str, Any]:
         "class_names": run.class_names,
         "feature_dim": run.train.dim,
         "epoch": run.epoch,
-        "step": run.epoch * run.steps_per_epoch,
-        "resume": {
-            "optimizer": run.optimizer.state_dict(),
-            "best": run.best,
-            "stale": run.stale,
-            "data": _fingerprint(run),
-        },
+        **more,
         **facts,
     }
+
+
+def _to_resume(run: Training) -> dict[str, Any]:
+    """Return what a checkpoint needs for the run to go on from it."""
+    state = {"optimizer": run.optimizer.state_dict(), "best": run.best, "stale": run.stale, "data": _fingerprint(run)}
+    return {"step": run.epoch * run.steps_per_epoch, "resume": state}
 
 
 def _fingerprint(run: Training) -> str:
