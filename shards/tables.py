@@ -19,9 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput, first_line
-from mammostream.common.files import write_parquet
-
-_METADATA_KEY = b"mammostream"
+from mammostream.common.files import FACTS_KEY, write_parquet
 
 TILE_SCHEMA = pa.schema(
     [
@@ -112,7 +110,7 @@ _FILLED = frozenset(
 def write_shard_table(path: Path, tiles: list[dict], images: list[dict], metadata: dict[str, Any]) -> None:
     """Write the table that marks a shard as finished."""
     table = _together(pa.Table.from_pylist(tiles, TILE_SCHEMA), pa.Table.from_pylist(images, IMAGE_SCHEMA))
-    write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()}))
+    write_parquet(path, table, metadata)
 
 
 def _together(tiles: pa.Table, images: pa.Table) -> pa.Table:
@@ -131,7 +129,7 @@ def read_shard_metadata(path: Path) -> dict[str, Any]:
         The file is not a shard table.
     """
     with _a_shard_table(path):
-        return json.loads(pq.read_schema(path).metadata[_METADATA_KEY])
+        return json.loads(pq.read_schema(path).metadata[FACTS_KEY])
 
 
 def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
@@ -145,7 +143,7 @@ def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     with _a_shard_table(path):
         table = pq.read_table(path)
         table.validate(full=True)
-        metadata = json.loads(table.schema.metadata[_METADATA_KEY])
+        metadata = json.loads(table.schema.metadata[FACTS_KEY])
         rows = table.column("row")
         # Without the whole table's metadata, which is one shard's.
         tiles, images = (
@@ -155,15 +153,16 @@ def read_shard_table(path: Path) -> tuple[pa.Table, pa.Table, dict[str, Any]]:
     return tiles, images, metadata
 
 
-def is_as_written(path: Path) -> bool:
+def is_as_written(path: Path, tiles: pa.Table, images: pa.Table) -> bool:
     """Return whether a shard's table has the columns and types that it was written with, and nothing in cells that are empty.
 
-    Raises
-    ------
-    BadInput
-        The file is not a shard table.
+    Parameters
+    ----------
+    path
+        The table.
+    tiles, images
+        What :func:`read_shard_table` read of it.
     """
-    tiles, images, _ = read_shard_table(path)
     found = pq.read_table(path).replace_schema_metadata()
     made = _together(tiles, images)
     return has_columns_of(found.schema, made.schema) and same_rows(found, made.select(found.column_names))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+FACTS_KEY = b"mammostream"
+"""Where the metadata of a Parquet file has what it records next to its rows, as JSON."""
 # How a disk says that it cannot take a file: the place is wrong or forbidden, or the room is used up.
 _WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -129,12 +131,30 @@ def write_yaml(path: Path, value: dict[str, Any]) -> None:
     write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write an Arrow table as Parquet, whole or not at all; the same table gives the same bytes."""
+def write_parquet(path: Path, table: pa.Table, facts: Mapping[str, Any] | None = None) -> None:
+    """Write an Arrow table as Parquet, whole or not at all; the same table gives the same bytes.
+
+    With `facts`, which are plain types, they are the file's metadata instead of the table's: see :func:`parquet_facts`.
+    """
     import pyarrow.parquet as pq
 
+    if facts is not None:
+        table = table.replace_schema_metadata({FACTS_KEY: json.dumps(facts, sort_keys=True).encode()})
     with whole_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def parquet_facts(path: Path) -> Any:
+    """Return the facts that :func:`write_parquet` wrote with a table; an empty dict where there are none.
+
+    Raises
+    ------
+    OSError, ValueError
+        The file is missing or damaged.
+    """
+    import pyarrow.parquet as pq
+
+    return json.loads((pq.read_schema(path).metadata or {}).get(FACTS_KEY, b"{}"))
 
 
 def read_parquet(path: Path, what: str, mend: str, columns: Iterable[str] = (), nested: Iterable[str] = ()) -> pd.DataFrame:

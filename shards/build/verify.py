@@ -173,14 +173,14 @@ def _shard_faults(job: _Job) -> Iterator[tuple[str, ...]]:
     """Yield ``(what,)`` for each fault of the shard and ``(what, key)`` for each fault of a sample."""
     name = job.shard["name"]
     try:
-        tiles, _, metadata = read_shard_table(job.folder / f"{name}.parquet")
+        tiles, images, metadata = read_shard_table(job.folder / f"{name}.parquet")
     except BadInput as error:
         yield (str(error),)
         return
     if metadata["config_hash"] != job.config_hash:
         yield ("was built with other options than shards.json says",)
         return
-    if not is_as_written(job.folder / f"{name}.parquet"):
+    if not is_as_written(job.folder / f"{name}.parquet", tiles, images):
         yield ("its own table has other columns than were written, or something in cells that are empty",)
     if describe_shard(name, metadata) != job.shard:
         yield ("shards.json disagrees with its own table",)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from batches import assert_same, copies, numbers_of
 
 from mammostream.dali_pipelines import TRAIN_VIEW, LabelledLoader, draws
 from mammostream.dali_pipelines.draws import drawn_source
@@ -35,21 +35,6 @@ def loader_of(tiles, draw, chosen=None, batch_size=4, **options):
     chosen = list(tiles.pixels) if chosen is None else chosen
     normal = {"tile_size": tiles.size, "mean": 0.449, "std": 0.226}
     return LabelledLoader(tiles.shards, batch_size=batch_size, tiles=chosen, draw=draw, **normal, **options)
-
-
-def numbers_of(loader):
-    return [n for _, numbers in loader for n in numbers.tolist()]
-
-
-def copies(batches):
-    return [tuple(tensor.clone() for tensor in batch) for batch in batches]
-
-
-def assert_same(first, second):
-    assert len(first) == len(second) > 0
-    for one, other in zip(first, second, strict=True):
-        for a, b in zip(one, other, strict=True):
-            assert torch.equal(a, b)
 
 
 def test_an_epoch_reads_what_is_drawn_for_it(tiles):

@@ -11,6 +11,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import torch
+from batches import assert_same, copies, numbers_of
 
 from mammostream.common.errors import BadInput
 from mammostream.dali_pipelines import RECIPES, TRAIN_VIEW, LabelledLoader, PretrainLoader, View
@@ -26,21 +27,6 @@ def labelled(tiles, batch_size=4, **options):
 def pretrain(tiles, batch_size=4, **options):
     options = {"initial_fill": 6} | options
     return PretrainLoader(tiles.shards, batch_size=batch_size, tile_size=tiles.size, mean=0.449, std=0.226, **options)
-
-
-def numbers_of(loader):
-    return [n for *_, numbers in loader for n in numbers.tolist()]
-
-
-def copies(batches):
-    return [tuple(tensor.clone() for tensor in batch) for batch in batches]
-
-
-def assert_same(first, second):
-    assert len(first) == len(second) > 0
-    for one, other in zip(first, second, strict=True):
-        for a, b in zip(one, other, strict=True):
-            assert torch.equal(a, b)
 
 
 def through_a_file(state):

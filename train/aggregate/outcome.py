@@ -22,8 +22,6 @@ from mammostream.train.evaluate.metrics import evaluate_predictions
 from mammostream.train.levels.aggregation import PROBABILITY
 from mammostream.train.levels.calibration import PROB, Calibration
 
-_METADATA_KEY = "mammostream"
-
 
 class Aggregator:
     """The trained heads of a checkpoint.
@@ -114,14 +112,12 @@ def write_predictions(
     aggregator, pooling
         What predicted.
     """
-    import json
-
     names = bags.names
     films = names.get("image_id", names["patient_id"])
     columns: dict[str, Any] = {PROBABILITY + name: probabilities[:, c] for c, name in enumerate(aggregator.class_names)}
     frame = names.assign(tiles=bags.sizes, **columns, seen=seen_by(aggregator.fitted_on, names["patient_id"], films))
     table = pa.Table.from_pandas(pd.DataFrame(frame), preserve_index=False)
-    write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(aggregator.facts(pooling), sort_keys=True)}))
+    write_parquet(path, table, aggregator.facts(pooling))
 
 
 def write_attention(path: Path, bags: Bags, weights: np.ndarray, class_names: Sequence[str]) -> None:

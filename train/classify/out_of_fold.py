@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput
-from mammostream.common.files import read_parquet, write_parquet
+from mammostream.common.files import parquet_facts, read_parquet, write_parquet
 from mammostream.shards.identity import seen_by
 from mammostream.train.classify.spread import spread, spread_words
 from mammostream.train.evaluate.metrics import evaluate_predictions
@@ -37,7 +35,6 @@ TABLES = {
     BREAST: "breast_predictions.parquet",
     TILE: "predictions.parquet",  # written last: it marks a fold as finished
 }
-_METADATA_KEY = b"mammostream"
 _DECIDED = ("accuracy", "balanced_accuracy")  # depend on the thresholds, which each fold has its own of
 _SPREAD = ("auc", "ap", "sensitivity_at_90_specificity", "balanced_accuracy", "brier", "ece")
 Fold = Mapping[tuple[str, str], Judged]
@@ -84,7 +81,7 @@ def write_fold(
 
 def _write(path: Path, frame: pd.DataFrame, facts: Mapping[str, Any]) -> None:
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts, sort_keys=True).encode()}))
+    write_parquet(path, table, facts)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -96,7 +93,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         The file is no such table.
     """
     read_parquet(path, "out-of-fold predictions", "delete its folder to train that fold again", ["key"])
-    return json.loads((pq.read_schema(path).metadata or {}).get(_METADATA_KEY, b"{}"))
+    return parquet_facts(path)
 
 
 def read_fold(folder: Path, tiles: LabelledTiles, class_names: Sequence[str]) -> Fold:

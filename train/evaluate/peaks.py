@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mammostream.train.predict.heat_maps import heat_map
+from mammostream.train.predict.heat_maps import heat_map, heat_step
 
-STEPS = 32  # points of the map along a tile's edge, as `infer` draws it
 RADIUS = 0.5  # of a tile's edge: of peaks nearer to each other, only the highest is a mark
 REACH = 0.25  # of a tile's edge: a peak this near to a box hits it
 _DECIMALS = 5  # of probabilities: below, rounding makes peaks of its own where the map is flat
@@ -38,7 +37,7 @@ def find_peaks(x: np.ndarray, y: np.ndarray, size: float, probabilities: np.ndar
     from skimage.measure import label, regionprops_table
     from skimage.morphology import local_maxima
 
-    step = max(1, int(size) // STEPS)
+    step = heat_step(int(size))
     corner = np.array([x.min(), y.min()])
     shape = int(y.max() - corner[1] + size), int(x.max() - corner[0] + size)
     heat = heat_map(shape, x - corner[0], y - corner[1], int(size), probabilities, step)

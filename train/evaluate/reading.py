@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput, first_line
-from mammostream.common.files import read_csv, read_parquet, sha256_file
+from mammostream.common.files import parquet_facts, read_csv, read_parquet, sha256_file
 from mammostream.shards.identity import clean_ids, clean_patients, clean_sides, film_of_tile, fitted_subjects, seen_by
 from mammostream.shards.manifest import LABEL_PREFIX
 from mammostream.train.levels.aggregation import PROBABILITY
@@ -154,7 +153,7 @@ def recorded_facts(path: Path) -> dict[str, Any]:
         It is damaged.
     """
     try:
-        facts = json.loads((pq.read_schema(path).metadata or {}).get(b"mammostream", b"{}"))
+        facts = parquet_facts(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"predictions {path}: what the file records is damaged ({first_line(error)}); {HINT}") from error
     if not isinstance(facts, dict):

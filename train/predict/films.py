@@ -24,7 +24,7 @@ from mammostream.preprocess.tiling import RECORDED, SPACING_TOLERANCE, Film, Til
 from mammostream.shards.archive import escape_id, short_name, tile_key
 from mammostream.train.levels.aggregation import MAX, PROBABILITY, aggregate
 from mammostream.train.levels.calibration import IMAGE
-from mammostream.train.predict.heat_maps import draw_heat_map, heat_map
+from mammostream.train.predict.heat_maps import draw_heat_map, heat_map, heat_step
 from mammostream.train.predict.network import Predictor
 from mammostream.train.predict.stream import _FILMS_A_PART, Part, Predicted, _without_tiles, part_name
 
@@ -197,7 +197,7 @@ def draw_film_heat_maps(
     """Draw one heat map a class over a film and return the pictures' paths by class."""
     image = backend_of(film.image).to_host(film.image)
     size = predictor.preprocessing["tile_size"]
-    step = max(1, size // 32)
+    step = heat_step(size)
     boxes: list[Any] = [tuple(edge / film.scale for edge in box) for box in film_input.boxes]
     paths = {}
     scores = aggregate(tiles, ["image_id"], calibration=predictor.calibrations.get(IMAGE)).iloc[0]

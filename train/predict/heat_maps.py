@@ -20,6 +20,11 @@ _ALPHA = (0.15, 0.65)  # of probability 0 and 1: what is cold leaves the film to
 _EDGE_WEIGHT = 1e-3
 
 
+def heat_step(size: int) -> int:
+    """Return the distance between a heat map's points for tiles of an edge length, in pixels: 32 points along an edge."""
+    return max(1, size // 32)
+
+
 def heat_map(
     shape: tuple[int, int], x: np.ndarray, y: np.ndarray, size: int, probabilities: np.ndarray, step: int
 ) -> np.ndarray:

@@ -15,13 +15,12 @@ import pandas as pd
 
 from mammostream.common.temporaries import scratch_folder
 from mammostream.shards.archive import escape_id, short_name
-from mammostream.train.predict.heat_maps import heat_map
+from mammostream.train.predict.heat_maps import heat_map, heat_step
 from mammostream.train.run.charts import draw_panels, metric_title, new_figure, save_figure
 
 PICTURES_OF_A_FOLDER = 24  # a page of thousands opens nowhere
 PICTURE_BYTES = 32 * 2**20  # of all of a page's pictures, before base64
 _MAX_EDGE = 1600  # pixels: larger pictures are shrunk
-_POINTS = 32  # of a map along a tile's edge, as `infer` draws it
 _MAP_INCHES = 5.0  # a map's height
 _SMALL_FILE = 100_000  # bytes up to which a picture goes in as it is
 
@@ -135,7 +134,7 @@ def draw_tile_map(tiles: pd.DataFrame, probabilities: np.ndarray, boxes: np.ndar
     x, y, sizes = (tiles[column].to_numpy(np.float64) for column in ("_x", "_y", "_size"))
     size = int(np.median(sizes))
     far = np.concatenate([np.stack([x + sizes, y + sizes], 1), boxes[:, 2:]]).max(0)
-    step = max(1, size // _POINTS)
+    step = heat_step(size)
     heat = heat_map((int(far[1]), int(far[0])), x, y, size, probabilities, step)
     figure = new_figure(_MAP_INCHES * far[0] / far[1] + 1.5, _MAP_INCHES)
     axes = figure.subplots()

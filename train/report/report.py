@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from mammostream.common.errors import BadInput
-from mammostream.common.files import write_text
+from mammostream.common.files import parquet_facts, write_text
 from mammostream.common.machine import versions
 from mammostream.shards.reading import SHARDS_JSON, open_shards
 from mammostream.train.report.errors import Case, worst_errors
@@ -289,7 +289,7 @@ def _add_predictions(section: _Section, folder: Path) -> dict[str, float]:
         good = good.sort_values(f"max:{classes[0]}", ascending=False, kind="stable")
     caption = f"Predictions: {tiles} tiles of {len(good)} images, highest first"
     section.tables.append(table_of(caption, good[["image_id", "tiles", *scores]]))
-    facts = json.loads((pq.read_schema(path).metadata or {}).get(b"mammostream", b"{}"))
+    facts = parquet_facts(path)
     known = {
         name: facts[name] for name in ("model_sha256", "temperature", "thresholds", "precision", "versions") if facts.get(name)
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mammostream.common.errors import BadInput
-from mammostream.common.files import read_parquet, sha256_json, write_parquet
+from mammostream.common.files import parquet_facts, read_parquet, sha256_json, write_parquet
 from mammostream.shards.identity import spelling
 
 LEAST_FOLDS = 3  # one to test, one to validate, one to train
 RECORD_NAME = "folds.parquet"
-_METADATA_KEY = b"mammostream"
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ def record_plan(folder: Path, plan: FoldPlan, facts: Mapping[str, Any], *, begun
     facts["folds"] = sha256_json(plan.table["fold"].tolist())
     if path.is_file() and begun:
         read_parquet(path, "record of the folds", "choose another --output-dir", list(plan.table.columns[:3]))
-        recorded = json.loads((pq.read_schema(path).metadata or {}).get(_METADATA_KEY, b"{}"))
+        recorded = parquet_facts(path)
         for name in facts:
             if recorded.get(name) != facts[name]:
                 made = f"{name} {_words(recorded.get(name))}, not {_words(facts[name])}"
@@ -199,7 +196,7 @@ def record_plan(folder: Path, plan: FoldPlan, facts: Mapping[str, Any], *, begun
                 raise BadInput(f"the folds of {path} were made with {made}; give the same, or another --output-dir")
     elif write:
         table = pa.Table.from_pandas(plan.table, preserve_index=False)
-        write_parquet(path, table.replace_schema_metadata({_METADATA_KEY: json.dumps(facts, sort_keys=True).encode()}))
+        write_parquet(path, table, facts)
     return sha256_json(facts)
 
 
